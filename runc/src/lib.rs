@@ -1,0 +1,1 @@
+//! Containers as processes on this kernel, through an OCI runtime.

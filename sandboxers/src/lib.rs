@@ -1,0 +1,1 @@
+//! The contract every sandbox technique implements, and what they share.

@@ -1,0 +1,1 @@
+//! The north face: all that containerd speaks, and the composition root kuasard.
