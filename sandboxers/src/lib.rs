@@ -1,1 +1,31 @@
-//! The contract every sandbox technique implements, and what they share.
+//! The contract every sandbox technique implements, and what they all share.
+//!
+//! ```text
+//!   shim ──▶ Registry ──▶ owner task (one per sandbox) ──▶ dyn Sandbox / Container / Process
+//!             │ ids            │ lifecycle tables               (runc, wasm, vmm …)
+//!             │                │ state store
+//!             ▼                ▼
+//!        who is where     events, exits, waiters
+//! ```
+//!
+//! Invariants:
+//! - a sandbox's state is changed by its owner task only; everyone else sends it requests;
+//! - a transition that is not in [`lifecycle`]'s tables does not happen;
+//! - operations of one process run one at a time and in the order they came; different processes do not wait for each other;
+//! - an exit, once seen, never changes, and is saved before anyone is told;
+//! - whatever a start made is undone when the start fails.
+//!
+//! Nothing here names a backend or a message of containerd.
+
+pub mod cgroup;
+pub mod contract;
+pub mod error;
+pub mod event;
+pub mod id;
+pub mod lifecycle;
+pub mod spec;
+pub mod stdio;
+pub mod types;
+
+pub use contract::{Container, Process, Sandbox, SandboxContext, Sandboxer};
+pub use error::{Code, Error, Result};

@@ -1,0 +1,137 @@
+//! The three traits a sandbox technique implements.
+//!
+//! A backend supplies mechanism only. Who may ask for what in which state, one operation at a time per process, waiting,
+//! persistence and events are the owner task's work (`owner`), the same for every technique. So an
+//! implementation may assume:
+//!
+//! - calls arrive in an order that the tables in [`lifecycle`](crate::lifecycle) allow, and never two at once for the same
+//!   process; calls for different processes of a sandbox do run at the same time;
+//! - a call is never cancelled half way: when the client goes away the call still runs to its end;
+//! - a call that fails has undone its own steps (see [`undo`](crate::undo));
+//! - after [`Sandbox::delete`] nothing of the sandbox may be left on the node, however the calls before it ended.
+
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use serde_json::Value;
+
+use crate::{
+    cgroup::Stats,
+    error::Result,
+    event::EventSink,
+    id::{Namespace, SandboxId},
+    types::{Capabilities, ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
+};
+
+/// One configured sandboxer instance.
+#[async_trait]
+pub trait Sandboxer: Send + Sync + 'static {
+    /// What the technique can do here.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Prepares a sandbox: everything that can be checked and made before processes start.
+    async fn create(&self, spec: Arc<SandboxSpec>, context: SandboxContext) -> Result<Arc<dyn Sandbox>>;
+
+    /// Takes a sandbox over from an earlier daemon. `record` is what [`Sandbox::record`] gave last.
+    async fn recover(&self, spec: Arc<SandboxSpec>, context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>>;
+
+    /// Removes what earlier daemons of this instance left behind for sandboxes that are not in `known`; says what it removed.
+    async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>>;
+}
+
+/// What the shared layer lends to a sandbox.
+#[derive(Clone, Debug)]
+pub struct SandboxContext {
+    /// A directory of the sandbox's own, mode 0711, made before create and removed after delete. Nothing else writes in it but
+    /// the state store (`state.json`).
+    pub dir: PathBuf,
+    /// Where the backend tells what it noticed by itself (an OOM kill).
+    pub events: EventSink,
+}
+
+/// A sandbox: a pod's isolation and what its containers share.
+#[async_trait]
+pub trait Sandbox: Send + Sync + 'static {
+    /// Starts it; returns the pid that stands for it on the node, where one means anything.
+    async fn start(&self) -> Result<Option<u32>>;
+
+    /// Ends every process in it: gracefully within `grace`, then by force. Idempotent.
+    async fn stop(&self, grace: Duration) -> Result<()>;
+
+    /// Releases every resource. Called in any state; kills what still runs. Idempotent.
+    async fn delete(&self) -> Result<()>;
+
+    /// Resolves when a started sandbox has ended, by itself or by [`Sandbox::stop`].
+    async fn exited(&self) -> Exit;
+
+    /// Creates a container; its first process exists afterwards but does not run yet.
+    async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>>;
+
+    /// Takes a container over from an earlier daemon; `record` is what [`Process::record`] gave last.
+    async fn recover_container(&self, spec: ContainerSpec, record: Value) -> Result<Arc<dyn Container>>;
+
+    /// Makes the pod's new resources effective where the technique has a part in that.
+    async fn update(&self, resources: &PodResources) -> Result<()>;
+
+    /// Resource use of the sandbox as a whole, where it has a cgroup.
+    async fn metrics(&self) -> Result<Option<Stats>>;
+
+    /// What [`Sandboxer::recover`] needs besides the spec. Taken after every call that changed something.
+    fn record(&self) -> Value;
+
+    /// Facts for people (`crictl inspectp`, `kuasarctl inspect`).
+    fn describe(&self) -> Value;
+}
+
+/// A process under our care: a container's first one, or an exec.
+#[async_trait]
+pub trait Process: Send + Sync + 'static {
+    /// Its pid on the node (or in the guest); `None` before it exists.
+    fn pid(&self) -> Option<u32>;
+
+    /// Lets it run; returns its pid.
+    async fn start(&self) -> Result<u32>;
+
+    /// Sends a signal, to all processes of the container when `all`.
+    async fn kill(&self, signal: i32, all: bool) -> Result<()>;
+
+    /// Resolves when it has ended. For a container's first process: when nothing of the container runs any more.
+    async fn exited(&self) -> Exit;
+
+    /// Releases what it has. A container's first process that was created but never started is killed.
+    async fn delete(&self) -> Result<()>;
+
+    /// Sets the terminal's size.
+    async fn resize(&self, size: WindowSize) -> Result<()>;
+
+    /// Closes our writing end of its standard input.
+    async fn close_stdin(&self) -> Result<()>;
+
+    /// What recovery needs besides the spec.
+    fn record(&self) -> Value;
+}
+
+/// A container. As a [`Process`] it is its first process.
+#[async_trait]
+pub trait Container: Process {
+    /// Prepares an additional process; it is not started.
+    async fn exec(&self, spec: ExecSpec) -> Result<Arc<dyn Process>>;
+
+    /// Takes an exec over from an earlier daemon.
+    async fn recover_exec(&self, spec: ExecSpec, record: Value) -> Result<Arc<dyn Process>>;
+
+    /// Every process in the container. Never empty: after the end it is the pid that was.
+    async fn pids(&self) -> Result<Vec<ProcessInfo>>;
+
+    /// Resource use.
+    async fn stats(&self) -> Result<Stats>;
+
+    /// Applies an OCI `linux.resources` object.
+    async fn update(&self, resources: Value) -> Result<()>;
+
+    /// Freezes every process.
+    async fn pause(&self) -> Result<()>;
+
+    /// Thaws them.
+    async fn resume(&self) -> Result<()>;
+}
