@@ -19,8 +19,10 @@ use crate::{
     cgroup::Stats,
     error::Result,
     event::EventSink,
-    id::{Namespace, SandboxId},
-    types::{Capabilities, ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
+    id::{ExecId, Namespace, SandboxId},
+    reaper::Reaper,
+    stdio::Stdio,
+    types::{Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
 };
 
 /// One configured sandboxer instance.
@@ -47,6 +49,8 @@ pub struct SandboxContext {
     pub dir: PathBuf,
     /// Where the backend tells what it noticed by itself (an OOM kill).
     pub events: EventSink,
+    /// How child processes are started and waited for.
+    pub reaper: Reaper,
 }
 
 /// A sandbox: a pod's isolation and what its containers share.
@@ -68,7 +72,7 @@ pub trait Sandbox: Send + Sync + 'static {
     async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>>;
 
     /// Takes a container over from an earlier daemon; `record` is what [`Process::record`] gave last.
-    async fn recover_container(&self, spec: ContainerSpec, record: Value) -> Result<Arc<dyn Container>>;
+    async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>>;
 
     /// Makes the pod's new resources effective where the technique has a part in that.
     async fn update(&self, resources: &PodResources) -> Result<()>;
@@ -118,7 +122,7 @@ pub trait Container: Process {
     async fn exec(&self, spec: ExecSpec) -> Result<Arc<dyn Process>>;
 
     /// Takes an exec over from an earlier daemon.
-    async fn recover_exec(&self, spec: ExecSpec, record: Value) -> Result<Arc<dyn Process>>;
+    async fn recover_exec(&self, id: ExecId, stdio: Stdio, record: Value) -> Result<Arc<dyn Process>>;
 
     /// Every process in the container. Never empty: after the end it is the pid that was.
     async fn pids(&self) -> Result<Vec<ProcessInfo>>;

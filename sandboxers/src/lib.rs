@@ -23,9 +23,11 @@ pub mod error;
 pub mod event;
 pub mod id;
 pub mod lifecycle;
+pub mod reaper;
 pub mod spec;
 pub mod stdio;
 pub mod types;
+pub mod undo;
 
 pub use contract::{Container, Process, Sandbox, SandboxContext, Sandboxer};
 pub use error::{Code, Error, Result};

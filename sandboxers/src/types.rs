@@ -198,6 +198,17 @@ pub struct ContainerSpec {
     pub stdio: Stdio,
 }
 
+/// What is kept of a [`ContainerSpec`] once the container exists; the specification itself is large and stays in the bundle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerHead {
+    /// The container.
+    pub id: ContainerId,
+    /// containerd's bundle directory.
+    pub bundle: PathBuf,
+    /// Where the first process's input and output go.
+    pub stdio: Stdio,
+}
+
 /// A process to add to a running container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ExecSpec {

@@ -1,0 +1,32 @@
+//! The reaper on real children. In a process of its own, because it takes every exit of the process.
+
+use std::{process::Command, time::Duration};
+
+use kuasar_sandboxers::{
+    Error,
+    reaper::{Output, Reaper},
+};
+
+// One test, because a process has one reaper.
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_programs() {
+    let reaper = Reaper::install().unwrap();
+    let limit = Duration::from_secs(20);
+    let output = reaper.run(Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]), limit).await.unwrap();
+    assert_eq!(output, Output { status: 3, stdout: b"out\n".to_vec(), stderr: b"err\n".to_vec() });
+
+    let output = reaper.run(Command::new("sh").args(["-c", "kill -9 $$"]), limit).await.unwrap();
+    assert_eq!(output.status, 137);
+
+    // The grandchild keeps the pipe open and must not be waited for, and becomes ours when its parent ends.
+    let mark = reaper.mark();
+    let output = reaper.run(Command::new("sh").args(["-c", "sleep 0.2 & echo $!"]), limit).await.unwrap();
+    let orphan: u32 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+    assert_eq!(reaper.exit_of(orphan, mark).await.status, 0);
+
+    let error = reaper.run(Command::new("sleep").arg("60"), Duration::from_millis(50)).await.unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+
+    let error = reaper.spawn(&mut Command::new("/nonexistent/program")).unwrap_err();
+    assert_eq!(error.to_string(), "failed to start /nonexistent/program");
+}
