@@ -1,0 +1,213 @@
+//! What a node has on this machine: its mounts, cgroups, processes. One answer for the leak check and for the clean-up.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// Whose things are looked for.
+#[derive(Clone, Debug)]
+pub struct Owner {
+    /// The node's scratch directory.
+    pub dir: PathBuf,
+    /// Its last component, unique on the machine: part of the name of each cgroup that tests ask for.
+    pub tag: String,
+    /// Ids of pods and containers, which name cgroups where the pod asked for none.
+    pub ids: BTreeSet<String>,
+}
+
+impl Owner {
+    fn names(&self, text: &str) -> bool {
+        text.contains(&self.tag) || self.ids.iter().any(|id| text.contains(id.as_str()))
+    }
+}
+
+/// Mount points below `dir`, in the order they were mounted, as `pid` sees them.
+///
+/// # Errors
+/// mountinfo cannot be read.
+pub fn mounts_below(dir: &Path, pid: i32) -> Result<Vec<PathBuf>> {
+    let path = format!("/proc/{pid}/mountinfo");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    Ok(text
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|field| PathBuf::from(unescape(field)))
+        .filter(|point| point.starts_with(dir))
+        .collect())
+}
+
+/// mountinfo writes space, tab, newline and backslash as `\ooo`.
+fn unescape(field: &str) -> String {
+    let mut out = String::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((before, after)) = rest.split_once('\\') {
+        out.push_str(before);
+        let code = after.get(..3).and_then(|octal| u8::from_str_radix(octal, 8).ok());
+        if let Some(code) = code {
+            out.push(char::from(code));
+            rest = &after[3..];
+        } else {
+            out.push('\\');
+            rest = after;
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Where cgroup hierarchies are mounted, v1 and v2.
+///
+/// # Errors
+/// mountinfo cannot be read.
+pub fn cgroup_roots() -> Result<Vec<PathBuf>> {
+    let text = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    let mut roots: Vec<PathBuf> = text
+        .lines()
+        .filter_map(|line| {
+            let (left, right) = line.split_once(" - ")?;
+            right.starts_with("cgroup").then(|| left.split(' ').nth(4).map(|field| PathBuf::from(unescape(field))))?
+        })
+        .collect();
+    roots.sort();
+    roots.dedup();
+    Ok(roots)
+}
+
+/// The owner's cgroups in all hierarchies, parents before children.
+///
+/// # Errors
+/// A hierarchy cannot be listed.
+pub fn cgroups(owner: &Owner) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for root in cgroup_roots()? {
+        walk_dirs(&root, &mut |path| {
+            if path.strip_prefix(&root).is_ok_and(|below| owner.names(&below.to_string_lossy())) {
+                found.push(path.to_path_buf());
+            }
+        });
+    }
+    Ok(found)
+}
+
+fn walk_dirs(dir: &Path, visit: &mut dyn FnMut(&Path)) {
+    // A cgroup may vanish between its listing and its visit: that is what is waited for, not an error.
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let path = entry.path();
+            visit(&path);
+            walk_dirs(&path, visit);
+        }
+    }
+}
+
+/// A process that belongs to a node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    /// Its pid.
+    pub pid: i32,
+    /// Its command line, NUL replaced by space; its comm where that is empty.
+    pub command: String,
+}
+
+/// Processes of the owner: daemons and helpers that name its directory on their command line, what runs in its cgroups, and
+/// whatever has a root file system from its directory.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn processes(owner: &Owner) -> Result<Vec<Process>> {
+    let dir = owner.dir.to_string_lossy().into_owned();
+    let own_ns = fs::read_link("/proc/self/ns/mnt").context("read /proc/self/ns/mnt")?;
+    let own_pid = std::process::id().cast_signed();
+    let mut found = Vec::new();
+    for pid in pids()? {
+        if pid == own_pid {
+            continue;
+        }
+        // Each of these files may be gone by now, with the process.
+        let read = |file: &str| {
+            fs::read(format!("/proc/{pid}/{file}"))
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .unwrap_or_default()
+        };
+        let command = read("cmdline").trim_end_matches('\0').replace('\0', " ");
+        let cgroup = read("cgroup");
+        let is_daemon = command.contains(&dir) && is_runtime_program(&command);
+        let in_cgroup = owner.names(&cgroup);
+        let on_rootfs = || {
+            fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|ns| ns != own_ns)
+                && read("mountinfo").lines().any(|line| line.split(' ').nth(4) == Some("/") && line.contains(&dir))
+        };
+        // A zombie has neither; its parent answers for it.
+        if is_daemon || in_cgroup || on_rootfs() {
+            let command = if command.is_empty() { read("comm").trim().to_owned() } else { command };
+            found.push(Process { pid, command });
+        }
+    }
+    Ok(found)
+}
+
+/// Somebody's `tail -f` on a log of ours must not count as ours.
+fn is_runtime_program(command: &str) -> bool {
+    let program = command.split(' ').next().unwrap_or_default();
+    let name = program.rsplit('/').next().unwrap_or_default();
+    ["containerd", "kuasar", "runc", "crun", "youki", "ctr"].iter().any(|prefix| name.starts_with(prefix))
+}
+
+fn pids() -> Result<Vec<i32>> {
+    Ok(fs::read_dir("/proc")
+        .context("list /proc")?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect())
+}
+
+/// `pid` and all its descendants.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn descendants(pid: i32) -> Result<Vec<i32>> {
+    let mut parents = Vec::new();
+    for pid in pids()? {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // comm may hold anything, a closing parenthesis too: the fields begin after the last one.
+        let parent = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().nth(1)?.parse::<i32>().ok());
+        if let Some(parent) = parent {
+            parents.push((pid, parent));
+        }
+    }
+    let mut family = vec![pid];
+    let mut next = 0;
+    while next < family.len() {
+        let of = family[next];
+        family.extend(parents.iter().filter(|(_, parent)| *parent == of).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    Ok(family)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_escapes_are_undone() {
+        assert_eq!(unescape(r"/a\040b\134c"), r"/a b\c");
+        assert_eq!(unescape("/plain"), "/plain");
+        assert_eq!(unescape(r"/odd\9"), r"/odd\9");
+    }
+
+    #[test]
+    fn only_runtime_programs_are_claimed_by_command_line() {
+        assert!(is_runtime_program("/usr/bin/containerd -c /tmp/x"));
+        assert!(!is_runtime_program("tail -f /tmp/x/containerd.log"));
+    }
+
+    #[test]
+    fn descendants_begin_with_the_process_itself() {
+        let own = std::process::id().cast_signed();
+        assert_eq!(descendants(own).unwrap().first(), Some(&own));
+    }
+}

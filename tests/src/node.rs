@@ -1,0 +1,345 @@
+//! The main entry: a node of one's own, [`Node::start`].
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use tonic::Status;
+
+use crate::containerd::{Config, Containerd, Handler, Patch, Runtime};
+use crate::cri::{Cri, Pod, PodSpec};
+use crate::image::{Store, recipes};
+use crate::kuasard::{Kuasard, Sandboxer};
+use crate::leak::census::Owner;
+use crate::leak::{Scope, Snapshot};
+use crate::registry::Registry;
+use crate::scratch::Scratch;
+use crate::tools;
+
+/// How long what a test has removed may take to be gone.
+const SETTLE: Duration = Duration::from_secs(15);
+
+/// What a node shall be.
+///
+/// Every node has the handler `runc` (the runc-v2 shim), and `crun` where that is installed. Each sandboxer adds a handler
+/// of its name, and one with `-streaming` appended that is the same sandboxer with `io_type = "streaming"`.
+#[derive(Default)]
+pub struct NodeOptions {
+    name: String,
+    containerd: Option<tools::Containerd>,
+    runc: Option<PathBuf>,
+    sandboxers: Vec<Sandboxer>,
+    registry: Option<Store>,
+    images: Option<Store>,
+    host_ports: bool,
+    quiet: bool,
+    patch_containerd: Option<Patch>,
+    patch_kuasard: Option<Patch>,
+}
+
+impl NodeOptions {
+    /// A node with the runc shim only. The name shows up in messages.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), ..Self::default() }
+    }
+
+    /// Another containerd than the one found.
+    #[must_use]
+    pub fn containerd(mut self, containerd: tools::Containerd) -> Self {
+        self.containerd = Some(containerd);
+        self
+    }
+
+    /// Another runc than the one found, for the `runc` handler.
+    #[must_use]
+    pub fn runc(mut self, runc: PathBuf) -> Self {
+        self.runc = Some(runc);
+        self
+    }
+
+    /// kuasard with a sandboxer of kind `runc` and this OCI runtime: `runc` or `crun` as found, or a path.
+    #[must_use]
+    pub fn sandboxer(self, name: &str, runtime: &str) -> Self {
+        let path = match runtime {
+            "runc" => tools::runc().unwrap_or_else(|_| runtime.into()),
+            "crun" => tools::crun().unwrap_or_else(|_| runtime.into()),
+            path => path.into(),
+        };
+        self.sandboxer_table(name, json!({ "kind": "runc", "runtime": path }))
+    }
+
+    /// kuasard with a sandboxer configured by this table.
+    #[must_use]
+    pub fn sandboxer_table(mut self, name: &str, table: Value) -> Self {
+        self.sandboxers.push(Sandboxer { name: name.to_owned(), table });
+        self
+    }
+
+    /// A registry that serves these images under their own names.
+    #[must_use]
+    pub fn registry(mut self, images: Store) -> Self {
+        self.registry = Some(images);
+        self
+    }
+
+    /// Other images to import than [`recipes::for_tests`]; they need to hold [`recipes::PAUSE`].
+    #[must_use]
+    pub fn images(mut self, images: Store) -> Self {
+        self.images = Some(images);
+        self
+    }
+
+    /// Pods may ask for ports of the host (needs iptables).
+    #[must_use]
+    pub fn host_ports(mut self) -> Self {
+        self.host_ports = true;
+        self
+    }
+
+    /// containerd logs at level info instead of debug.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
+        self
+    }
+
+    /// A last word on containerd's configuration.
+    #[must_use]
+    pub fn patch_containerd(mut self, patch: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
+        self.patch_containerd = Some(Box::new(patch));
+        self
+    }
+
+    /// A last word on kuasard's configuration.
+    #[must_use]
+    pub fn patch_kuasard(mut self, patch: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
+        self.patch_kuasard = Some(Box::new(patch));
+        self
+    }
+}
+
+/// A private containerd, with kuasard where a sandboxer was asked for, images imported, ready for pods.
+pub struct Node {
+    name: String,
+    /// The CRI client.
+    pub cri: Cri,
+    /// containerd, for restarts.
+    pub containerd: Containerd,
+    /// kuasard, for restarts; `None` without sandboxers.
+    pub kuasard: Option<Kuasard>,
+    /// The registry, when asked for.
+    pub registry: Option<Registry>,
+    // Last: it goes after the processes that live in it.
+    scratch: Option<Scratch>,
+    bridge: String,
+    owner: Owner,
+    stopped: bool,
+}
+
+impl Node {
+    /// Starts a node.
+    ///
+    /// # Errors
+    /// Not root, a tool is missing ([`tools::Missing`] names it and the remedy), or something does not start; the error
+    /// carries the end of its log. Nothing is left behind.
+    pub async fn start(options: NodeOptions) -> Result<Self> {
+        let name = options.name.clone();
+        Self::start_inner(options).await.with_context(|| format!("start a node for {name}"))
+    }
+
+    async fn start_inner(options: NodeOptions) -> Result<Self> {
+        let mut handlers =
+            vec![Handler { name: "runc".to_owned(), runtime: Runtime::Shim(options.runc.map_or_else(tools::runc, Ok)?) }];
+        if let Ok(crun) = tools::crun() {
+            handlers.push(Handler { name: "crun".to_owned(), runtime: Runtime::Shim(crun) });
+        }
+        for sandboxer in &options.sandboxers {
+            for streaming in [false, true] {
+                handlers.push(Handler {
+                    name: format!("{}{}", sandboxer.name, if streaming { "-streaming" } else { "" }),
+                    runtime: Runtime::Sandboxer { sandboxer: sandboxer.name.clone(), streaming },
+                });
+            }
+        }
+        let tools = options.containerd.map_or_else(tools::Containerd::find, Ok)?;
+        let images = options.images.map_or_else(recipes::for_tests, Ok)?;
+
+        let scratch = Scratch::new()?;
+        let config = Config {
+            tools,
+            handlers,
+            kuasard_socket: Kuasard::socket_in(&scratch),
+            host_ports: options.host_ports,
+            debug: !options.quiet,
+            patch: options.patch_containerd,
+            env: Vec::new(),
+        };
+        let mut containerd = Containerd::new(&scratch, config)?;
+        let registry = match options.registry {
+            Some(images) => Some(Registry::start(images, &containerd.paths().certs)?),
+            None => None,
+        };
+        let mut kuasard = None;
+        if !options.sandboxers.is_empty() {
+            let socket = &containerd.paths().socket;
+            let daemon = Kuasard::new(&scratch, socket, &options.sandboxers, options.patch_kuasard.as_ref())?;
+            kuasard = Some(daemon);
+        }
+        if let Some(kuasard) = &mut kuasard {
+            // First: containerd asks every shim for its features as it starts.
+            kuasard.start().await?;
+        }
+        containerd.start().await?;
+        let cri = Cri::connect(&containerd.paths().socket).await?;
+        containerd.import(&images, &cri).await?;
+        Ok(Self {
+            name: options.name,
+            cri,
+            containerd,
+            kuasard,
+            registry,
+            bridge: scratch.bridge(),
+            owner: Owner { dir: scratch.dir().to_path_buf(), tag: scratch.tag(), ids: std::collections::BTreeSet::new() },
+            scratch: Some(scratch),
+            stopped: false,
+        })
+    }
+
+    /// The scratch directory.
+    #[must_use]
+    pub fn dir(&self) -> &std::path::Path {
+        &self.owner.dir
+    }
+
+    /// The cgroup that holds the node's pods, below each hierarchy's root.
+    #[must_use]
+    pub fn cgroup_parent(&self) -> String {
+        format!("/{}", self.owner.tag)
+    }
+
+    /// RunPodSandbox, with cgroup parent and log directory filled in where the spec has none.
+    ///
+    /// # Errors
+    /// The call fails.
+    pub async fn run_pod(&self, mut spec: PodSpec) -> Result<Pod, Status> {
+        if spec.linux().cgroup_parent.is_empty() {
+            spec.linux().cgroup_parent = self.cgroup_parent();
+        }
+        if spec.config.log_directory.is_empty() {
+            let uid = spec.config.metadata.as_ref().map_or("pod", |metadata| &metadata.uid);
+            spec.config.log_directory = self.owner.dir.join("logs").join(uid).display().to_string();
+        }
+        self.cri.run_pod(spec).await
+    }
+
+    /// What the node has on the machine now.
+    ///
+    /// # Errors
+    /// /proc cannot be read.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let paths = self.containerd.paths();
+        let mut owner = self.owner.clone();
+        owner.ids = self.cri.ids();
+        Snapshot::take(&Scope {
+            owner,
+            kuasard_pid: self.kuasard.as_ref().and_then(Kuasard::pid),
+            deep: self
+                .kuasard
+                .iter()
+                .flat_map(|kuasard| [kuasard.state().to_path_buf(), kuasard.root().to_path_buf()])
+                .collect(),
+            shallow: vec![
+                paths.netns.clone(),
+                paths.root.join("io.containerd.grpc.v1.cri/sandboxes"),
+                paths.root.join("io.containerd.grpc.v1.cri/containers"),
+                paths.state.join("io.containerd.grpc.v1.cri/sandboxes"),
+                paths.state.join("io.containerd.grpc.v1.cri/containers"),
+                paths.state.join("io.containerd.runtime.v2.task/k8s.io"),
+            ],
+            bridge: self.bridge.clone(),
+        })
+        .map(|mut snapshot| {
+            snapshot.leases(&paths.cni_leases);
+            snapshot
+        })
+    }
+
+    /// Fails, with a list, when the node still has more than `before` after a while.
+    ///
+    /// # Errors
+    /// The list.
+    pub async fn assert_no_leak(&self, before: &Snapshot) -> Result<()> {
+        let end = std::time::Instant::now() + SETTLE;
+        loop {
+            let more = self.snapshot()?.beyond(before);
+            if more.is_empty() {
+                return Ok(());
+            }
+            if std::time::Instant::now() > end {
+                bail!("left behind after {} s:\n  {}", SETTLE.as_secs(), more.join("\n  "));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Removes all pods, stops the daemons, removes the directory with everything that belongs to it.
+    ///
+    /// # Errors
+    /// Everything that went wrong on the way.
+    pub async fn stop(mut self) -> Result<()> {
+        self.stopped = true;
+        let mut faults = Vec::new();
+        let mut note = |result: Result<()>| {
+            if let Err(error) = result {
+                faults.push(format!("{error:#}"));
+            }
+        };
+        if self.containerd.pid().is_some() {
+            note(self.cri.remove_all_pods().await.context("remove the pods"));
+            note(self.containerd.stop());
+        }
+        if let Some(kuasard) = &mut self.kuasard
+            && kuasard.pid().is_some()
+        {
+            note(kuasard.stop());
+        }
+        if let Some(scratch) = self.scratch.take() {
+            note(scratch.remove());
+        }
+        if faults.is_empty() {
+            return Ok(());
+        }
+        bail!("stop the node for {}: {}", self.name, faults.join("; "))
+    }
+}
+
+impl Drop for Node {
+    /// Without [`Node::stop`] before it, the test has failed.
+    fn drop(&mut self) {
+        if self.stopped {
+            return;
+        }
+        eprintln!("containerd's log ends:\n{}", self.containerd.log_tail());
+        if let Some(kuasard) = &self.kuasard {
+            eprintln!("kuasard's log ends:\n{}", kuasard.log_tail());
+        }
+        if self.containerd.pid().is_some()
+            && let Err(error) = self.containerd.kill()
+        {
+            eprintln!("{error:#}");
+        }
+        if let Some(kuasard) = &mut self.kuasard
+            && kuasard.pid().is_some()
+            && let Err(error) = kuasard.kill()
+        {
+            eprintln!("{error:#}");
+        }
+        if std::env::var_os("KUASAR_KEEP").is_some_and(|keep| keep == "1")
+            && let Some(scratch) = self.scratch.take()
+        {
+            scratch.keep();
+        }
+    }
+}
