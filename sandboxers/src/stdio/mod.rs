@@ -1,0 +1,63 @@
+//! Where a process's input and output go, and how they get there.
+//!
+//! ```text
+//!   containerd                         this daemon                          process
+//!   FIFO  (default)       ─────────────── the FIFO itself ───────────────▶  0 1 2      no copier, survives any restart
+//!   streaming             ── StreamEnd ── pipe of the StreamHub ─────────▶  0 1 2
+//!   file://                              the file, appending ────────────▶    1 2
+//!   binary://                            logger process ◀── pipes ───────     1 2
+//! ```
+//!
+//! That is [`ProcessIo`], for a process without a terminal; [`Terminal`](crate::terminal::Terminal) is the other.
+//!
+//! Standard input ends for the process when both writers are gone: containerd's, and one of ours that
+//! [`ProcessIo::close_stdin`] closes. So a client that detaches does not end it, and CloseIO does.
+
+mod endpoint;
+mod fifo;
+mod hub;
+mod logger;
+mod process;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use endpoint::{Endpoint, Endpoints};
+pub(crate) use fifo::Fifo;
+pub use hub::{Chunk, StreamEnd, StreamHub};
+pub(crate) use logger::Logger;
+pub use process::{ChildFds, ProcessIo};
+pub(crate) use process::{Streams, open_log, own};
+
+use crate::{
+    id::{ContainerId, Namespace},
+    reaper::Reaper,
+};
+
+/// containerd's three stdio fields, as it sent them: a FIFO path, a `file://` or `binary://` log URI, a streaming URL
+/// (`ttrpc+unix://…?streaming_id=…`), or empty for none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stdio {
+    /// Standard input.
+    pub stdin: String,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error; ignored with a terminal.
+    pub stderr: String,
+    /// The process gets a pseudo-terminal.
+    pub terminal: bool,
+}
+
+/// What opening stdio needs to know besides the [`Stdio`].
+#[derive(Clone, Debug)]
+pub struct IoContext {
+    /// containerd's namespace; told to log programs.
+    pub namespace: Namespace,
+    /// The container; told to log programs.
+    pub container: ContainerId,
+    /// Streams that containerd opened.
+    pub streams: StreamHub,
+    /// Starts log programs.
+    pub reaper: Reaper,
+    /// User and group id that own the pipes made for the process (`IoUid`, `IoGid`).
+    pub owner: (u32, u32),
+}
