@@ -21,7 +21,7 @@ use crate::{
     event::EventSink,
     id::{ExecId, Namespace, SandboxId},
     reaper::Reaper,
-    stdio::Stdio,
+    stdio::{Stdio, StreamHub},
     types::{Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
 };
 
@@ -51,6 +51,8 @@ pub struct SandboxContext {
     pub events: EventSink,
     /// How child processes are started and waited for.
     pub reaper: Reaper,
+    /// Streams that containerd opens for `io_type = "streaming"`.
+    pub streams: StreamHub,
 }
 
 /// A sandbox: a pod's isolation and what its containers share.
@@ -62,7 +64,8 @@ pub trait Sandbox: Send + Sync + 'static {
     /// Ends every process in it: gracefully within `grace`, then by force. Idempotent.
     async fn stop(&self, grace: Duration) -> Result<()>;
 
-    /// Releases every resource. Called in any state; kills what still runs. Idempotent.
+    /// Releases every resource. Idempotent. Every container has been deleted before, and a sandbox that was started has been
+    /// stopped, unless its start failed.
     async fn delete(&self) -> Result<()>;
 
     /// Resolves when a started sandbox has ended, by itself or by [`Sandbox::stop`].

@@ -18,14 +18,23 @@
 //! Nothing here names a backend or a message of containerd.
 
 pub mod cgroup;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
 pub mod contract;
 pub mod error;
 pub mod event;
+#[cfg(any(test, feature = "testing"))]
+pub mod fake;
+pub mod handle;
 pub mod id;
 pub mod lifecycle;
+mod owner;
 pub mod reaper;
+pub mod registry;
+mod requests;
 pub mod spec;
 pub mod stdio;
+pub mod store;
 pub mod types;
 pub mod undo;
 

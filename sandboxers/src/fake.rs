@@ -1,0 +1,386 @@
+//! A sandboxer without sandboxes, for tests: its processes are entries in a table.
+//!
+//! It is a full implementation of the contract, so what is built on the contract can be tested without root, and the
+//! conformance suite is itself checked. What a process does is said by the first word of its `args`: see [`Behaviour`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use crate::{
+    cgroup::{Stats, v2},
+    contract::{Container, Process, Sandbox, SandboxContext, Sandboxer},
+    error::{Error, Result},
+    id::{ExecId, Namespace, SandboxId},
+    stdio::Stdio,
+    types::{
+        Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodMetadata, PodNamespaces, PodResources, ProcessInfo,
+        RuntimeOptions, SandboxSpec, WindowSize,
+    },
+};
+
+/// What a process does once it is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behaviour {
+    /// Ends at once with this code.
+    Exit(u32),
+    /// Runs until it is killed.
+    Run,
+    /// Cannot be started.
+    FailToStart,
+}
+
+impl Behaviour {
+    /// The `process` object that makes the fake behave so.
+    #[must_use]
+    pub fn process(self) -> Value {
+        match self {
+            Self::Exit(code) => json!({"args": ["exit", code.to_string()]}),
+            Self::Run => json!({"args": ["run"]}),
+            Self::FailToStart => json!({"args": ["fail"]}),
+        }
+    }
+
+    fn parse(process: &Value) -> Result<Self> {
+        let arg = |index: usize| process["args"][index].as_str();
+        match (arg(0), arg(1).map(str::parse)) {
+            (Some("exit"), Some(Ok(code))) => Ok(Self::Exit(code)),
+            (Some("run"), _) => Ok(Self::Run),
+            (Some("fail"), _) => Ok(Self::FailToStart),
+            _ => Err(Error::invalid("process args", format!("the fake sandboxer knows no {}", process["args"]))),
+        }
+    }
+}
+
+/// A minimal sandbox spec for tests, of the sandboxer `fake`.
+///
+/// # Panics
+/// When `id` is not a valid id.
+#[must_use]
+#[allow(clippy::expect_used)]
+pub fn spec(id: &str) -> SandboxSpec {
+    SandboxSpec {
+        namespace: "test".parse().expect("a valid namespace"),
+        id: id.parse().expect("a valid id"),
+        sandboxer: "fake".into(),
+        pod: PodMetadata::default(),
+        hostname: id.into(),
+        netns: None,
+        namespaces: PodNamespaces::default(),
+        dns: None,
+        sysctls: BTreeMap::new(),
+        cgroup_parent: String::new(),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        log_directory: String::new(),
+        resources: PodResources::default(),
+        options: RuntimeOptions::default(),
+    }
+}
+
+/// What the fake has in place of a kernel: it outlives daemons, and tells what has not been released.
+#[derive(Clone, Debug, Default)]
+pub struct World(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    next_pid: u32,
+    processes: BTreeMap<u32, watch::Sender<Option<Exit>>>,
+    resources: BTreeSet<String>,
+}
+
+impl World {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names of what is held now, and of what runs.
+    #[must_use]
+    pub fn held(&self) -> Vec<String> {
+        let state = self.state();
+        let running = state.processes.iter().filter(|(_, exit)| exit.borrow().is_none()).map(|(pid, _)| format!("process {pid}"));
+        state.resources.iter().cloned().chain(running).collect()
+    }
+
+    fn hold(&self, resource: String) {
+        self.state().resources.insert(resource);
+    }
+
+    fn release(&self, resource: &str) {
+        self.state().resources.remove(resource);
+    }
+
+    fn spawn(&self) -> u32 {
+        let mut state = self.state();
+        state.next_pid += 1;
+        let pid = state.next_pid + 1000;
+        state.processes.insert(pid, watch::channel(None).0);
+        pid
+    }
+
+    fn end(&self, pid: u32, status: u32) {
+        if let Some(exit) = self.state().processes.get(&pid) {
+            exit.send_if_modified(|exit| {
+                let alive = exit.is_none();
+                exit.get_or_insert_with(|| Exit::now(status));
+                alive
+            });
+        }
+    }
+
+    async fn exited(&self, pid: u32) -> Exit {
+        let exit = self.state().processes.get(&pid).map(watch::Sender::subscribe);
+        match exit {
+            Some(mut exit) => match exit.wait_for(Option::is_some).await {
+                Ok(exit) => exit.unwrap_or_else(|| Exit::now(255)),
+                Err(_) => Exit::now(255),
+            },
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// The fake sandboxer.
+#[derive(Clone, Debug, Default)]
+pub struct FakeSandboxer {
+    /// Its kernel.
+    pub world: World,
+}
+
+#[derive(Debug)]
+struct FakeSandbox {
+    id: SandboxId,
+    world: World,
+    /// Stands for the sandbox itself.
+    pid: u32,
+    pids: Mutex<Vec<u32>>,
+    started: AtomicBool,
+}
+
+#[async_trait]
+impl Sandboxer for FakeSandboxer {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            technique: "fake".into(),
+            exec: Ok(()),
+            pause: Ok(()),
+            update: Ok(()),
+            terminal: Err("a fake process has no terminal; use stdio".into()),
+            features: None,
+        }
+    }
+
+    async fn create(&self, spec: Arc<SandboxSpec>, _context: SandboxContext) -> Result<Arc<dyn Sandbox>> {
+        if spec.annotations.contains_key("fake/refuse") {
+            return Err(Error::invalid("annotation fake/refuse", "it asks for a refusal"));
+        }
+        self.world.hold(format!("sandbox {}", spec.id));
+        Ok(Arc::new(self.sandbox(&spec, self.world.spawn(), Vec::new())))
+    }
+
+    async fn recover(&self, spec: Arc<SandboxSpec>, _context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>> {
+        let (pid, pids) =
+            serde_json::from_value(record).map_err(Error::failed("read the fake sandbox's record"))?;
+        Ok(Arc::new(self.sandbox(&spec, pid, pids)))
+    }
+
+    async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>> {
+        let mut state = self.world.state();
+        let unknown = |name: &&String| {
+            name.strip_prefix("sandbox ").is_some_and(|name| !known.iter().any(|(_, id)| id.as_str() == name))
+        };
+        let leftovers: Vec<_> = state.resources.iter().filter(unknown).cloned().collect();
+        leftovers.iter().for_each(|name| {
+            state.resources.remove(name);
+        });
+        Ok(leftovers)
+    }
+}
+
+impl FakeSandboxer {
+    fn sandbox(&self, spec: &SandboxSpec, pid: u32, pids: Vec<u32>) -> FakeSandbox {
+        FakeSandbox {
+            id: spec.id.clone(),
+            world: self.world.clone(),
+            pid,
+            pids: Mutex::new(pids),
+            started: AtomicBool::new(false),
+        }
+    }
+}
+
+#[async_trait]
+impl Sandbox for FakeSandbox {
+    async fn start(&self) -> Result<Option<u32>> {
+        self.started.store(true, Ordering::SeqCst);
+        Ok(Some(self.pid))
+    }
+
+    async fn stop(&self, _grace: Duration) -> Result<()> {
+        let pids = self.pids.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for pid in pids {
+            self.world.end(pid, 137);
+        }
+        self.world.end(self.pid, 0);
+        Ok(())
+    }
+
+    async fn delete(&self) -> Result<()> {
+        self.stop(Duration::ZERO).await?;
+        self.world.release(&format!("sandbox {}", self.id));
+        Ok(())
+    }
+
+    async fn exited(&self) -> Exit {
+        self.world.exited(self.pid).await
+    }
+
+    async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>> {
+        let behaviour = Behaviour::parse(&spec.spec.as_value()["process"])?;
+        self.world.hold(format!("container {}", spec.id));
+        let pid = self.world.spawn();
+        self.pids.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
+        Ok(Arc::new(FakeProcess::new(self.world.clone(), format!("container {}", spec.id), behaviour, Some(pid))))
+    }
+
+    async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
+        let pid = serde_json::from_value(record).map_err(Error::failed("read the fake container's record"))?;
+        Ok(Arc::new(FakeProcess::new(self.world.clone(), format!("container {}", head.id), Behaviour::Run, pid)))
+    }
+
+    async fn update(&self, _resources: &PodResources) -> Result<()> {
+        Ok(())
+    }
+
+    async fn metrics(&self) -> Result<Option<Stats>> {
+        Ok(None)
+    }
+
+    fn record(&self) -> Value {
+        json!((self.pid, &*self.pids.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn describe(&self) -> Value {
+        json!({"pid": self.pid})
+    }
+}
+
+#[derive(Debug)]
+struct FakeProcess {
+    world: World,
+    resource: String,
+    behaviour: Behaviour,
+    pid: Mutex<Option<u32>>,
+    paused: AtomicBool,
+}
+
+impl FakeProcess {
+    fn new(world: World, resource: String, behaviour: Behaviour, pid: Option<u32>) -> Self {
+        Self { world, resource, behaviour, pid: Mutex::new(pid), paused: AtomicBool::new(false) }
+    }
+
+    fn live_pid(&self) -> Result<u32> {
+        self.pid().ok_or_else(|| Error::NotFound { kind: "process", id: self.resource.clone() })
+    }
+}
+
+#[async_trait]
+impl Process for FakeProcess {
+    fn pid(&self) -> Option<u32> {
+        *self.pid.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn start(&self) -> Result<u32> {
+        if self.behaviour == Behaviour::FailToStart {
+            return Err(Error::Backend {
+                program: "fake".into(),
+                operation: "start the process".into(),
+                message: "exec: \"fail\": executable file not found".into(),
+            });
+        }
+        let pid = *self.pid.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| self.world.spawn());
+        if let Behaviour::Exit(code) = self.behaviour {
+            self.world.end(pid, code);
+        }
+        Ok(pid)
+    }
+
+    async fn kill(&self, signal: i32, _all: bool) -> Result<()> {
+        self.world.end(self.live_pid()?, 128 + signal.unsigned_abs());
+        Ok(())
+    }
+
+    async fn exited(&self) -> Exit {
+        match self.pid() {
+            Some(pid) => self.world.exited(pid).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn delete(&self) -> Result<()> {
+        if let Some(pid) = self.pid() {
+            self.world.end(pid, 137);
+        }
+        self.world.release(&self.resource);
+        Ok(())
+    }
+
+    async fn resize(&self, _size: WindowSize) -> Result<()> {
+        Err(Error::Unsupported { operation: "resizing", why: "a fake process has no terminal".into() })
+    }
+
+    async fn close_stdin(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn record(&self) -> Value {
+        json!(self.pid())
+    }
+}
+
+#[async_trait]
+impl Container for FakeProcess {
+    async fn exec(&self, spec: ExecSpec) -> Result<Arc<dyn Process>> {
+        let behaviour = Behaviour::parse(&spec.process)?;
+        let resource = format!("exec {} of {}", spec.id, self.resource);
+        self.world.hold(resource.clone());
+        Ok(Arc::new(Self::new(self.world.clone(), resource, behaviour, None)))
+    }
+
+    async fn recover_exec(&self, id: ExecId, _stdio: Stdio, record: Value) -> Result<Arc<dyn Process>> {
+        let pid = serde_json::from_value(record).map_err(Error::failed("read the fake exec's record"))?;
+        let resource = format!("exec {id} of {}", self.resource);
+        Ok(Arc::new(Self::new(self.world.clone(), resource, Behaviour::Run, pid)))
+    }
+
+    async fn pids(&self) -> Result<Vec<ProcessInfo>> {
+        Ok(vec![ProcessInfo { pid: self.live_pid()?, exec: None }])
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        Ok(Stats::V2(Box::new(v2::Stats::default())))
+    }
+
+    async fn update(&self, _resources: Value) -> Result<()> {
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.paused.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.paused.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+}

@@ -1,0 +1,329 @@
+//! How the rest of the daemon talks to the owner task of a sandbox.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    cgroup::Stats,
+    error::{Error, Result},
+    id::{ContainerId, ExecId, Namespace, SandboxId},
+    lifecycle::{ProcessState, SandboxState},
+    owner::{Call, Key, Owner, Reply},
+    stdio::Stdio,
+    types::{ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
+};
+
+/// A sandbox, to send requests to. It may be gone at any time; requests then fail with NotFound.
+#[derive(Clone, Debug)]
+pub struct SandboxHandle {
+    /// containerd's namespace.
+    pub namespace: Namespace,
+    /// The sandbox.
+    pub id: SandboxId,
+    calls: mpsc::UnboundedSender<Call>,
+}
+
+/// A container in a sandbox. It may be gone at any time; requests then fail with NotFound.
+#[derive(Clone, Debug)]
+pub struct ContainerHandle {
+    sandbox: SandboxHandle,
+    id: ContainerId,
+}
+
+/// What is known of a sandbox.
+#[derive(Clone, Debug, Serialize)]
+pub struct SandboxStatus {
+    /// As it was asked for.
+    pub spec: Arc<SandboxSpec>,
+    /// Where it is in its life.
+    pub state: SandboxState,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// The technique, for people: `runc 1.3.5`.
+    pub technique: String,
+    /// The backend's own facts.
+    pub detail: Value,
+    /// Its containers, by id.
+    pub containers: Vec<ContainerStatus>,
+}
+
+/// What is known of a container.
+#[derive(Clone, Debug, Serialize)]
+pub struct ContainerStatus {
+    /// The container.
+    pub id: ContainerId,
+    /// containerd's bundle directory.
+    pub bundle: PathBuf,
+    /// Its first process.
+    pub init: ProcessStatus,
+    /// The others, by id.
+    pub execs: Vec<ProcessStatus>,
+}
+
+/// What is known of a process.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProcessStatus {
+    /// The exec; `None` for a container's first process.
+    pub exec: Option<ExecId>,
+    /// Where it is in its life.
+    pub state: ProcessState,
+    /// Where its input and output go.
+    pub stdio: Stdio,
+}
+
+/// A process with what its container adds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ContainerProcess {
+    /// containerd's bundle directory.
+    pub bundle: PathBuf,
+    /// The process.
+    pub process: ProcessStatus,
+}
+
+impl SandboxHandle {
+    pub(crate) fn new(namespace: Namespace, id: SandboxId, calls: mpsc::UnboundedSender<Call>) -> Self {
+        Self { namespace, id, calls }
+    }
+
+    /// Sends a closure to the owner task and waits for its answer.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Owner, Reply<T>) + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Error::NotFound { kind: "sandbox", id: self.id.to_string() };
+        self.calls.send(Box::new(move |owner| call(owner, reply))).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Like [`Self::call`], for what is answered from the owner's own state.
+    async fn read<T: Send + 'static>(&self, read: impl FnOnce(&mut Owner) -> Result<T> + Send + 'static) -> Result<T> {
+        self.call(move |owner, reply| {
+            let _ = reply.send(read(owner));
+        })
+        .await
+    }
+
+    /// Starts the sandbox. When that fails the sandbox is gone.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] unless it is created and not started; else what the backend says.
+    pub async fn start(&self) -> Result<SandboxStatus> {
+        self.call(Owner::start).await
+    }
+
+    /// Ends everything in it, by force after `grace`. Stopping a stopped sandbox is fine.
+    ///
+    /// # Errors
+    /// What the backend says, or that the state could not be saved.
+    pub async fn stop(&self, grace: Duration) -> Result<()> {
+        self.call(move |owner, reply| owner.stop(grace, reply)).await
+    }
+
+    /// Stops it if need be, and releases all it has.
+    ///
+    /// # Errors
+    /// What the backend says; it can be tried again.
+    pub async fn delete(&self) -> Result<()> {
+        self.call(Owner::delete).await
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when it is gone.
+    pub async fn wait(&self) -> Result<Exit> {
+        let exit = self.read(|owner| Ok(owner.exit.subscribe())).await?;
+        ended(exit).await
+    }
+
+    /// What is known of it.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when it is gone.
+    pub async fn status(&self) -> Result<SandboxStatus> {
+        self.read(|owner| Ok(owner.status())).await
+    }
+
+    /// Creates a container; returns the pid of its first process.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`], [`Error::Denied`] unless the sandbox is ready, or what the backend says.
+    pub async fn create_container(&self, spec: ContainerSpec) -> Result<u32> {
+        self.call(move |owner, reply| owner.create_container(spec, reply)).await
+    }
+
+    /// Changes the pod's resources.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] when it is stopped, or what the backend says.
+    pub async fn update(&self, resources: PodResources) -> Result<()> {
+        self.call(move |owner, reply| owner.update(resources, reply)).await
+    }
+
+    /// Resource use of the whole, where the technique can tell.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub async fn metrics(&self) -> Result<Option<Stats>> {
+        let sandbox = self.read(|owner| Ok(owner.sandbox.clone())).await?;
+        sandbox.metrics().await
+    }
+
+    /// Waits until no operation is under way.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when it is gone.
+    pub(crate) async fn idle(&self) -> Result<()> {
+        self.call(|owner, reply| owner.when_idle(move |owner| owner.answer(reply, Ok(())))).await
+    }
+}
+
+impl ContainerHandle {
+    pub(crate) fn new(sandbox: SandboxHandle, id: ContainerId) -> Self {
+        Self { sandbox, id }
+    }
+
+    fn key(&self, exec: Option<ExecId>) -> Key {
+        (self.id.clone(), exec)
+    }
+
+    /// The sandbox it is in.
+    #[must_use]
+    pub fn sandbox(&self) -> &SandboxHandle {
+        &self.sandbox
+    }
+
+    /// Starts the container's first process (`None`) or an exec; returns its pid.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] unless it is created and not started; else what the backend says.
+    pub async fn start(&self, exec: Option<ExecId>) -> Result<u32> {
+        let key = self.key(exec);
+        self.sandbox.call(move |owner, reply| owner.start_process(key, reply)).await
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`Error::Finished`] when it has ended.
+    pub async fn kill(&self, exec: Option<ExecId>, signal: i32, all: bool) -> Result<()> {
+        let key = self.key(exec);
+        self.sandbox.call(move |owner, reply| owner.kill(key, signal, all, reply)).await
+    }
+
+    /// Releases an ended process; for the first one, the container with all its execs. Returns how it ended.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] while it runs; else what the backend says.
+    pub async fn delete(&self, exec: Option<ExecId>) -> Result<ProcessStatus> {
+        let key = self.key(exec);
+        self.sandbox.call(move |owner, reply| owner.delete_process(key, reply)).await
+    }
+
+    /// Waits for the end of a process.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is no such process.
+    pub async fn wait(&self, exec: Option<ExecId>) -> Result<Exit> {
+        let key = self.key(exec);
+        let exit = self.sandbox.read(move |owner| Ok(owner.process(&key)?.exit.subscribe())).await?;
+        ended(exit).await
+    }
+
+    /// What is known of a process.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is no such process.
+    pub async fn status(&self, exec: Option<ExecId>) -> Result<ContainerProcess> {
+        let key = self.key(exec);
+        self.sandbox.read(move |owner| owner.process_state(&key)).await
+    }
+
+    /// Prepares an additional process.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`], [`Error::Denied`] unless the container runs, [`Error::Unsupported`].
+    pub async fn exec(&self, spec: ExecSpec) -> Result<()> {
+        let container = self.id.clone();
+        self.sandbox.call(move |owner, reply| owner.add_exec(container, spec, reply)).await
+    }
+
+    /// All processes in the container; never empty.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub async fn pids(&self) -> Result<Vec<ProcessInfo>> {
+        let id = self.id.clone();
+        let container = self.sandbox.read(move |owner| Ok(owner.container(&id)?.container.clone())).await?;
+        container.pids().await
+    }
+
+    /// Resource use.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when it has ended; else what the backend says.
+    pub async fn stats(&self) -> Result<Stats> {
+        let key = self.key(None);
+        let container = self.sandbox.read(move |owner| owner.measurable(&key)).await?;
+        container.stats().await
+    }
+
+    /// Applies an OCI `linux.resources` object.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] when it has ended, [`Error::Unsupported`], or what the backend says.
+    pub async fn update(&self, resources: Value) -> Result<()> {
+        let key = self.key(None);
+        self.sandbox.call(move |owner, reply| owner.update_container(key, resources, reply)).await
+    }
+
+    /// Freezes every process.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] unless it runs, [`Error::Unsupported`], or what the backend says.
+    pub async fn pause(&self) -> Result<()> {
+        let key = self.key(None);
+        self.sandbox.call(move |owner, reply| owner.pause(key, reply)).await
+    }
+
+    /// Thaws every process.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] unless it is paused, or what the backend says.
+    pub async fn resume(&self) -> Result<()> {
+        let key = self.key(None);
+        self.sandbox.call(move |owner, reply| owner.resume(key, reply)).await
+    }
+
+    /// Sets a terminal's size.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] when it has ended, or what the backend says.
+    pub async fn resize(&self, exec: Option<ExecId>, size: WindowSize) -> Result<()> {
+        let key = self.key(exec);
+        self.sandbox.call(move |owner, reply| owner.resize(key, size, reply)).await
+    }
+
+    /// Closes the writing end of a process's standard input.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or what the backend says.
+    pub async fn close_stdin(&self, exec: Option<ExecId>) -> Result<()> {
+        let key = self.key(exec);
+        self.sandbox.call(move |owner, reply| owner.close_stdin(key, reply)).await
+    }
+}
+
+async fn ended(mut exit: watch::Receiver<Option<Exit>>) -> Result<Exit> {
+    let value = exit.wait_for(Option::is_some).await.map(|exit| *exit);
+    // The owner sets an exit before it drops a process, so the alternative means that the daemon is going down.
+    value.ok().flatten().ok_or_else(|| Error::Unavailable { what: "the exit".into(), why: "the daemon is stopping".into() })
+}

@@ -1,0 +1,64 @@
+//! The conformance suite over the contract, on the fake sandboxer: that checks the suite, the owner task and the fake at once.
+
+use std::{path::Path, sync::Arc};
+
+use kuasar_sandboxers::{
+    Sandboxer,
+    conformance::{self, Fixture},
+    fake::{self, Behaviour, FakeSandboxer},
+    id::{ContainerId, ExecId},
+    reaper::Reaper,
+    spec::OciSpec,
+    stdio::Stdio,
+    types::{ContainerSpec, ExecSpec, SandboxSpec},
+};
+use serde_json::json;
+
+struct Fake {
+    sandboxer: FakeSandboxer,
+    reaper: Reaper,
+}
+
+impl Fixture for Fake {
+    fn sandboxer(&self, _root: &Path) -> Arc<dyn Sandboxer> {
+        Arc::new(self.sandboxer.clone())
+    }
+
+    fn sandbox(&self, id: &str) -> SandboxSpec {
+        fake::spec(id)
+    }
+
+    fn container(&self, dir: &Path, id: ContainerId, behaviour: Behaviour) -> ContainerSpec {
+        let spec = json!({"process": behaviour.process(), "root": {"path": "rootfs"}}).to_string();
+        ContainerSpec {
+            bundle: dir.join(&id),
+            id,
+            spec: OciSpec::parse(spec.as_bytes()).unwrap(),
+            rootfs: Vec::new(),
+            stdio: Stdio::default(),
+        }
+    }
+
+    fn exec(&self, id: ExecId, behaviour: Behaviour) -> ExecSpec {
+        ExecSpec { id, process: behaviour.process(), stdio: Stdio::default() }
+    }
+
+    fn held(&self, _root: &Path) -> Vec<String> {
+        self.sandboxer.world.held()
+    }
+
+    fn reaper(&self) -> Reaper {
+        self.reaper.clone()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_fake_sandboxer_conforms() {
+    let fixture = Fake { sandboxer: FakeSandboxer::default(), reaper: Reaper::install().unwrap() };
+    let mut failed = 0;
+    for (name, outcome) in conformance::run(&fixture).await {
+        println!("{name}: {outcome:?}");
+        failed += usize::from(outcome.is_err());
+    }
+    assert_eq!(failed, 0);
+}
