@@ -65,6 +65,7 @@ impl Kuasard {
             sandboxers.iter().map(|sandboxer| (sandboxer.name.clone(), sandboxer.table.clone())).collect();
         let mut config = json!({
             "containerd": { "address": containerd },
+            "log": { "level": "debug" },
             "sandboxer": tables,
         });
         if let Some(patch) = patch {

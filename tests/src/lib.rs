@@ -51,6 +51,7 @@
 //!
 //! Nothing here mocks containerd or a runtime, and nothing is shared between two nodes.
 
+pub mod conformance;
 pub mod containerd;
 pub mod cri;
 pub mod image;

@@ -174,7 +174,8 @@ impl Node {
             host_ports: options.host_ports,
             debug: !options.quiet,
             patch: options.patch_containerd,
-            env: Vec::new(),
+            // Where our shim, which containerd runs, finds what it has to know.
+            env: vec![("KUASAR_CONFIG".to_owned(), Kuasard::config_in(&scratch).display().to_string())],
         };
         let mut containerd = Containerd::new(&scratch, config)?;
         let registry = match options.registry {
@@ -249,6 +250,7 @@ impl Node {
                 .kuasard
                 .iter()
                 .flat_map(|kuasard| [kuasard.state().to_path_buf(), kuasard.root().to_path_buf()])
+                .chain([self.owner.dir.join("run/oci")])
                 .collect(),
             shallow: vec![
                 paths.netns.clone(),

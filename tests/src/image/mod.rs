@@ -38,10 +38,10 @@ struct Entry {
     kind: Kind,
 }
 
-/// An image to be built: paths in the order they are added, and the image's configuration.
+/// An image to be built: layers of paths in the order they are added, and the image's configuration.
 #[derive(Clone, Debug, Default)]
 pub struct Recipe {
-    entries: Vec<Entry>,
+    layers: Vec<Vec<Entry>>,
     config: serde_json::Map<String, Value>,
 }
 
@@ -53,7 +53,18 @@ impl Recipe {
     }
 
     fn add(mut self, path: &str, mode: u32, kind: Kind) -> Self {
-        self.entries.push(Entry { path: path.trim_start_matches('/').to_owned(), mode, uid: 0, gid: 0, kind });
+        let entry = Entry { path: path.trim_start_matches('/').to_owned(), mode, uid: 0, gid: 0, kind };
+        match self.layers.last_mut() {
+            Some(layer) => layer.push(entry),
+            None => self.layers.push(vec![entry]),
+        }
+        self
+    }
+
+    /// Begins another layer: what follows is stored apart from what was added before, which other images may share.
+    #[must_use]
+    pub fn layer(mut self) -> Self {
+        self.layers.push(Vec::new());
         self
     }
 
@@ -84,7 +95,7 @@ impl Recipe {
     /// Gives the path added last to another user.
     #[must_use]
     pub fn owned_by(mut self, uid: u64, gid: u64) -> Self {
-        if let Some(entry) = self.entries.last_mut() {
+        if let Some(entry) = self.layers.last_mut().and_then(|layer| layer.last_mut()) {
             (entry.uid, entry.gid) = (uid, gid);
         }
         self
@@ -97,40 +108,40 @@ impl Recipe {
         self.config.insert(key.to_owned(), value.into());
         self
     }
+}
 
-    fn layer(&self) -> Result<Vec<u8>> {
-        let mut tar = tar::Builder::new(Vec::new());
-        for entry in &self.entries {
-            let mut header = tar::Header::new_gnu();
-            header.set_mode(entry.mode);
-            header.set_uid(entry.uid);
-            header.set_gid(entry.gid);
-            header.set_mtime(0);
-            header.set_size(0);
-            let context = || format!("add {} to the layer", entry.path);
-            match &entry.kind {
-                Kind::Dir => {
-                    header.set_entry_type(tar::EntryType::Directory);
-                    tar.append_data(&mut header, format!("{}/", entry.path), std::io::empty())
-                }
-                Kind::File(content) => {
-                    header.set_entry_type(tar::EntryType::Regular);
-                    header.set_size(content.len() as u64);
-                    tar.append_data(&mut header, &entry.path, content.as_slice())
-                }
-                Kind::HardLink(to) => {
-                    header.set_entry_type(tar::EntryType::Link);
-                    tar.append_link(&mut header, &entry.path, to)
-                }
-                Kind::Symlink(to) => {
-                    header.set_entry_type(tar::EntryType::Symlink);
-                    tar.append_link(&mut header, &entry.path, to)
-                }
+fn archive(entries: &[Entry]) -> Result<Vec<u8>> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for entry in entries {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(entry.mode);
+        header.set_uid(entry.uid);
+        header.set_gid(entry.gid);
+        header.set_mtime(0);
+        header.set_size(0);
+        let context = || format!("add {} to the layer", entry.path);
+        match &entry.kind {
+            Kind::Dir => {
+                header.set_entry_type(tar::EntryType::Directory);
+                tar.append_data(&mut header, format!("{}/", entry.path), std::io::empty())
             }
-            .with_context(context)?;
+            Kind::File(content) => {
+                header.set_entry_type(tar::EntryType::Regular);
+                header.set_size(content.len() as u64);
+                tar.append_data(&mut header, &entry.path, content.as_slice())
+            }
+            Kind::HardLink(to) => {
+                header.set_entry_type(tar::EntryType::Link);
+                tar.append_link(&mut header, &entry.path, to)
+            }
+            Kind::Symlink(to) => {
+                header.set_entry_type(tar::EntryType::Symlink);
+                tar.append_link(&mut header, &entry.path, to)
+            }
         }
-        tar.into_inner().context("finish the layer")
+        .with_context(context)?;
     }
+    tar.into_inner().context("finish the layer")
 }
 
 /// The OCI name of the architecture this program runs on.
@@ -181,20 +192,26 @@ impl Store {
     /// # Errors
     /// A path cannot be written into a tar.
     pub fn build<S: AsRef<str>>(&mut self, references: &[S], recipe: &Recipe) -> Result<String> {
-        let (layer, layer_size) = self.put(recipe.layer()?);
         // Uncompressed: the layer's digest is its diff id, and nothing is spent on compression over loopback.
+        let mut diff_ids = Vec::new();
+        let mut layers = Vec::new();
+        for entries in &recipe.layers {
+            let (digest, size) = self.put(archive(entries)?);
+            layers.push(json!({ "mediaType": LAYER, "digest": digest, "size": size }));
+            diff_ids.push(digest);
+        }
         let config = json!({
             "architecture": architecture(),
             "os": "linux",
             "config": recipe.config,
-            "rootfs": { "type": "layers", "diff_ids": [layer] },
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
         let (config, config_size) = self.put(serde_json::to_vec(&config)?);
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "config": { "mediaType": CONFIG, "digest": config, "size": config_size },
-            "layers": [{ "mediaType": LAYER, "digest": layer, "size": layer_size }],
+            "layers": layers,
         });
         let (manifest, _) = self.put(serde_json::to_vec(&manifest)?);
         for reference in references {

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde_json::json;
 
 use super::{Recipe, Store};
 use crate::{process, tools};
@@ -137,10 +138,13 @@ pub fn for_critest() -> Result<Store> {
     }
     let nnp = base()?.file("nnp", 0o4755, APPLETS).config("Cmd", vec!["/nnp"]).config("User", "1000");
     store.build(&[format!("{E2E}/nonewprivs:1.3")], &nnp)?;
-    store.build(&["registry.k8s.io/pause:3.9", "k8s.gcr.io/pause:3.9"], &pause())?;
+    // Of another digest than the one that the node itself uses, or that one's name would be counted among its tags.
+    let pause = pause().config("Labels", json!({ "for": "critest" }));
+    store.build(&["registry.k8s.io/pause:3.9", "k8s.gcr.io/pause:3.9"], &pause)?;
 
-    // Images that are pulled, listed and removed, never run: each needs a digest of its own.
-    let marked = |mark: &str| Recipe::new().file("mark", 0o644, mark);
+    // Each needs a digest of its own; some are run, too.
+    let base = base()?;
+    let marked = |mark: &str| base.clone().layer().file("mark", 0o644, mark);
     store.build(&[format!("{CRI}/test-image-latest:latest")], &marked("latest"))?;
     for tag in ["test", "all"] {
         store.build(&[format!("{CRI}/test-image-tag:{tag}")], &marked(tag))?;

@@ -1,0 +1,131 @@
+//! critest with a sandboxer beside critest with the runc shim, on one containerd, in one run.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use kuasar_tests::conformance::{Critest, Run, Verdict, compare, write_results};
+use kuasar_tests::image::recipes;
+use kuasar_tests::{Node, NodeOptions, skip, tools};
+
+/// Runs the CRI conformance suite with a sandboxer and with the runc shim, and compares the two.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The sandboxer to test; its name says its kind (kuasar-runc, kuasar-crun).
+    #[arg(long, env = "SANDBOXER", default_value = "kuasar-runc")]
+    sandboxer: String,
+    /// The OCI runtime behind both: runc, crun, or a path; by default what the sandboxer's name says.
+    #[arg(long)]
+    runtime: Option<String>,
+    /// Only the runc shim, to check the suite itself.
+    #[arg(long)]
+    peer_only: bool,
+    /// Only specs that match this regular expression.
+    #[arg(long, env = "FOCUS", default_value = "")]
+    focus: String,
+    /// Also the specs that need NRI.
+    #[arg(long)]
+    nri: bool,
+    /// Directory for logs and JUnit reports.
+    #[arg(long, default_value = "target/conformance")]
+    out: PathBuf,
+    /// File for the results, a line per spec.
+    #[arg(long)]
+    results: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let critest = match tools::critest() {
+        Ok(critest) => critest,
+        Err(missing) => {
+            skip::record(&format!("conformance of {}", arguments.sandboxer), &missing.to_string());
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    tokio::select! {
+        code = run(arguments, critest) => code,
+        signal = tokio::signal::ctrl_c() => {
+            // The node was dropped with the other branch, and has removed everything.
+            signal.context("wait for Ctrl-C")?;
+            eprintln!("interrupted");
+            Ok(ExitCode::from(130))
+        }
+    }
+}
+
+async fn run(arguments: Arguments, critest: PathBuf) -> Result<ExitCode> {
+    let peer_only = arguments.peer_only;
+    let sandboxer = arguments.sandboxer.clone();
+    let mut options = NodeOptions::new("conformance").quiet().registry(recipes::for_critest()?).host_ports();
+    if !peer_only {
+        let runtime =
+            arguments.runtime.clone().unwrap_or_else(|| sandboxer.strip_prefix("kuasar-").unwrap_or(&sandboxer).to_owned());
+        options = options.sandboxer(&sandboxer, &runtime);
+    }
+    let node = Node::start(options).await?;
+    let (major, minor, patch) = node.containerd.version();
+    println!("containerd {major}.{minor}.{patch}, critest {}", critest.display());
+
+    std::fs::create_dir_all(&arguments.out).with_context(|| format!("create {}", arguments.out.display()))?;
+    let critest = Critest {
+        program: critest,
+        socket: node.containerd.paths().socket.clone(),
+        out: arguments.out.canonicalize()?,
+        focus: arguments.focus.clone(),
+        nri_socket: arguments.nri.then(|| node.containerd.paths().nri_socket.clone()),
+    };
+    let peer = suite(&critest, "runc").await?;
+    let behind = if peer_only {
+        0
+    } else {
+        let ours = suite(&critest, &sandboxer).await?;
+        report(&arguments, &peer, &ours)?
+    };
+    node.stop().await?;
+    Ok(if behind == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn suite(critest: &Critest, handler: &str) -> Result<Run> {
+    println!("\n{handler}: running, about two minutes; log: {}/{handler}.log", critest.out.display());
+    let run = {
+        let (critest, handler) = (critest.clone(), handler.to_owned());
+        tokio::task::spawn_blocking(move || critest.run(&handler)).await??
+    };
+    println!("{handler}: {}", run.closing.replace('\n', "\n    "));
+    let (passed, failed, _) = run.counts();
+    ensure!(passed + failed > 0, "critest ran no spec with {handler}: see {}/{handler}.log", critest.out.display());
+    Ok(run)
+}
+
+/// Prints the comparison; returns how many specs are behind the peer.
+fn report(arguments: &Arguments, peer: &Run, ours: &Run) -> Result<usize> {
+    let verdicts = compare(peer, ours);
+    if let Some(path) = &arguments.results {
+        write_results(path, &verdicts)?;
+    }
+    let (passed, failed, skipped) = peer.counts();
+    println!("\n{:<20} {passed:>4} passed {failed:>3} failed {skipped:>3} skipped", peer.handler);
+    let (passed, failed, skipped) = ours.counts();
+    println!("{:<20} {passed:>4} passed {failed:>3} failed {skipped:>3} skipped", ours.handler);
+    let mut behind = 0;
+    for (name, verdict) in &verdicts {
+        match verdict {
+            Verdict::Behind(how) => {
+                behind += 1;
+                println!("  BEHIND {name}\n      {how}");
+            }
+            Verdict::Alike(how) if how.starts_with("fails") => println!("  alike  {name}\n      {how}"),
+            Verdict::Alike(_) | Verdict::Passed => {}
+        }
+    }
+    if behind == 0 {
+        println!("{}: every spec that the runc shim passes passes, none is skipped that it runs", ours.handler);
+    } else {
+        println!("{}: {behind} specs behind the runc shim", ours.handler);
+    }
+    Ok(behind)
+}
