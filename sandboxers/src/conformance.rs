@@ -224,8 +224,7 @@ async fn a_pod_from_start_to_end(daemon: &mut Daemon<'_>) -> Outcome {
     within("delete", container.delete(None)).await?;
     fails("status of a deleted container", container.status(None).await, Code::NotFound)?;
     let history = daemon.history("main").await?;
-    let expected =
-        ["created", "started", "exec added", "exec started", "exec exited", "exec deleted", "exited", "deleted"];
+    let expected = ["created", "started", "exec added", "exec started", "exec exited", "exec deleted", "exited", "deleted"];
     ensure!(history == expected, "events came as {history:?}");
 
     within("stop", pod.stop(Duration::ZERO)).await?;
@@ -274,7 +273,11 @@ async fn states_are_respected(daemon: &mut Daemon<'_>) -> Outcome {
 
     let exec: ExecId = parse("e")?;
     within("exec", container.exec(daemon.fixture.exec(exec.clone(), Behaviour::Run))).await?;
-    fails("kill of an exec that has not started", container.kill(Some(exec.clone()), 9, false).await, Code::FailedPrecondition)?;
+    fails(
+        "kill of an exec that has not started",
+        container.kill(Some(exec.clone()), 9, false).await,
+        Code::FailedPrecondition,
+    )?;
     within("start of the exec", container.start(Some(exec.clone()))).await?;
     fails("delete of a running exec", container.delete(Some(exec.clone())).await, Code::FailedPrecondition)?;
     within("kill of the exec", container.kill(Some(exec.clone()), libc::SIGKILL, false)).await?;
@@ -364,11 +367,17 @@ async fn a_failed_start_can_be_deleted(daemon: &mut Daemon<'_>) -> Outcome {
             let container = daemon.find(&pod, "bad")?;
             match container.start(None).await {
                 Ok(pid) => return Err(format!("what cannot be started runs as {pid}")),
-                Err(error) => ensure!(error.report().contains("not found") || error.report().contains("No such file"), "{}", error.report()),
+                Err(error) => ensure!(
+                    error.report().contains("not found") || error.report().contains("No such file"),
+                    "{}",
+                    error.report()
+                ),
             }
             within("delete", container.delete(None)).await?;
         }
-        Err(error) => ensure!(error.report().contains("not found") || error.report().contains("No such file"), "{}", error.report()),
+        Err(error) => {
+            ensure!(error.report().contains("not found") || error.report().contains("No such file"), "{}", error.report())
+        }
     }
     // The name is free, and the pod still works.
     let container = daemon.container(&pod, "bad", Behaviour::Run).await?;
@@ -406,7 +415,11 @@ async fn pause_and_resume(daemon: &mut Daemon<'_>) -> Outcome {
     let can = daemon.registry.capabilities(&name).map_err(|error| error.report())?.pause;
     let pod = daemon.pod("pod").await?;
     let container = daemon.container(&pod, "main", Behaviour::Run).await?;
-    fails("pause before start", container.pause().await, if can.is_ok() { Code::FailedPrecondition } else { Code::Unimplemented })?;
+    fails(
+        "pause before start",
+        container.pause().await,
+        if can.is_ok() { Code::FailedPrecondition } else { Code::Unimplemented },
+    )?;
     within("start", container.start(None)).await?;
     if can.is_err() {
         return fails("pause", container.pause().await, Code::Unimplemented);

@@ -5,10 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -17,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::{
-    cgroup::{Stats, v2},
+    cgroup::Stats,
     contract::{Container, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
     id::{ExecId, Namespace, SandboxId},
@@ -107,7 +104,8 @@ impl World {
     #[must_use]
     pub fn held(&self) -> Vec<String> {
         let state = self.state();
-        let running = state.processes.iter().filter(|(_, exit)| exit.borrow().is_none()).map(|(pid, _)| format!("process {pid}"));
+        let running =
+            state.processes.iter().filter(|(_, exit)| exit.borrow().is_none()).map(|(pid, _)| format!("process {pid}"));
         state.resources.iter().cloned().chain(running).collect()
     }
 
@@ -149,6 +147,13 @@ impl World {
     }
 }
 
+/// Every process of a sandbox.
+type Pids = Arc<Mutex<Vec<u32>>>;
+
+fn lock(pids: &Pids) -> MutexGuard<'_, Vec<u32>> {
+    pids.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The fake sandboxer.
 #[derive(Clone, Debug, Default)]
 pub struct FakeSandboxer {
@@ -162,8 +167,7 @@ struct FakeSandbox {
     world: World,
     /// Stands for the sandbox itself.
     pid: u32,
-    pids: Mutex<Vec<u32>>,
-    started: AtomicBool,
+    pids: Pids,
 }
 
 #[async_trait]
@@ -188,16 +192,14 @@ impl Sandboxer for FakeSandboxer {
     }
 
     async fn recover(&self, spec: Arc<SandboxSpec>, _context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>> {
-        let (pid, pids) =
-            serde_json::from_value(record).map_err(Error::failed("read the fake sandbox's record"))?;
+        let (pid, pids) = serde_json::from_value(record).map_err(Error::failed("read the fake sandbox's record"))?;
         Ok(Arc::new(self.sandbox(&spec, pid, pids)))
     }
 
     async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>> {
         let mut state = self.world.state();
-        let unknown = |name: &&String| {
-            name.strip_prefix("sandbox ").is_some_and(|name| !known.iter().any(|(_, id)| id.as_str() == name))
-        };
+        let unknown =
+            |name: &&String| name.strip_prefix("sandbox ").is_some_and(|name| !known.iter().any(|(_, id)| id.as_str() == name));
         let leftovers: Vec<_> = state.resources.iter().filter(unknown).cloned().collect();
         leftovers.iter().for_each(|name| {
             state.resources.remove(name);
@@ -208,25 +210,18 @@ impl Sandboxer for FakeSandboxer {
 
 impl FakeSandboxer {
     fn sandbox(&self, spec: &SandboxSpec, pid: u32, pids: Vec<u32>) -> FakeSandbox {
-        FakeSandbox {
-            id: spec.id.clone(),
-            world: self.world.clone(),
-            pid,
-            pids: Mutex::new(pids),
-            started: AtomicBool::new(false),
-        }
+        FakeSandbox { id: spec.id.clone(), world: self.world.clone(), pid, pids: Arc::new(Mutex::new(pids)) }
     }
 }
 
 #[async_trait]
 impl Sandbox for FakeSandbox {
     async fn start(&self) -> Result<Option<u32>> {
-        self.started.store(true, Ordering::SeqCst);
         Ok(Some(self.pid))
     }
 
     async fn stop(&self, _grace: Duration) -> Result<()> {
-        let pids = self.pids.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let pids = lock(&self.pids).clone();
         for pid in pids {
             self.world.end(pid, 137);
         }
@@ -248,13 +243,13 @@ impl Sandbox for FakeSandbox {
         let behaviour = Behaviour::parse(&spec.spec.as_value()["process"])?;
         self.world.hold(format!("container {}", spec.id));
         let pid = self.world.spawn();
-        self.pids.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
-        Ok(Arc::new(FakeProcess::new(self.world.clone(), format!("container {}", spec.id), behaviour, Some(pid))))
+        lock(&self.pids).push(pid);
+        Ok(Arc::new(FakeProcess::new(self, format!("container {}", spec.id), behaviour, Some(pid))))
     }
 
     async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
         let pid = serde_json::from_value(record).map_err(Error::failed("read the fake container's record"))?;
-        Ok(Arc::new(FakeProcess::new(self.world.clone(), format!("container {}", head.id), Behaviour::Run, pid)))
+        Ok(Arc::new(FakeProcess::new(self, format!("container {}", head.id), Behaviour::Run, pid)))
     }
 
     async fn update(&self, _resources: &PodResources) -> Result<()> {
@@ -266,7 +261,7 @@ impl Sandbox for FakeSandbox {
     }
 
     fn record(&self) -> Value {
-        json!((self.pid, &*self.pids.lock().unwrap_or_else(PoisonError::into_inner)))
+        json!((self.pid, &*lock(&self.pids)))
     }
 
     fn describe(&self) -> Value {
@@ -280,12 +275,19 @@ struct FakeProcess {
     resource: String,
     behaviour: Behaviour,
     pid: Mutex<Option<u32>>,
-    paused: AtomicBool,
+    pids: Pids,
 }
 
 impl FakeProcess {
-    fn new(world: World, resource: String, behaviour: Behaviour, pid: Option<u32>) -> Self {
-        Self { world, resource, behaviour, pid: Mutex::new(pid), paused: AtomicBool::new(false) }
+    fn new(sandbox: &FakeSandbox, resource: String, behaviour: Behaviour, pid: Option<u32>) -> Self {
+        let (world, pids) = (sandbox.world.clone(), sandbox.pids.clone());
+        Self { world, pids, resource, behaviour, pid: Mutex::new(pid) }
+    }
+
+    fn exec(&self, id: &ExecId, behaviour: Behaviour, pid: Option<u32>) -> Arc<dyn Process> {
+        let resource = format!("exec {id} of {}", self.resource);
+        self.world.hold(resource.clone());
+        Arc::new(Self { world: self.world.clone(), pids: self.pids.clone(), resource, behaviour, pid: Mutex::new(pid) })
     }
 
     fn live_pid(&self) -> Result<u32> {
@@ -307,7 +309,12 @@ impl Process for FakeProcess {
                 message: "exec: \"fail\": executable file not found".into(),
             });
         }
-        let pid = *self.pid.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| self.world.spawn());
+        let mut pid = self.pid.lock().unwrap_or_else(PoisonError::into_inner);
+        let pid = *pid.get_or_insert_with(|| {
+            let pid = self.world.spawn();
+            lock(&self.pids).push(pid);
+            pid
+        });
         if let Behaviour::Exit(code) = self.behaviour {
             self.world.end(pid, code);
         }
@@ -350,16 +357,12 @@ impl Process for FakeProcess {
 #[async_trait]
 impl Container for FakeProcess {
     async fn exec(&self, spec: ExecSpec) -> Result<Arc<dyn Process>> {
-        let behaviour = Behaviour::parse(&spec.process)?;
-        let resource = format!("exec {} of {}", spec.id, self.resource);
-        self.world.hold(resource.clone());
-        Ok(Arc::new(Self::new(self.world.clone(), resource, behaviour, None)))
+        Ok(FakeProcess::exec(self, &spec.id, Behaviour::parse(&spec.process)?, None))
     }
 
     async fn recover_exec(&self, id: ExecId, _stdio: Stdio, record: Value) -> Result<Arc<dyn Process>> {
         let pid = serde_json::from_value(record).map_err(Error::failed("read the fake exec's record"))?;
-        let resource = format!("exec {id} of {}", self.resource);
-        Ok(Arc::new(Self::new(self.world.clone(), resource, Behaviour::Run, pid)))
+        Ok(FakeProcess::exec(self, &id, Behaviour::Run, pid))
     }
 
     async fn pids(&self) -> Result<Vec<ProcessInfo>> {
@@ -367,7 +370,7 @@ impl Container for FakeProcess {
     }
 
     async fn stats(&self) -> Result<Stats> {
-        Ok(Stats::V2(Box::new(v2::Stats::default())))
+        Ok(Stats::V2(Box::default()))
     }
 
     async fn update(&self, _resources: Value) -> Result<()> {
@@ -375,12 +378,10 @@ impl Container for FakeProcess {
     }
 
     async fn pause(&self) -> Result<()> {
-        self.paused.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     async fn resume(&self) -> Result<()> {
-        self.paused.store(false, Ordering::SeqCst);
         Ok(())
     }
 }

@@ -93,10 +93,7 @@ impl SandboxHandle {
     }
 
     /// Sends a closure to the owner task and waits for its answer.
-    pub(crate) async fn call<T: Send + 'static>(
-        &self,
-        call: impl FnOnce(&mut Owner, Reply<T>) + Send + 'static,
-    ) -> Result<T> {
+    pub(crate) async fn call<T: Send + 'static>(&self, call: impl FnOnce(&mut Owner, Reply<T>) + Send + 'static) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let gone = || Error::NotFound { kind: "sandbox", id: self.id.to_string() };
         self.calls.send(Box::new(move |owner| call(owner, reply))).map_err(|_| gone())?;

@@ -93,6 +93,8 @@ pub(crate) struct Owner {
     jobs: JoinSet<Call>,
     changed: bool,
     after_save: Vec<AfterSave>,
+    /// Its directory is being removed: nothing is saved any more.
+    pub(crate) sealed: bool,
     pub(crate) gone: bool,
 }
 
@@ -126,6 +128,7 @@ impl Owner {
             jobs: JoinSet::new(),
             changed: false,
             after_save: Vec::new(),
+            sealed: false,
             gone: false,
         }
     }
@@ -167,7 +170,7 @@ impl Owner {
     /// Saves what has changed, then says what waited for that; repeats while that changes more.
     async fn settle(&mut self) {
         loop {
-            let saved = if std::mem::take(&mut self.changed) && !self.gone { self.save().await } else { Ok(()) };
+            let saved = if std::mem::take(&mut self.changed) && !self.sealed { self.save().await } else { Ok(()) };
             if let Err(why) = &saved {
                 error!(error = why, "the sandbox's state could not be saved; it is saved with the next change");
             }
@@ -316,9 +319,7 @@ impl Owner {
         let entry = self.container(container)?;
         match exec {
             None => Ok(&mut entry.init),
-            Some(exec) => {
-                entry.execs.get_mut(exec).ok_or_else(|| Error::NotFound { kind: "exec", id: exec.to_string() })
-            }
+            Some(exec) => entry.execs.get_mut(exec).ok_or_else(|| Error::NotFound { kind: "exec", id: exec.to_string() }),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
+    str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -19,8 +20,8 @@ use crate::{
     lifecycle::{ProcessState, SandboxState, SandboxStep},
     owner::{ContainerEntry, Key, Owner, ProcessEntry},
     reaper::Reaper,
-    store::{ContainerRecord, SandboxRecord, Store},
     stdio::StreamHub,
+    store::{ContainerRecord, SandboxRecord, Store},
     types::{Capabilities, Exit, SandboxSpec},
     undo::Undo,
 };
@@ -168,12 +169,7 @@ impl Registry {
     }
 
     fn context(&self, dir: std::path::PathBuf) -> SandboxContext {
-        SandboxContext {
-            dir,
-            events: self.0.events.clone(),
-            streams: self.0.streams.clone(),
-            reaper: self.0.reaper.clone(),
-        }
+        SandboxContext { dir, events: self.0.events.clone(), streams: self.0.streams.clone(), reaper: self.0.reaper.clone() }
     }
 
     /// Lets an owner run and makes it known.
@@ -220,10 +216,9 @@ impl Registry {
         let mut known = BTreeSet::new();
         for (file, why) in &loaded.set_aside {
             warn!(file = %file.display(), why, "cannot read the state of a sandbox; its processes, if any, are left alone");
-            if let (Some(id), Some(namespace)) = (parent_name(file, 1), parent_name(file, 2)) {
-                if let (Ok(id), Ok(namespace)) = (id.parse(), namespace.parse()) {
-                    known.insert((namespace, id));
-                }
+            // Known all the same, or its processes would be collected as leftovers.
+            if let (Some(Ok(id)), Some(Ok(namespace))) = (parent_name(file, 1), parent_name(file, 2)) {
+                known.insert((namespace, id));
             }
         }
         for record in loaded.records {
@@ -249,8 +244,7 @@ impl Registry {
         let context = self.context(self.store().dir(&spec.namespace, &spec.id));
         let sandbox = sandboxer.recover(spec.clone(), context.clone(), record.backend).await?;
         let capabilities = sandboxer.capabilities();
-        let mut owner =
-            Owner::new(spec, capabilities, sandbox, context, self.clone(), record.state, record.created_at);
+        let mut owner = Owner::new(spec, capabilities, sandbox, context, self.clone(), record.state, record.created_at);
         let mut watched = Vec::new();
         for container in record.containers {
             let id = container.head.id.clone();
@@ -315,6 +309,6 @@ async fn recover_container(sandbox: &dyn Sandbox, record: ContainerRecord) -> Re
     Ok((entry, keys))
 }
 
-fn parent_name(file: &Path, up: usize) -> Option<&str> {
-    file.ancestors().nth(up)?.file_name()?.to_str()
+fn parent_name<T: FromStr>(file: &Path, up: usize) -> Option<Result<T, T::Err>> {
+    Some(file.ancestors().nth(up)?.file_name()?.to_str()?.parse())
 }

@@ -40,18 +40,11 @@ impl Owner {
 
     /// Ends a sandbox whose start failed. containerd never asks about such a sandbox again, so it cannot be left for later.
     fn discard(&mut self, reply: Reply<SandboxStatus>, cause: Error) {
-        let (sandbox, store, spec) = (self.sandbox.clone(), self.registry.store().clone(), self.spec.clone());
-        let delete = async move {
-            sandbox.delete().await?;
-            store.remove(&spec.namespace, &spec.id)
-        };
-        self.job(None, delete, move |owner, deleted| {
-            match deleted {
-                Ok(()) => owner.vanish(),
-                Err(error) => {
-                    error!(error = error.report(), "a sandbox whose start failed could not be removed; delete it again");
-                    owner.sandbox_step(SandboxStep::Ended { exit: Exit::now(255) });
-                }
+        let sandbox = self.sandbox.clone();
+        self.remove(async move { sandbox.delete().await }, move |owner, removed| {
+            if let Err(error) = removed {
+                error!(error = error.report(), "a sandbox whose start failed could not be removed; delete it again");
+                owner.sandbox_step(SandboxStep::Ended { exit: Exit::now(255) });
             }
             owner.answer(reply, Err(cause));
         });
@@ -86,7 +79,6 @@ impl Owner {
         let sandbox = self.sandbox.clone();
         let live = !matches!(self.state, SandboxState::Stopped { .. });
         let containers: Vec<_> = self.containers.values().map(delete_container).collect();
-        let (store, spec) = (self.registry.store().clone(), self.spec.clone());
         self.sandbox_step(SandboxStep::Stop);
         let delete = async move {
             if live {
@@ -95,14 +87,31 @@ impl Owner {
             for delete in containers {
                 delete.await?;
             }
-            sandbox.delete().await?;
-            store.remove(&spec.namespace, &spec.id)
+            sandbox.delete().await
         };
-        self.job(None, delete, move |owner, deleted| {
-            if deleted.is_ok() {
-                owner.vanish();
+        self.remove(delete, move |owner, removed| owner.answer(reply, removed));
+    }
+
+    /// Runs the backend's part of a removal, then removes the state. In two jobs: an exit that is told meanwhile is saved, and
+    /// that must not write into a directory that is being removed.
+    fn remove(
+        &mut self,
+        backend: impl Future<Output = Result<()>> + Send + 'static,
+        then: impl FnOnce(&mut Self, Result<()>) + Send + 'static,
+    ) {
+        self.job(None, backend, move |owner, deleted| {
+            if let Err(error) = deleted {
+                return then(owner, Err(error));
             }
-            owner.answer(reply, deleted);
+            owner.sealed = true;
+            let (store, spec) = (owner.registry.store().clone(), owner.spec.clone());
+            owner.job(None, async move { store.remove(&spec.namespace, &spec.id) }, move |owner, removed| {
+                match removed {
+                    Ok(()) => owner.vanish(),
+                    Err(_) => owner.sealed = false,
+                }
+                then(owner, removed);
+            });
         });
     }
 
@@ -185,8 +194,12 @@ impl Owner {
             }
             let pid = container.pid().unwrap_or(0);
             let init = ProcessEntry::new(container.clone(), ProcessState::Created { pid: Some(pid) }, head.stdio.clone());
-            let entry =
-                ContainerEntry { head: head.clone(), container: container.clone(), init, execs: std::collections::BTreeMap::new() };
+            let entry = ContainerEntry {
+                head: head.clone(),
+                container: container.clone(),
+                init,
+                execs: std::collections::BTreeMap::new(),
+            };
             owner.containers.insert(head.id.clone(), entry);
             owner.changed();
             owner.after_save(move |owner, saved| {
