@@ -29,12 +29,14 @@ pub mod handle;
 pub mod id;
 pub mod lifecycle;
 mod owner;
+pub mod mount;
 pub mod reaper;
 pub mod registry;
 mod requests;
 pub mod spec;
 pub mod stdio;
 pub mod store;
+mod sys;
 pub mod types;
 pub mod undo;
 

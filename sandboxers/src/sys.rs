@@ -1,0 +1,77 @@
+//! System calls that no library in the tree wraps. The one module of this crate with unsafe code.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::Pid,
+};
+
+/// A process that sits in a new user namespace until it is dropped. It has no exit signal, so neither SIGCHLD nor a plain
+/// waitpid(2) sees it (`__WCLONE`), and the reaper is not disturbed.
+pub(crate) struct NamespaceHolder(Pid);
+
+impl NamespaceHolder {
+    /// Clones it. The caller must stay on this thread while it lives: the holder dies with the thread.
+    pub(crate) fn new() -> io::Result<Self> {
+        // CLONE_FILES: no descriptor is duplicated, so nobody's end-of-file or unmount is delayed by it.
+        let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
+        // SAFETY: without CLONE_VM and with a null stack this is fork(2): the child has its own copy of memory and runs on its copy of
+        // this stack. The remaining arguments are pointers that are ignored without their flags.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+        match pid {
+            -1 => Err(io::Error::last_os_error()),
+            0 => loop {
+                // SAFETY: both are plain system calls without memory arguments, allowed in the child of a threaded process.
+                // SIGKILL is the only way out, so nothing of this process's state is ever touched or dropped here.
+                unsafe {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    libc::pause();
+                }
+            },
+            pid => Ok(Self(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))),
+        }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        self.0
+    }
+}
+
+impl Drop for NamespaceHolder {
+    fn drop(&mut self) {
+        if let Err(error) = kill(self.0, Signal::SIGKILL).and_then(|()| waitpid(self.0, Some(WaitPidFlag::__WCLONE)).map(drop)) {
+            tracing::warn!(%error, pid = self.0.as_raw(), "cannot end the holder of a user namespace");
+        }
+    }
+}
+
+/// mount_setattr(2) on the whole tree that `tree` (of open_tree(2)) refers to: maps its ids through `user_namespace`, makes it private,
+/// and read-only if asked.
+pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, readonly: bool) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP | if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 },
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: u64::from(user_namespace.as_raw_fd().unsigned_abs()),
+    };
+    // SAFETY: the path is an empty C string, `attributes` lives during the call and the size given is its own. The kernel only reads both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
