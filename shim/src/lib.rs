@@ -1,1 +1,27 @@
 //! The north face: all that containerd speaks, and the composition root kuasard.
+//!
+//! ```text
+//!   containerd ──gRPC──▶ kuasard.sock   controller (pods), admin (kuasarctl)      ┐
+//!              ──ttrpc─▶ task.sock      task (containers), streaming (their stdio) ├─ calls ─▶ Registry ─▶ …
+//!              ◀─ttrpc── events         what happened, in order                   ┘
+//! ```
+//!
+//! Invariants:
+//! - translation only: no state of a sandbox or container is kept here;
+//! - errors become statuses in [`status`] and nowhere else;
+//! - an operation that has begun runs to its end, whatever its client does ([`calls`]);
+//! - backends are named by the composition root alone: `config` and the binary `kuasard`.
+//!
+//! Not here: shim v2's `start` (containers without a sandbox of their own come with a later issue), and checkpoints.
+
+pub mod admin;
+pub mod calls;
+pub mod controller;
+pub mod events;
+pub mod metrics;
+pub mod options;
+pub mod pod;
+pub mod proto;
+pub mod status;
+pub mod streaming;
+pub mod task;

@@ -1,0 +1,14 @@
+//! Compiles the protocol definitions under `proto/` with `protoc`.
+
+fn main() -> std::io::Result<()> {
+    tonic_prost_build::configure().compile_protos(
+        &[
+            "proto/kuasar/v1/admin.proto",
+            "proto/services/sandbox/v1/sandbox.proto",
+            "proto/services/streaming/v1/streaming.proto",
+            "proto/types/runtimeoptions/v1/api.proto",
+            "proto/types/transfer/streaming.proto",
+        ],
+        &["proto"],
+    )
+}

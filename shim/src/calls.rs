@@ -1,0 +1,232 @@
+//! Calls in flight: where they run, what happens when they panic, and what a shutdown waits for.
+//!
+//! The faces (gRPC, ttrpc) only translate. The work of a call runs as a task of its own on the workers' runtime, so that a client
+//! that goes away, or a deadline that passes, never stops an operation half way. Waiting for an exit is the exception:
+//! it changes nothing, may last for weeks, ends with its client, and does not hold a shutdown up.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Display,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures::FutureExt;
+use kuasar_sandboxers::{Error, Result};
+use tokio::runtime::Handle;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{Instrument, debug, debug_span, error};
+
+/// Runs calls. Clones share one table.
+#[derive(Clone, Debug)]
+pub struct Calls(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    workers: Handle,
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+    running: Mutex<Running>,
+}
+
+#[derive(Debug, Default)]
+struct Running {
+    last: u64,
+    calls: BTreeMap<u64, Call>,
+}
+
+#[derive(Debug)]
+struct Call {
+    name: &'static str,
+    subject: String,
+    since: Instant,
+}
+
+/// Takes a call off the table, however it ended.
+struct Entry {
+    inner: Arc<Inner>,
+    number: u64,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.inner.table().calls.remove(&self.number);
+    }
+}
+
+impl Inner {
+    fn table(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(self: &Arc<Self>, name: &'static str, subject: String) -> Entry {
+        let mut table = self.table();
+        table.last += 1;
+        let number = table.last;
+        table.calls.insert(number, Call { name, subject, since: Instant::now() });
+        Entry { inner: Arc::clone(self), number }
+    }
+}
+
+fn stopping() -> Error {
+    Error::Unavailable { what: "kuasard".into(), why: "it is stopping; repeat the call when it runs again".into() }
+}
+
+impl Calls {
+    /// A table whose calls run on the given runtime.
+    #[must_use]
+    pub fn new(workers: Handle) -> Self {
+        Self(Arc::new(Inner {
+            workers,
+            tracker: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            running: Mutex::default(),
+        }))
+    }
+
+    /// Runs an operation to its end, whatever becomes of the caller, and gives its result.
+    ///
+    /// # Errors
+    /// The operation's own error; [`Error::Unavailable`] during a shutdown; [`Error::Failed`] when it panicked.
+    pub async fn run<T, W>(&self, name: &'static str, subject: impl Display, work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<T>> + Send + 'static,
+    {
+        if self.0.stopping.is_cancelled() {
+            return Err(stopping());
+        }
+        let subject = subject.to_string();
+        let span = debug_span!("call", name, subject);
+        let entry = self.0.enter(name, subject);
+        let work = async move {
+            let result = work.await;
+            drop(entry);
+            result
+        };
+        let task = self.0.tracker.spawn_on(work.instrument(span), &self.0.workers);
+        let result = task.await.unwrap_or_else(|broken| {
+            // The panic hook has logged where.
+            error!(name, %broken, "a call panicked");
+            Err(Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where"))
+        });
+        note(name, &result);
+        result
+    }
+
+    /// Waits for something that may take for ever. Ends when the caller goes away, and at the beginning of a shutdown.
+    ///
+    /// # Errors
+    /// As [`Calls::run`].
+    pub async fn wait<T>(&self, name: &'static str, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+        let work = AssertUnwindSafe(work).catch_unwind();
+        let result = tokio::select! {
+            result = work => result.unwrap_or_else(|_| {
+                error!(name, "a call panicked");
+                Err(Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where"))
+            }),
+            () = self.0.stopping.cancelled() => Err(stopping()),
+        };
+        note(name, &result);
+        result
+    }
+
+    /// Refuses calls from now on and ends those that wait.
+    pub fn stop(&self) {
+        self.0.stopping.cancel();
+        self.0.tracker.close();
+    }
+
+    /// Resolves when [`Calls::stop`] was called.
+    pub async fn stopped(&self) {
+        self.0.stopping.cancelled().await;
+    }
+
+    /// After [`Calls::stop`]: lets what runs finish, and says what did not within the limit, one line for each.
+    pub async fn drain(&self, limit: Duration) -> Vec<String> {
+        if tokio::time::timeout(limit, self.0.tracker.wait()).await.is_ok() {
+            return Vec::new();
+        }
+        let table = self.0.table();
+        table
+            .calls
+            .values()
+            .map(|call| format!("{} {} for {:.1} s", call.name, call.subject, call.since.elapsed().as_secs_f32()))
+            .collect()
+    }
+}
+
+fn note<T>(name: &'static str, result: &Result<T>) {
+    if let Err(error) = result {
+        debug!(name, error = error.report(), "call failed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kuasar_sandboxers::Code;
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    fn calls() -> Calls {
+        Calls::new(Handle::current())
+    }
+
+    #[tokio::test]
+    async fn an_operation_outlives_its_caller() {
+        let calls = calls();
+        let (go, gate) = oneshot::channel::<()>();
+        let (done, outcome) = oneshot::channel();
+        let work = async move {
+            gate.await.map_err(Error::failed("wait"))?;
+            done.send(7).map_err(|_| Error::invalid("test", "nobody listens"))
+        };
+        let caller = tokio::spawn({
+            let calls = calls.clone();
+            async move { calls.run("Test", "x", work).await }
+        });
+        while calls.0.table().calls.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        go.send(()).unwrap();
+        assert_eq!(outcome.await, Ok(7));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer() {
+        let calls = calls();
+        let broken: Result<()> = calls.run("Test", "x", async { panic!("on purpose") }).await;
+        assert_eq!(broken.unwrap_err().code(), Code::Internal);
+        let broken: Result<()> = calls.wait("Test", async { panic!("on purpose") }).await;
+        assert_eq!(broken.unwrap_err().code(), Code::Internal);
+        assert!(calls.0.table().calls.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shutdown_waits_for_work_but_not_for_waits() {
+        let calls = calls();
+        let waiting = tokio::spawn({
+            let calls = calls.clone();
+            async move { calls.wait("Wait", std::future::pending::<Result<()>>()).await }
+        });
+        let stuck = tokio::spawn({
+            let calls = calls.clone();
+            async move { calls.run("Start", "pod", std::future::pending::<Result<()>>()).await }
+        });
+        while calls.0.table().calls.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        calls.stop();
+        assert_eq!(waiting.await.unwrap().unwrap_err().code(), Code::Unavailable);
+        let late: Result<()> = calls.run("Start", "late", async { Ok(()) }).await;
+        assert_eq!(late.unwrap_err().code(), Code::Unavailable);
+        let left = calls.drain(Duration::from_secs(3)).await;
+        assert_eq!(left.len(), 1);
+        assert!(left[0].starts_with("Start pod for"), "{left:?}");
+        stuck.abort();
+    }
+}
