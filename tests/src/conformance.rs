@@ -180,20 +180,24 @@ pub fn compare(peer: &Run, ours: &Run) -> BTreeMap<String, Verdict> {
         .collect()
 }
 
-/// Writes the comparison in the form that the summary of `make test` reads: a line per spec, `PASS`, `FAIL` or `SKIP`.
+/// Writes the comparison in the form that the summary of `make test` reads: `PASSED` and a number, then a line for each spec
+/// that failed or was skipped.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn write_results(path: &Path, verdicts: &BTreeMap<String, Verdict>) -> Result<()> {
-    let lines: String = verdicts
-        .iter()
-        .map(|(name, verdict)| match verdict {
-            Verdict::Passed => format!("PASS {name}\n"),
-            Verdict::Behind(reason) => format!("FAIL {name}: {reason}\n"),
-            Verdict::Alike(reason) => format!("SKIP {name}: {reason}\n"),
-        })
-        .collect();
-    fs::write(path, lines).with_context(|| format!("write {}", path.display()))
+    let passed = verdicts.values().filter(|verdict| matches!(verdict, Verdict::Passed)).count();
+    let mut text = format!("PASSED {passed}\n");
+    for (name, verdict) in verdicts {
+        // The summary takes what follows the first colon for the reason.
+        let name = name.replace(": ", " ");
+        match verdict {
+            Verdict::Passed => {}
+            Verdict::Behind(reason) => text.push_str(&format!("FAIL {name}: {reason}\n")),
+            Verdict::Alike(reason) => text.push_str(&format!("SKIP {name}: {reason}\n")),
+        }
+    }
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

@@ -1,0 +1,60 @@
+# Everything that can be done with a checkout. `make help` lists it. Each target works alone on a fresh clone.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+# Where deps puts the tools it builds, outside the checkout.
+export KUASAR_CACHE ?= /var/cache/kuasar-tools
+# Which sandboxer conformance and bench are about.
+export SANDBOXER ?= kuasar-runc
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET)/release
+
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+SYSCONFDIR ?= /etc
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+# One name of the shim per sandboxer: containerd derives it from runtime_type.
+SHIMS := kuasar-runc
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build demo test check e2e conformance bench install clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+deps: ## Install what building and testing need, only what is missing
+	@scripts/deps.sh
+
+build: deps ## Build the daemon, its tools and the test programs (release)
+	@$(CARGO) build --quiet --release --locked --workspace --bins
+
+demo: build ## Run a pod in each sandboxer on a private containerd, beside the runc shim
+	@$(RELEASE)/kuasar-demo
+
+test: build ## check, end-to-end tests and conformance, with a summary
+	@scripts/test.sh check e2e conformance
+
+check: deps ## Format, lints, unit tests, licences and advisories
+	@scripts/test.sh check
+
+e2e: build ## End-to-end tests on each containerd there is
+	@scripts/test.sh e2e
+
+conformance: build ## critest with SANDBOXER=kuasar-runc, compared with the runc shim
+	@scripts/test.sh conformance
+
+bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute's worth
+	@$(RELEASE)/kuasar-bench
+
+install: build ## Install into DESTDIR and PREFIX: programs, shim names, configuration, systemd unit
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR)
+	install -m 755 $(RELEASE)/kuasard $(RELEASE)/kuasarctl $(RELEASE)/containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/
+	for name in $(SHIMS); do ln -sf containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/containerd-shim-$$name-v1; done
+	test -e $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml || install -m 644 packaging/config.toml $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml
+	sed 's|@BINDIR@|$(BINDIR)|; s|@SYSCONFDIR@|$(SYSCONFDIR)|' packaging/kuasard.service.in > $(DESTDIR)$(UNITDIR)/kuasard.service
+	chmod 644 $(DESTDIR)$(UNITDIR)/kuasard.service
+
+clean: ## Remove what building has made, and what killed tests have left on the machine
+	@if [ -x $(RELEASE)/kuasar-sweep ]; then $(RELEASE)/kuasar-sweep --kept; fi
+	@$(CARGO) clean --quiet

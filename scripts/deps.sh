@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# Installs what building and testing need, and only what is missing:
+#   Debian packages   with apt-get
+#   Rust              not by itself: says how
+#   containerd, runc, CNI plugins, a second containerd, cargo-deny, crictl, critest
+#                     at pinned versions into a cache outside the checkout ($KUASAR_CACHE, /var/cache/kuasar-tools)
+#
+# Go modules come through the module proxy; the go command checks each against the checksum database (sum.golang.org) and
+# each of their own dependencies against their go.sum, and refuses what does not match. cargo does the same by its lock files.
+# A tool named by a KUASAR_* variable, or on PATH in the pinned version or a newer one, is used instead.
+. "$(dirname "$0")/lib.sh"
+
+containerd=2.4.2
+runc=1.3.5
+cni=1.9.1
+cri_tools=1.34.0
+cargo_deny=0.20.2
+go_hint="install Go 1.26 or newer (https://go.dev/dl/) and run make deps again"
+
+root=()
+if [ "$(id -u)" -ne 0 ]; then
+    have sudo || fail "this needs root to install packages, and there is no sudo: run as root"
+    root=(sudo)
+fi
+
+debian_packages() {
+    local wanted=(gcc libc6-dev make pkg-config protobuf-compiler libprotobuf-dev libseccomp-dev busybox-static iproute2 iptables ca-certificates)
+    [ -n "${KUASAR_CRUN:-}" ] || have crun || wanted+=(crun)
+    if ! have dpkg-query; then
+        local program missing=()
+        for program in cc make pkg-config protoc ip iptables; do have "$program" || missing+=("$program"); done
+        [ ${#missing[@]} -eq 0 ] ||
+            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, a static libc and a static busybox"
+        return 0
+    fi
+    local missing
+    missing=$(comm -23 <(printf '%s\n' "${wanted[@]}" | sort) \
+        <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' 2>/dev/null | awk '$2 == "installed" { print $1 }' | sort -u))
+    [ -n "$missing" ] || return 0
+    say "installing" $missing
+    "${root[@]}" apt-get update -qq
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends $missing >/dev/null
+}
+
+rust() {
+    have cargo || fail "no cargo: install Rust with rustup (https://rustup.rs), then run make deps again"
+    # With rustup the first call installs the toolchain that rust-toolchain.toml names.
+    cargo --version >/dev/null
+}
+
+prepare_cache() {
+    [ -d "$cache/bin" ] && [ -w "$cache/bin" ] && return 0
+    "${root[@]}" mkdir -p "$cache/bin"
+    [ -w "$cache/bin" ] || "${root[@]}" chown "$(id -u):$(id -g)" "$cache" "$cache/bin"
+}
+
+# A tool that is wanted in a version: whether the one named by a variable, in the cache or on PATH will do.
+# usable VARIABLE NAME VERSION
+usable() {
+    local variable=$1 name=$2 wanted=$3 path
+    [ -z "${!variable:-}" ] || return 0
+    for path in "$cache/bin/$name" "$(command -v "$name" || true)"; do
+        [ -x "$path" ] && at_least "$("$path" --version 2>/dev/null | version_in)" "$wanted" && return 0
+    done
+    return 1
+}
+
+# Installs into a directory of the cache by way of a scratch directory on the same file system: a program is there whole or not.
+# into DIRECTORY COMMAND..., which finds the scratch directory in $GOBIN
+into() {
+    local to=$1 scratch
+    shift
+    scratch=$(mktemp -d "$cache/.install-XXXXXX")
+    if ! GOBIN=$scratch "$@"; then
+        rm -rf "$scratch"
+        return 1
+    fi
+    mkdir -p "$to"
+    chmod 755 "$scratch"/*
+    mv -f "$scratch"/* "$to/"
+    rmdir "$scratch"
+}
+
+go_install() { GOFLAGS="${GOFLAGS:-} -trimpath" go install -ldflags '-s -w' "$@"; }
+
+# go install refuses a module whose go.mod has exclude or replace lines, as containerd 2.1's has. So the module is downloaded
+# (and verified) as such, and built from a copy of it.
+# go_build_module MODULE VERSION COMMAND...: the command runs in the copy
+go_build_module() {
+    local module=$1 version=$2 answer dir copy status=0
+    shift 2
+    # Outside the checkout, where no go.mod has a say. What went wrong is in the answer, too.
+    answer=$(cd / && go mod download -json "$module@v$version") || true
+    dir=$(sed -n 's/^\t"Dir": "\(.*\)",\{0,1\}$/\1/p' <<<"$answer")
+    if [ -z "$dir" ]; then
+        sed -n 's/^\t"Error": "\(.*\)",\{0,1\}$/\1/p' <<<"$answer" >&2
+        return 1
+    fi
+    copy=$(mktemp -d "$cache/.build-XXXXXX")
+    cp -r --no-preserve=mode "$dir/." "$copy/"
+    (cd "$copy" && GOFLAGS="${GOFLAGS:-} -trimpath -buildvcs=false" "$@") || status=$?
+    rm -rf "$copy"
+    return $status
+}
+
+# Without Go: the distribution's package, where it is new enough.
+# packaged PACKAGE VERSION
+packaged() {
+    local candidate
+    have apt-cache || return 1
+    candidate=$(apt-cache policy "$1" 2>/dev/null | awk '$1 == "Candidate:" { print $2 }')
+    [ -n "$candidate" ] && [ "$candidate" != "(none)" ] && dpkg --compare-versions "$candidate" ge "$2" || return 1
+    say "installing $1 $candidate from the distribution"
+    DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "$1" >/dev/null
+}
+
+install_containerd() {
+    usable KUASAR_CONTAINERD containerd "$containerd" && return 0
+    if have go; then
+        say "building containerd $containerd"
+        local module=github.com/containerd/containerd/v2/cmd
+        into "$cache/bin" go_install "$module/containerd@v$containerd" "$module/ctr@v$containerd" "$module/containerd-shim-runc-v2@v$containerd"
+    else
+        usable KUASAR_CONTAINERD containerd 2.0.0 || packaged containerd 2.0 ||
+            fail "no containerd 2.0 or newer, no Go to build it, and the distribution has none: $go_hint, or set KUASAR_CONTAINERD"
+    fi
+}
+
+build_old_containerd() {
+    CGO_ENABLED=1 go build -ldflags "-s -w -X github.com/containerd/containerd/v2/version.Version=$containerd_old" \
+        -o "$GOBIN/" ./cmd/containerd ./cmd/ctr ./cmd/containerd-shim-runc-v2
+}
+
+install_old_containerd() {
+    local dir=$cache/containerd-$containerd_old/bin
+    [ -x "$dir/containerd" ] && [ -x "$dir/ctr" ] && [ -x "$dir/containerd-shim-runc-v2" ] && return 0
+    if ! have go; then
+        say "no Go: the tests will run on one version of containerd only, not on $containerd_old too"
+        return 0
+    fi
+    say "building containerd $containerd_old"
+    into "$dir" go_build_module github.com/containerd/containerd/v2 "$containerd_old" build_old_containerd
+}
+
+install_runc() {
+    usable KUASAR_RUNC runc "$runc" && return 0
+    if have go; then
+        say "building runc $runc"
+        # Without the tag it would refuse every seccomp profile.
+        CGO_ENABLED=1 into "$cache/bin" go_install -tags seccomp "github.com/opencontainers/runc@v$runc"
+    else
+        usable KUASAR_RUNC runc 1.1.0 || packaged runc 1.1 ||
+            fail "no runc 1.1 or newer, no Go to build it, and the distribution has none: $go_hint, or set KUASAR_RUNC"
+    fi
+}
+
+install_cni() {
+    local dir
+    [ -z "${KUASAR_CNI_BIN:-}" ] || return 0
+    for dir in "$cache/bin" /opt/cni/bin /usr/lib/cni; do
+        [ -x "$dir/bridge" ] && [ -x "$dir/host-local" ] && [ -x "$dir/loopback" ] && [ -x "$dir/portmap" ] && return 0
+    done
+    if have go; then
+        say "building CNI plugins $cni"
+        local module=github.com/containernetworking/plugins/plugins
+        into "$cache/bin" go_install "$module/main/bridge@v$cni" "$module/main/loopback@v$cni" \
+            "$module/ipam/host-local@v$cni" "$module/meta/portmap@v$cni"
+    else
+        packaged containernetworking-plugins 1.0 ||
+            fail "no CNI plugins, no Go to build them, and the distribution has none: $go_hint, or set KUASAR_CNI_BIN"
+    fi
+}
+
+install_cargo_deny() {
+    { PATH=$cache/bin:$PATH cargo deny --version >/dev/null 2>&1; } && return 0
+    say "building cargo-deny $cargo_deny"
+    # Unoptimised: it builds in a third of the time and runs for a second.
+    CARGO_TARGET_DIR=$cache/.cargo-deny cargo install --quiet --locked --debug --root "$cache" "cargo-deny@$cargo_deny"
+    rm -rf "$cache/.cargo-deny"
+}
+
+# critest is a test binary, which go install does not build.
+build_cri_tools() { go build -ldflags '-s -w' -o "$GOBIN/crictl" ./cmd/crictl && go test -c -ldflags '-s -w' -o "$GOBIN/critest" ./cmd/critest; }
+
+# Only conformance needs them, and skips loudly without: not having them is no failure.
+install_cri_tools() {
+    if [ -n "${KUASAR_CRITEST:-}" ] || [ -x "$cache/bin/critest" ] || have critest; then
+        return 0
+    fi
+    local tried=$cache/.no-cri-tools
+    # Not to be asked for at each run.
+    [ -z "$(find "$tried" -mtime -1 2>/dev/null)" ] || return 0
+    if ! have go; then
+        say "no critest and no Go to build it: conformance will be skipped; $go_hint, or set KUASAR_CRITEST"
+        return 0
+    fi
+    say "building crictl and critest $cri_tools"
+    if ! into "$cache/bin" go_build_module sigs.k8s.io/cri-tools "$cri_tools" build_cri_tools 2>"$cache/.cri-tools.log"; then
+        touch "$tried"
+        say "cri-tools cannot be built ($(tail -n 1 "$cache/.cri-tools.log")): conformance will be skipped; set KUASAR_CRITEST to a critest you have"
+    fi
+}
+
+debian_packages
+rust
+prepare_cache
+install_containerd
+install_old_containerd
+install_runc
+install_cni
+install_cargo_deny
+install_cri_tools

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Runs groups of stages, then sums up: scripts/test.sh check|e2e|conformance...
+# Every stage runs, whatever became of the one before it.
+. "$(dirname "$0")/lib.sh"
+
+export PATH=$cache/bin:$PATH
+export CARGO_TERM_PROGRESS_WHEN=never
+bin=$(realpath -m "$target")/release
+stages=()
+
+# Daemons that an interrupted test has left behind.
+sweep() { [ ! -x "$bin/kuasar-sweep" ] || "$bin/kuasar-sweep"; }
+trap sweep EXIT
+trap 'exit 130' INT TERM
+
+# Stages run as processes of their own, and some are functions of this script.
+stage() {
+    local name=$1
+    shift
+    stages+=("$name")
+    if [ "$(type -t "$1")" = function ]; then
+        scripts/stage.sh "$name" bash -euo pipefail -c '"$@"' stage "$@" || true
+    else
+        scripts/stage.sh "$name" "$@" || true
+    fi
+}
+
+unit_tests() {
+    cargo test --quiet --locked --workspace --no-run
+    cargo test --locked --workspace --exclude kuasar-tests
+    cargo test --locked -p kuasar-tests --lib --bins
+    cargo test --locked -p kuasar-tests --doc
+}
+
+deny() {
+    cargo deny --log-level error check licenses bans sources
+    if cargo deny --log-level error fetch db; then
+        cargo deny --log-level error check advisories
+    else
+        say "SKIP advisories: the advisory database could not be fetched" | tee -a "$KUASAR_SKIP_LOG"
+        say "PASSED 1" >"$KUASAR_RESULTS"
+    fi
+}
+
+end_to_end() {
+    cargo test --quiet --locked -p kuasar-tests --no-run --tests
+    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked -p kuasar-tests --test '*' --no-fail-fast
+}
+
+missing_containerd() {
+    say "SKIP e2e on containerd $1: not in $cache (make deps builds it where there is Go)" | tee -a "$KUASAR_SKIP_LOG"
+}
+
+e2e() {
+    local first=${KUASAR_CONTAINERD:-} old=$cache/containerd-$containerd_old/bin/containerd version
+    [ -n "$first" ] || { [ -x "$cache/bin/containerd" ] && first=$cache/bin/containerd; } || first=$(command -v containerd)
+    version=$("$first" --version | version_in)
+    stage "e2e-containerd-$version" end_to_end "$first"
+    if [ -x "$old" ]; then
+        stage "e2e-containerd-$containerd_old" end_to_end "$old"
+    else
+        stage "e2e-containerd-$containerd_old" missing_containerd "$containerd_old"
+    fi
+}
+
+conformance() {
+    local sandboxer=${SANDBOXER:-kuasar-runc}
+    stage "conformance-$sandboxer" conformance_of "$sandboxer"
+}
+
+conformance_of() {
+    KUASAR_BIN_DIR=$bin "$bin/kuasar-conformance" --sandboxer "$1" --out "$target/conformance" --results "$KUASAR_RESULTS"
+}
+
+check() {
+    stage fmt cargo fmt --all --check
+    stage clippy cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+    stage unit unit_tests
+    stage deny deny
+}
+
+export cache target bin
+export -f say unit_tests deny end_to_end missing_containerd conformance_of
+for group in "$@"; do
+    case $group in
+    check | e2e | conformance) $group ;;
+    *) fail "no group $group: check, e2e, conformance" ;;
+    esac
+done
+scripts/summary.sh "${stages[@]}"
