@@ -36,12 +36,14 @@ macro_rules! skip {
     }};
 }
 
-/// Unwraps what a tool look-up found, or skips the test with the look-up's own words.
+/// Unwraps what a tool look-up found, or skips the test with the look-up's own words. A `KUASAR_…` variable that names
+/// something else than a program fails it: whoever set it does not want to skip.
 #[macro_export]
 macro_rules! require {
     ($found:expr) => {
         match $found {
             Ok(found) => found,
+            Err(wrong @ $crate::tools::Missing::Variable { .. }) => return Err(wrong.into()),
             Err(missing) => $crate::skip!("{missing}"),
         }
     };

@@ -37,10 +37,18 @@ struct Arguments {
 }
 
 #[tokio::main]
-async fn main() -> Result<ExitCode> {
-    let arguments = Arguments::parse();
+async fn main() -> ExitCode {
+    start(Arguments::parse()).await.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn start(arguments: Arguments) -> Result<ExitCode> {
     let critest = match tools::critest() {
         Ok(critest) => critest,
+        // Whoever set the variable does not want to skip.
+        Err(wrong @ tools::Missing::Variable { .. }) => return Err(wrong.into()),
         Err(missing) => {
             skip::record(&format!("conformance of {}", arguments.sandboxer), &missing.to_string());
             return Ok(ExitCode::SUCCESS);

@@ -1,5 +1,7 @@
 //! Removes what killed tests have left on the machine. With `--kept`, also what `KUASAR_KEEP=1` has kept.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// Removes what killed tests have left on the machine.
@@ -11,10 +13,18 @@ struct Arguments {
     kept: bool,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    for dir in kuasar_tests::scratch::sweep(arguments.kept)? {
-        println!("removed {}", dir.display());
+    match kuasar_tests::scratch::sweep(arguments.kept) {
+        Ok(removed) => {
+            for dir in removed {
+                println!("removed {}", dir.display());
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
-    Ok(())
 }
