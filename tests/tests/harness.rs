@@ -2,9 +2,9 @@
 //! with a sandboxer.
 
 use anyhow::Result;
-use kuasar_tests::cri::k8s_cri::v1::ContainerState;
+use kuasar_tests::cri::k8s_cri::v1::{ContainerState, LinuxContainerResources};
 use kuasar_tests::image::recipes;
-use kuasar_tests::{ContainerSpec, Node, NodeOptions, PodSpec, require, tools};
+use kuasar_tests::{ContainerSpec, Node, NodeOptions, PodSpec, require, skip, tools};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_runs_and_leaves_nothing() -> Result<()> {
@@ -73,6 +73,18 @@ async fn pods_survive_a_restart_of_containerd() -> Result<()> {
     node.containerd.kill()?;
     node.containerd.start().await?;
     assert_eq!(container.sh("echo still here").await?.stdout(), "still here\n");
+    node.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pods_resources_can_be_updated() -> Result<()> {
+    let tools = require!(tools::Containerd::find());
+    if tools.version < (2, 3, 0) {
+        skip!("UpdatePodSandboxResources needs containerd 2.3");
+    }
+    let node = Node::start(NodeOptions::new("update")).await?;
+    let pod = node.run_pod(PodSpec::new("pod").handler("runc")).await?;
+    pod.update(LinuxContainerResources { cpu_shares: 512, ..Default::default() }, None).await?;
     node.stop().await
 }
 

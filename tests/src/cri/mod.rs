@@ -5,6 +5,7 @@
 
 pub mod logs;
 mod pod;
+mod resources;
 mod spec;
 pub mod stream;
 

@@ -188,6 +188,29 @@ pub fn descendants(pid: i32) -> Result<Vec<i32>> {
     Ok(family)
 }
 
+/// Proportional set size of some processes together, in KiB: each shared page counts for its share. What has ended counts for
+/// nothing.
+///
+/// # Errors
+/// A process shows no such figure.
+pub fn pss_kib(pids: &[i32]) -> Result<u64> {
+    let mut sum = 0;
+    for pid in pids {
+        let path = format!("/proc/{pid}/smaps_rollup");
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            // ESRCH comes from a process that ends between open and read.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+            Err(error) => return Err(error).with_context(|| format!("read {path}")),
+        };
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        sum += kib.with_context(|| format!("no Pss in {path}"))?;
+    }
+    Ok(sum)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,6 +226,13 @@ mod tests {
     fn only_runtime_programs_are_claimed_by_command_line() {
         assert!(is_runtime_program("/usr/bin/containerd -c /tmp/x"));
         assert!(!is_runtime_program("tail -f /tmp/x/containerd.log"));
+    }
+
+    #[test]
+    fn this_process_has_memory_and_one_that_is_gone_has_none() {
+        let own = pss_kib(&[std::process::id().cast_signed()]).unwrap();
+        assert!(own > 0);
+        assert_eq!(pss_kib(&[i32::MAX]).unwrap(), 0);
     }
 
     #[test]
