@@ -1,0 +1,238 @@
+//! Calling an OCI runtime.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use kuasar_sandboxers::{Error, Result, reaper::Reaper, stdio::ChildFds};
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::time::timeout;
+
+use super::{MemoryFile, Runtime};
+
+/// How much of a runtime's own words is passed on, in bytes.
+const MESSAGE_LIMIT: u64 = 4096;
+
+/// Variables that mean something to a runtime and are meant for this daemon: crun and runc take them for the container's.
+const NOT_OURS: [&str; 4] = ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
+
+/// An OCI runtime together with where it keeps what it knows of the containers of one sandbox.
+#[derive(Clone, Debug)]
+pub(crate) struct Driver {
+    runtime: Runtime,
+    root: PathBuf,
+    systemd: bool,
+    reaper: Reaper,
+    limit: Duration,
+}
+
+/// How to create a container.
+#[derive(Debug)]
+pub(crate) struct Create<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) bundle: &'a Path,
+    pub(crate) pid_file: &'a Path,
+    pub(crate) console: Option<PathBuf>,
+    pub(crate) no_pivot: bool,
+    pub(crate) no_new_keyring: bool,
+}
+
+/// How to add a process to a container.
+#[derive(Debug)]
+pub(crate) struct Exec<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) process: &'a Value,
+    pub(crate) pid_file: &'a Path,
+    pub(crate) console: Option<PathBuf>,
+}
+
+impl Driver {
+    pub(crate) fn new(runtime: Runtime, root: PathBuf, systemd: bool, reaper: Reaper, limit: Duration) -> Self {
+        Self { runtime, root, systemd, reaper, limit }
+    }
+
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Whether the runtime knows a container of that id, in whatever state.
+    pub(crate) fn knows(&self, id: &str) -> bool {
+        self.root.join(id).exists()
+    }
+
+    /// Creates a container; its first process gets `io` (`None` with a terminal) and waits to be started.
+    pub(crate) async fn create(&self, create: Create<'_>, io: Option<ChildFds>) -> Result<()> {
+        let mut command = Command::new(self.runtime.program());
+        let log = self.globals(&mut command)?;
+        command.arg("create").arg("--bundle").arg(create.bundle).arg("--pid-file").arg(create.pid_file);
+        if let Some(console) = create.console {
+            command.arg("--console-socket").arg(console);
+        }
+        if create.no_pivot {
+            command.arg("--no-pivot");
+        }
+        if create.no_new_keyring {
+            command.arg("--no-new-keyring");
+        }
+        command.arg(create.id);
+        self.call("create the container", command, log, io).await
+    }
+
+    /// Lets the first process run.
+    pub(crate) async fn start(&self, id: &str) -> Result<()> {
+        self.simple("start the container", &["start", id]).await
+    }
+
+    /// Adds a process to a running container.
+    pub(crate) async fn exec(&self, exec: Exec<'_>, io: Option<ChildFds>) -> Result<()> {
+        let document = MemoryFile::sealed("process.json", exec.process.to_string().as_bytes())?;
+        let mut command = Command::new(self.runtime.program());
+        let log = self.globals(&mut command)?;
+        command.args(["exec", "--detach", "--process"]).arg(document.path()).arg("--pid-file").arg(exec.pid_file);
+        if let Some(console) = exec.console {
+            command.arg("--console-socket").arg(console);
+        }
+        command.arg(exec.id);
+        self.call("start a process in the container", command, log, io).await
+    }
+
+    /// Removes what the runtime keeps of a container, and its cgroup. With `force` also what still runs in it; that takes runc 100 ms
+    /// even when nothing does, so it is for emergencies.
+    pub(crate) async fn delete(&self, id: &str, force: bool) -> Result<()> {
+        let arguments: &[&str] = if force { &["delete", "--force", id] } else { &["delete", id] };
+        self.simple("delete the container", arguments).await
+    }
+
+    pub(crate) async fn pause(&self, id: &str) -> Result<()> {
+        self.simple("pause the container", &["pause", id]).await
+    }
+
+    pub(crate) async fn resume(&self, id: &str) -> Result<()> {
+        self.simple("resume the container", &["resume", id]).await
+    }
+
+    /// Applies an OCI `linux.resources` object.
+    pub(crate) async fn update(&self, id: &str, resources: &Value) -> Result<()> {
+        let document = MemoryFile::sealed("resources.json", resources.to_string().as_bytes())?;
+        let mut command = Command::new(self.runtime.program());
+        let log = self.globals(&mut command)?;
+        command.args(["update", "--resources"]).arg(document.path()).arg(id);
+        self.call("update the container's resources", command, log, None).await
+    }
+
+    /// Asks where a container's bundle is (runtime-spec, "State"); `None` where the runtime knows no such container.
+    pub(crate) async fn bundle(&self, id: &str) -> Result<Option<PathBuf>> {
+        let mut command = Command::new(self.runtime.program());
+        let _log = self.globals(&mut command)?;
+        let said = self.reaper.run(command.args(["state", id]), self.limit).await?;
+        let state: Option<Value> = serde_json::from_slice(&said.stdout).ok().filter(|_| said.status == 0);
+        Ok(state.and_then(|state| state["bundle"].as_str().map(PathBuf::from)))
+    }
+
+    async fn simple(&self, operation: &str, arguments: &[&str]) -> Result<()> {
+        let mut command = Command::new(self.runtime.program());
+        let log = self.globals(&mut command)?;
+        command.args(arguments);
+        self.call(operation, command, log, None).await
+    }
+
+    fn globals(&self, command: &mut Command) -> Result<MemoryFile> {
+        let log = MemoryFile::empty("runtime.log")?;
+        command.arg("--root").arg(&self.root).arg("--log").arg(log.path()).args(["--log-format", "json"]);
+        if self.systemd {
+            command.arg("--systemd-cgroup");
+        }
+        for name in NOT_OURS {
+            command.env_remove(name);
+        }
+        Ok(log)
+    }
+
+    /// Runs the runtime to its end. Without `io` its own standard error is kept for the error message.
+    async fn call(&self, operation: &str, mut command: Command, mut log: MemoryFile, io: Option<ChildFds>) -> Result<()> {
+        let mut said = None;
+        match io {
+            Some(io) => command.stdin(io.stdin).stdout(io.stdout).stderr(io.stderr),
+            None => {
+                let stderr = MemoryFile::empty("runtime.stderr")?;
+                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.descriptor()?);
+                said = Some(stderr);
+                &mut command
+            }
+        };
+        let child = self.reaper.spawn(&mut command);
+        // It holds the process's stdio, whose readers wait for the last writer to go.
+        drop(command);
+        let child = child?;
+        let Ok(exit) = timeout(self.limit, child.exit).await else {
+            match kill(Pid::from_raw(child.pid.cast_signed()), Signal::SIGKILL) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(errno) => return Err(Error::failed("kill an OCI runtime that does not end")(io::Error::from(errno))),
+            }
+            return Err(Error::TimedOut {
+                operation: format!("{} of {}, asked to {operation},", "the command", self.runtime),
+                seconds: self.limit.as_secs(),
+            });
+        };
+        if exit.status == 0 {
+            return Ok(());
+        }
+        let mut message = last_error(&log.tail(MESSAGE_LIMIT)?);
+        if message.is_none()
+            && let Some(said) = &mut said
+        {
+            message = Some(said.tail(MESSAGE_LIMIT)?.trim().to_owned()).filter(|said| !said.is_empty());
+        }
+        Err(Error::Backend {
+            program: self.runtime.program().display().to_string(),
+            operation: operation.into(),
+            message: message.unwrap_or_else(|| format!("it ended with status {} and said nothing", exit.status)),
+        })
+    }
+}
+
+/// The last error in a log of JSON lines, else the last line.
+fn last_error(log: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Line {
+        #[serde(default)]
+        level: String,
+        msg: String,
+    }
+    let lines: Vec<Line> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let error = lines.iter().rev().find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).or(lines.last());
+    match error {
+        Some(line) => Some(line.msg.trim().to_owned()),
+        None => log.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_runtimes_own_words() {
+        let runc = concat!(
+            r#"{"level":"warning","msg":"config.json has both","time":"x"}"#,
+            "\n",
+            r#"{"level":"error","msg":"runc create failed: exec: \"nope\": executable file not found in $PATH","time":"x"}"#,
+            "\n"
+        );
+        assert_eq!(last_error(runc).unwrap(), "runc create failed: exec: \"nope\": executable file not found in $PATH");
+        assert_eq!(last_error("{\"msg\":\"a\"}\n{\"msg\":\"b\"}\n").unwrap(), "b");
+        assert_eq!(last_error("not json\n\n").unwrap(), "not json");
+        // The beginning of a long log is cut off.
+        assert_eq!(last_error("el\":\"error\",\"msg\":\"x\"}\n{\"level\":\"error\",\"msg\":\"y\"}").unwrap(), "y");
+        assert_eq!(last_error(""), None);
+    }
+}

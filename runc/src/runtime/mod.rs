@@ -1,0 +1,14 @@
+//! The OCI runtime: a program that makes, starts and removes one container per call and then exits.
+//!
+//! [`probe`] finds one and asks what it is; [`Driver`] calls it. Its command line is that of runc, which crun and youki share
+//! (<https://github.com/opencontainers/runtime-tools/blob/master/docs/command-line-interface.md>). It is called only for what only it
+//! can do: signals, exits, process lists and resource use come from the kernel, because each call costs milliseconds.
+
+pub(crate) mod console;
+mod driver;
+mod memory;
+mod probe;
+
+pub(crate) use driver::{Create, Driver, Exec};
+pub(crate) use memory::MemoryFile;
+pub use probe::{Kind, Runtime, Version};

@@ -1,0 +1,292 @@
+//! Finding an OCI runtime, and finding out what it is.
+
+use std::{
+    env, fmt,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use serde_json::Value;
+
+use crate::config::{RuntimeChoice, RuntimeName};
+
+/// How long a runtime may take to say its version.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where programs are when `PATH` is not set.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A version as far as it is compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(pub u32, pub u32, pub u32);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.0, self.1, self.2)
+    }
+}
+
+impl Version {
+    /// Reads the leading numbers of `1.3.5`, `1.2.0-rc.1+dev`, `1.8.1.0.0.0.23-3856` or `v1.0`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let text = text.strip_prefix('v').unwrap_or(text);
+        let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let mut numbers = text[..end].split('.').map(str::parse);
+        let first = numbers.next()?.ok()?;
+        let mut next = || numbers.next().and_then(std::result::Result::ok);
+        Some(Self(first, next()?, next().unwrap_or(0)))
+    }
+}
+
+/// Which program it is, by what it calls itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// One that we know.
+    Known(RuntimeName),
+    /// Another that understands the same command line.
+    Other,
+}
+
+impl Kind {
+    /// The oldest version that can be used.
+    fn minimum(self) -> Version {
+        match self {
+            // The first with `features`, cgroup v2 `kill` and JSON logs of every error.
+            Self::Known(RuntimeName::Runc) => Version(1, 1, 0),
+            Self::Known(RuntimeName::Crun) => Version(1, 0, 0),
+            Self::Known(RuntimeName::Youki) => Version(0, 3, 0),
+            Self::Other => Version(0, 0, 0),
+        }
+    }
+}
+
+/// An OCI runtime that can be used. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Runtime(Arc<Facts>);
+
+#[derive(Debug)]
+struct Facts {
+    program: PathBuf,
+    kind: Kind,
+    name: String,
+    version: Version,
+    newest_spec: Option<Version>,
+    features: Option<Value>,
+}
+
+impl Runtime {
+    /// The runtime of that choice. `Auto` takes the fastest that hides nothing from containerd: a crun that knows `features` (else no
+    /// recursive read-only mounts and no user namespaces are offered), else runc, else an older crun. Never youki: processes that
+    /// it adds to a container run without the container's seccomp profile.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] that says what was found, what is wanted, and what to do.
+    pub async fn find(choice: &RuntimeChoice, reaper: &Reaper) -> Result<Self> {
+        match choice {
+            RuntimeChoice::Path(path) => Self::probe(path, reaper).await,
+            RuntimeChoice::Named(name) => Self::named(*name, reaper).await,
+            RuntimeChoice::Auto => {
+                let crun = Self::named(RuntimeName::Crun, reaper).await;
+                if let Ok(crun) = &crun
+                    && crun.features().is_some()
+                {
+                    return Ok(crun.clone());
+                }
+                match (Self::named(RuntimeName::Runc, reaper).await, crun) {
+                    (Ok(runc), _) => Ok(runc),
+                    (Err(_), Ok(crun)) => Ok(crun),
+                    (Err(runc), Err(crun)) => {
+                        let why = [runc, crun].map(|error| match error {
+                            Error::Unavailable { why, .. } => why,
+                            other => other.report(),
+                        });
+                        Err(unavailable(why.join("; ")))
+                    }
+                }
+            }
+        }
+    }
+
+    async fn named(name: RuntimeName, reaper: &Reaper) -> Result<Self> {
+        match env::var_os(name.variable()).filter(|path| !path.is_empty()) {
+            Some(path) => Self::probe(Path::new(&path), reaper).await,
+            None => match on_path(name.program()) {
+                Some(path) => Self::probe(&path, reaper).await,
+                None => Err(unavailable(format!(
+                    "{name} is missing: it is neither on PATH nor named by {variable}; install {name} {minimum} or newer, or set the \
+                     sandboxer's \"runtime\" to its path",
+                    name = name.program(),
+                    variable = name.variable(),
+                    minimum = Kind::Known(name).minimum(),
+                ))),
+            },
+        }
+    }
+
+    /// The runtime that containerd's runtime options name (`BinaryName`): a path, or a name on `PATH`.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub async fn of_option(binary: &str, reaper: &Reaper) -> Result<Self> {
+        let path = if binary.contains('/') { Some(PathBuf::from(binary)) } else { on_path(binary) };
+        match path {
+            Some(path) => Self::probe(&path, reaper).await,
+            None => {
+                Err(unavailable(format!("{binary}, which the runtime option BinaryName names, is not on PATH; install it")))
+            }
+        }
+    }
+
+    /// Asks a program what it is.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when it is missing, too old, or no OCI runtime.
+    pub async fn probe(program: &Path, reaper: &Reaper) -> Result<Self> {
+        let said = match reaper.run(Command::new(program).arg("--version"), PROBE_LIMIT).await {
+            Ok(said) => said,
+            Err(error) => {
+                let path = program.display();
+                return Err(unavailable(format!(
+                    "{path} cannot be run ({}); install an OCI runtime, or set the sandboxer's \"runtime\" to one",
+                    error.report()
+                )));
+            }
+        };
+        let text = String::from_utf8_lossy(&said.stdout);
+        let banner = Banner::parse(&text).filter(|_| said.status == 0);
+        let Some(banner) = banner else {
+            return Err(unavailable(format!(
+                "{} is not an OCI runtime: `--version` ended with {} and said {:?}",
+                program.display(),
+                said.status,
+                text.lines().next().unwrap_or_default(),
+            )));
+        };
+        let minimum = banner.kind.minimum();
+        if banner.version < minimum {
+            return Err(unavailable(format!(
+                "{} is {} {}, which is too old; install {minimum} or newer, or set the sandboxer's \"runtime\" to another",
+                program.display(),
+                banner.name,
+                banner.version,
+            )));
+        }
+        let features = reaper.run(Command::new(program).arg("features"), PROBE_LIMIT).await?;
+        let features = serde_json::from_slice(&features.stdout)
+            .ok()
+            .filter(|document: &Value| features.status == 0 && document["ociVersionMin"].is_string());
+        Ok(Self(Arc::new(Facts {
+            program: program.to_owned(),
+            kind: banner.kind,
+            name: banner.name,
+            version: banner.version,
+            newest_spec: banner.spec,
+            features,
+        })))
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.0.program
+    }
+
+    /// Which one it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// Its version.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.0.version
+    }
+
+    /// Its `features` document (runtime-spec `features.md`), where it has one.
+    #[must_use]
+    pub fn features(&self) -> Option<&Value> {
+        self.0.features.as_ref()
+    }
+
+    /// Whether it refuses a spec that names a newer `ociVersion` than 1.0, as crun up to 1.8 does even if the content is fine.
+    pub(crate) fn only_spec_1_0(&self) -> bool {
+        self.0.kind == Kind::Known(RuntimeName::Crun) && self.0.newest_spec.is_some_and(|spec| spec < Version(1, 1, 0))
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.0.name, self.0.version)
+    }
+}
+
+/// What `--version` prints: `runc version 1.3.5`, then lines `key: value`.
+struct Banner {
+    kind: Kind,
+    name: String,
+    version: Version,
+    spec: Option<Version>,
+}
+
+impl Banner {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.lines().next()?.split_whitespace();
+        let name = words.next()?.trim_end_matches(':').to_owned();
+        let version = words.find_map(Version::parse)?;
+        let known =
+            [RuntimeName::Runc, RuntimeName::Crun, RuntimeName::Youki].into_iter().find(|known| known.program() == name);
+        let spec = text.lines().find_map(|line| Version::parse(line.strip_prefix("spec:")?.trim()));
+        Some(Self { kind: known.map_or(Kind::Other, Kind::Known), name, version, spec })
+    }
+}
+
+fn unavailable(why: String) -> Error {
+    Error::Unavailable { what: "OCI runtime".into(), why }
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    env::split_paths(&path)
+        .map(|directory| directory.join(program))
+        .find(|candidate| candidate.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn banners() {
+        let runc = Banner::parse("runc version 1.3.5\nspec: 1.2.1\ngo: go1.26.8\nlibseccomp: 2.5.4\n").unwrap();
+        assert_eq!(
+            (runc.kind, runc.version, runc.spec),
+            (Kind::Known(RuntimeName::Runc), Version(1, 3, 5), Some(Version(1, 2, 1)))
+        );
+        let crun =
+            Banner::parse("crun version 1.8.1\ncommit: f8a\nrundir: /run/crun\nspec: 1.0.0\n+SYSTEMD +SELINUX\n").unwrap();
+        assert_eq!(
+            (crun.kind, crun.version, crun.spec),
+            (Kind::Known(RuntimeName::Crun), Version(1, 8, 1), Some(Version(1, 0, 0)))
+        );
+        let youki = Banner::parse("youki version: 0.5.7\ncommit: 0.5.7-0-abc\n").unwrap();
+        assert_eq!((youki.kind, youki.version), (Kind::Known(RuntimeName::Youki), Version(0, 5, 7)));
+        assert_eq!(Banner::parse("runsc version release-20240101.0\nspec: 1.1.0-rc.1\n").map(|banner| banner.version), None);
+        assert!(Banner::parse("").is_none());
+        assert!(Banner::parse("hello world").is_none());
+    }
+
+    #[test]
+    fn versions() {
+        assert_eq!(Version::parse("1.2.0-rc.1+dev"), Some(Version(1, 2, 0)));
+        assert_eq!(Version::parse("1.8.1.0.0.0.23-3856"), Some(Version(1, 8, 1)));
+        assert_eq!(Version::parse("v1.0"), Some(Version(1, 0, 0)));
+        assert_eq!(Version::parse("unknown"), None);
+        assert!(Version(1, 10, 0) > Version(1, 9, 9));
+    }
+}
