@@ -16,6 +16,7 @@
 
 pub mod admin;
 pub mod calls;
+pub mod config;
 pub mod controller;
 pub mod events;
 pub mod metrics;
