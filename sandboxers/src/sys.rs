@@ -13,6 +13,14 @@ use nix::{
     },
     unistd::Pid,
 };
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Lets tokio watch a descriptor.
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on and gives it
+    // out by shared reference or back whole.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
 
 /// A process that sits in a new user namespace until it is dropped. It has no exit signal, so neither SIGCHLD nor a plain
 /// waitpid(2) sees it (`__WCLONE`), and the reaper is not disturbed.
