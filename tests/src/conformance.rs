@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
+use tokio::process::Command;
 
 /// How a spec ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +66,7 @@ impl Critest {
     ///
     /// # Errors
     /// It cannot be run, or writes no report; the error names its log.
-    pub fn run(&self, handler: &str) -> Result<Run> {
+    pub async fn run(&self, handler: &str) -> Result<Run> {
         fs::create_dir_all(&self.out).with_context(|| format!("create {}", self.out.display()))?;
         let log = self.out.join(format!("{handler}.log"));
         let report = self.out.join(format!("{handler}.xml"));
@@ -88,14 +89,15 @@ impl Critest {
             .stderr(out.try_clone()?)
             .stdout(out)
             // Where it puts the logs of its pods, and the sources it looks for.
-            .current_dir(&self.out);
+            .current_dir(&self.out)
+            .kill_on_drop(true);
         if !self.focus.is_empty() {
             command.args(["-ginkgo.focus", &self.focus]);
         }
         if let Some(nri) = &self.nri_socket {
             command.arg("-nri-socket").arg(nri);
         }
-        command.status().with_context(|| format!("run {}", self.program.display()))?;
+        command.status().await.with_context(|| format!("run {}", self.program.display()))?;
         let text = fs::read_to_string(&report).with_context(|| format!("critest wrote no report; see {}", log.display()))?;
         Ok(Run {
             handler: handler.to_owned(),

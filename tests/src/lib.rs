@@ -59,6 +59,7 @@ pub mod kuasard;
 pub mod leak;
 pub mod node;
 pub mod process;
+pub mod program;
 pub mod registry;
 pub mod scratch;
 pub mod skip;

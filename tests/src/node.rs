@@ -11,7 +11,7 @@ use crate::containerd::{Config, Containerd, Handler, Patch, Runtime};
 use crate::cri::{Cri, Pod, PodSpec};
 use crate::image::{Store, recipes};
 use crate::kuasard::{Kuasard, Sandboxer};
-use crate::leak::census::Owner;
+use crate::leak::census::{self, Owner};
 use crate::leak::{Scope, Snapshot};
 use crate::registry::Registry;
 use crate::scratch::Scratch;
@@ -135,6 +135,7 @@ pub struct Node {
     scratch: Option<Scratch>,
     bridge: String,
     owner: Owner,
+    sandboxers: Vec<String>,
     stopped: bool,
 }
 
@@ -197,6 +198,7 @@ impl Node {
         containerd.import(&images, &cri).await?;
         Ok(Self {
             name: options.name,
+            sandboxers: options.sandboxers.into_iter().map(|sandboxer| sandboxer.name).collect(),
             cri,
             containerd,
             kuasard,
@@ -233,6 +235,26 @@ impl Node {
             spec.config.log_directory = self.owner.dir.join("logs").join(uid).display().to_string();
         }
         self.cri.run_pod(spec).await
+    }
+
+    /// The processes that stand between containerd and the containers of a handler: for the runc shim, shims and pause
+    /// containers of all its pods; for a sandboxer, kuasard's.
+    ///
+    /// # Errors
+    /// /proc cannot be read, or kuasard does not run.
+    pub fn management_pids(&self, handler: &str) -> Result<Vec<i32>> {
+        let sandboxer = self.sandboxers.iter().any(|name| handler.starts_with(name.as_str()));
+        if sandboxer {
+            let kuasard = self.kuasard.as_ref().and_then(Kuasard::pid).context("kuasard is not running")?;
+            return census::own_family(kuasard);
+        }
+        let mut owner = self.owner.clone();
+        owner.ids = self.cri.ids();
+        Ok(census::processes(&owner)?
+            .into_iter()
+            .filter(|process| process.command.contains("containerd-shim-runc-v2") || process.command == "/pause")
+            .map(|process| process.pid)
+            .collect())
     }
 
     /// What the node has on the machine now.

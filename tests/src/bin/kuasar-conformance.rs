@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use kuasar_tests::conformance::{Critest, Run, Verdict, compare, write_results};
 use kuasar_tests::image::recipes;
-use kuasar_tests::{Node, NodeOptions, skip, tools};
+use kuasar_tests::{Node, NodeOptions, program, skip, tools};
 
 /// Runs the CRI conformance suite with a sandboxer and with the runc shim, and compares the two.
 #[derive(Parser)]
@@ -38,13 +38,11 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    start(Arguments::parse()).await.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
+    let arguments = Arguments::parse();
+    program::run(async |node| start(arguments, node).await).await
 }
 
-async fn start(arguments: Arguments) -> Result<ExitCode> {
+async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
     let critest = match tools::critest() {
         Ok(critest) => critest,
         // Whoever set the variable does not want to skip.
@@ -54,18 +52,6 @@ async fn start(arguments: Arguments) -> Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    tokio::select! {
-        code = run(arguments, critest) => code,
-        signal = tokio::signal::ctrl_c() => {
-            // The node was dropped with the other branch, and has removed everything.
-            signal.context("wait for Ctrl-C")?;
-            eprintln!("interrupted");
-            Ok(ExitCode::from(130))
-        }
-    }
-}
-
-async fn run(arguments: Arguments, critest: PathBuf) -> Result<ExitCode> {
     let peer_only = arguments.peer_only;
     let sandboxer = arguments.sandboxer.clone();
     let mut options = NodeOptions::new("conformance").quiet().registry(recipes::for_critest()?).host_ports();
@@ -74,7 +60,7 @@ async fn run(arguments: Arguments, critest: PathBuf) -> Result<ExitCode> {
             arguments.runtime.clone().unwrap_or_else(|| sandboxer.strip_prefix("kuasar-").unwrap_or(&sandboxer).to_owned());
         options = options.sandboxer(&sandboxer, &runtime);
     }
-    let node = Node::start(options).await?;
+    let node = slot.insert(Node::start(options).await?);
     let (major, minor, patch) = node.containerd.version();
     println!("containerd {major}.{minor}.{patch}, critest {}", critest.display());
 
@@ -93,16 +79,12 @@ async fn run(arguments: Arguments, critest: PathBuf) -> Result<ExitCode> {
         let ours = suite(&critest, &sandboxer).await?;
         report(&arguments, &peer, &ours)?
     };
-    node.stop().await?;
     Ok(if behind == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn suite(critest: &Critest, handler: &str) -> Result<Run> {
     println!("\n{handler}: running, about two minutes; log: {}/{handler}.log", critest.out.display());
-    let run = {
-        let (critest, handler) = (critest.clone(), handler.to_owned());
-        tokio::task::spawn_blocking(move || critest.run(&handler)).await??
-    };
+    let run = critest.run(handler).await?;
     println!("{handler}: {}", run.closing.replace('\n', "\n    "));
     let (passed, failed, _) = run.counts();
     ensure!(passed + failed > 0, "critest ran no spec with {handler}: see {}/{handler}.log", critest.out.display());

@@ -188,6 +188,21 @@ pub fn descendants(pid: i32) -> Result<Vec<i32>> {
     Ok(family)
 }
 
+/// A daemon and its helpers: `pid` and those of its descendants whose executable has the same path or a name of ours, as
+/// opposed to the containers that are its children, too.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn own_family(pid: i32) -> Result<Vec<i32>> {
+    let exe = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let program = exe(pid);
+    let own = |pid: i32| {
+        program.is_some() && exe(pid) == program
+            || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.starts_with("kuasar"))
+    };
+    Ok(descendants(pid)?.into_iter().filter(|pid| own(*pid)).collect())
+}
+
 /// Proportional set size of some processes together, in KiB: each shared page counts for its share. What has ended counts for
 /// nothing.
 ///

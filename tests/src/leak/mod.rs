@@ -84,12 +84,7 @@ impl Snapshot {
 
     /// The daemon: its own process and those it has started from the same executable (keeper and worker).
     fn take_daemon(&mut self, pid: i32, own_pid: i32, dir: &Path) -> Result<()> {
-        let exe = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
-        let program = exe(pid);
-        for pid in census::descendants(pid)? {
-            if program.is_none() || exe(pid) != program {
-                continue;
-            }
+        for pid in census::own_family(pid)? {
             for fd in entries(Path::new(&format!("/proc/{pid}/fd"))) {
                 let target = fs::read_link(&fd).map(|target| target.display().to_string());
                 // Gone between listing and reading: it was the listing's own, or is closed by now.
