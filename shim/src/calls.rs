@@ -115,32 +115,34 @@ impl Calls {
         result
     }
 
-    /// Waits for something that may take for ever. Ends when the caller goes away, and at the beginning of a shutdown.
+    /// Waits for something that may take for ever. Ends only with its caller: containerd takes a failed wait for the exit.
     ///
     /// # Errors
-    /// As [`Calls::run`].
+    /// The work's own error; [`Error::Failed`] when it panicked.
     pub async fn wait<T>(&self, name: &'static str, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
-        let work = AssertUnwindSafe(work).catch_unwind();
-        let result = tokio::select! {
-            result = work => result.unwrap_or_else(|_| {
-                error!(name, "a call panicked");
-                Err(Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where"))
-            }),
-            () = self.0.stopping.cancelled() => Err(stopping()),
-        };
+        let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
+            error!(name, "a call panicked");
+            Err(Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where"))
+        });
         note(name, &result);
         result
     }
 
-    /// Refuses calls from now on and ends those that wait.
+    /// Like [`Calls::wait`], for clients that ask again: ends at the beginning of a shutdown too.
+    ///
+    /// # Errors
+    /// As [`Calls::wait`], and [`Error::Unavailable`] during a shutdown.
+    pub async fn wait_unless_stopped<T>(&self, name: &'static str, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+        tokio::select! {
+            result = self.wait(name, work) => result,
+            () = self.0.stopping.cancelled() => Err(stopping()),
+        }
+    }
+
+    /// Refuses calls from now on.
     pub fn stop(&self) {
         self.0.stopping.cancel();
         self.0.tracker.close();
-    }
-
-    /// Resolves when [`Calls::stop`] was called.
-    pub async fn stopped(&self) {
-        self.0.stopping.cancelled().await;
     }
 
     /// After [`Calls::stop`]: lets what runs finish, and says what did not within the limit, one line for each.
@@ -211,7 +213,7 @@ mod tests {
         let calls = calls();
         let waiting = tokio::spawn({
             let calls = calls.clone();
-            async move { calls.wait("Wait", std::future::pending::<Result<()>>()).await }
+            async move { calls.wait_unless_stopped("Wait", std::future::pending::<Result<()>>()).await }
         });
         let stuck = tokio::spawn({
             let calls = calls.clone();

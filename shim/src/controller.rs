@@ -93,10 +93,7 @@ fn namespace(metadata: &MetadataMap) -> Result<Namespace> {
 
 #[tonic::async_trait]
 impl controller_server::Controller for Controller {
-    async fn create(
-        &self,
-        request: Request<ControllerCreateRequest>,
-    ) -> Result<Response<ControllerCreateResponse>, Status> {
+    async fn create(&self, request: Request<ControllerCreateRequest>) -> Result<Response<ControllerCreateResponse>, Status> {
         let namespace = namespace(request.metadata()).grpc()?;
         let request = request.into_inner();
         let sandbox_id = request.sandbox_id.clone();
@@ -106,10 +103,7 @@ impl controller_server::Controller for Controller {
         Ok(Response::new(ControllerCreateResponse { sandbox_id }))
     }
 
-    async fn start(
-        &self,
-        request: Request<ControllerStartRequest>,
-    ) -> Result<Response<ControllerStartResponse>, Status> {
+    async fn start(&self, request: Request<ControllerStartRequest>) -> Result<Response<ControllerStartResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
         let work = |sandbox: SandboxHandle| async move { sandbox.start().await };
         let status = self.on("Controller.Start", &metadata, &request.sandbox_id, work).await?;
@@ -142,14 +136,11 @@ impl controller_server::Controller for Controller {
 
     async fn wait(&self, request: Request<ControllerWaitRequest>) -> Result<Response<ControllerWaitResponse>, Status> {
         let sandbox = self.sandbox(request.metadata(), &request.get_ref().sandbox_id).grpc()?;
-        let exit = self.calls.wait("Controller.Wait", sandbox.wait()).await.grpc()?;
+        let exit = self.calls.wait_unless_stopped("Controller.Wait", sandbox.wait()).await.grpc()?;
         Ok(Response::new(ControllerWaitResponse { exit_status: exit.status, exited_at: Some(exit.at.into()) }))
     }
 
-    async fn status(
-        &self,
-        request: Request<ControllerStatusRequest>,
-    ) -> Result<Response<ControllerStatusResponse>, Status> {
+    async fn status(&self, request: Request<ControllerStatusRequest>) -> Result<Response<ControllerStatusResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
         let work = |sandbox: SandboxHandle| async move { sandbox.status().await };
         let status = self.on("Controller.Status", &metadata, &request.sandbox_id, work).await?;
@@ -180,10 +171,7 @@ impl controller_server::Controller for Controller {
         Ok(Response::new(ControllerShutdownResponse {}))
     }
 
-    async fn metrics(
-        &self,
-        request: Request<ControllerMetricsRequest>,
-    ) -> Result<Response<ControllerMetricsResponse>, Status> {
+    async fn metrics(&self, request: Request<ControllerMetricsRequest>) -> Result<Response<ControllerMetricsResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
         let work = |sandbox: SandboxHandle| async move {
             sandbox.metrics().await?.ok_or_else(|| Error::Unsupported {
@@ -200,10 +188,7 @@ impl controller_server::Controller for Controller {
         Ok(Response::new(ControllerMetricsResponse { metrics: Some(metric) }))
     }
 
-    async fn update(
-        &self,
-        request: Request<ControllerUpdateRequest>,
-    ) -> Result<Response<ControllerUpdateResponse>, Status> {
+    async fn update(&self, request: Request<ControllerUpdateRequest>) -> Result<Response<ControllerUpdateResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
         let sandbox = self.sandbox(&metadata, &request.sandbox_id).grpc()?;
         let Some(resources) = update(&request).grpc()? else { return Ok(Response::new(ControllerUpdateResponse {})) };

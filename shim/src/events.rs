@@ -25,7 +25,7 @@ use protobuf::{MessageField, well_known_types::any::Any};
 use tokio::{net::UnixStream, select, sync::mpsc::UnboundedReceiver, time};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
-use ttrpc::{asynchronous::transport::Socket, r#async::Client, context};
+use ttrpc::{r#async::Client, asynchronous::transport::Socket, context};
 
 /// Events that may wait.
 const WAITING: usize = 4096;
@@ -264,7 +264,8 @@ mod tests {
     impl Containerd {
         async fn serve(self: &Arc<Self>, path: &Path) -> Server {
             let listener = UnixListener::bind(path).unwrap();
-            let mut server = Server::new().add_listener(listener.into()).register_service(create_events(Arc::new(Face(self.clone()))));
+            let mut server =
+                Server::new().add_listener(listener.into()).register_service(create_events(Arc::new(Face(self.clone()))));
             server.start().await.unwrap();
             server
         }
@@ -321,8 +322,7 @@ mod tests {
     #[test]
     fn an_exit_names_its_process() {
         let exit = Exit { status: 3, at: SystemTime::UNIX_EPOCH + Duration::from_secs(9) };
-        let first: TaskExit =
-            unpack(&envelope(&event("c1", EventKind::Exited { exec: None, pid: 4, exit })).unwrap().unwrap());
+        let first: TaskExit = unpack(&envelope(&event("c1", EventKind::Exited { exec: None, pid: 4, exit })).unwrap().unwrap());
         assert_eq!((first.container_id.as_str(), first.id.as_str(), first.exit_status), ("c1", "c1", 3));
         assert_eq!(first.exited_at.seconds, 9);
         let exec = Some("e1".parse().unwrap());

@@ -23,6 +23,8 @@ pub mod metrics;
 pub mod options;
 pub mod pod;
 pub mod proto;
+pub mod server;
 pub mod status;
 pub mod streaming;
+pub mod sys;
 pub mod task;

@@ -68,7 +68,8 @@ pub fn decode(options: Option<&Any>) -> Result<RuntimeOptions> {
             let options = runtimeoptions::Options::decode(options.value.as_slice())
                 .map_err(|error| invalid(format!("they are not a {GENERIC} message: {error}")))?;
             if !options.config_path.is_empty() {
-                let why = "`ConfigPath` is not read; write the options into containerd's runtime table or kuasard's configuration";
+                let why =
+                    "`ConfigPath` is not read; write the options into containerd's runtime table or kuasard's configuration";
                 return Err(invalid(why.into()));
             }
             let text = std::str::from_utf8(&options.config_body).map_err(|_| invalid("they are not text".into()))?;

@@ -6,7 +6,9 @@ use k8s_cri::v1 as cri;
 use kuasar_sandboxers::{
     Error, Result,
     id::{Namespace, SandboxId},
-    types::{DnsConfig, IdMapping, IdMappings, NamespaceMode, PodMetadata, PodNamespaces, PodResources, Resources, SandboxSpec},
+    types::{
+        DnsConfig, IdMapping, IdMappings, NamespaceMode, PodMetadata, PodNamespaces, PodResources, Resources, SandboxSpec,
+    },
 };
 use prost::Message;
 use prost_types::Any;
@@ -39,12 +41,7 @@ pub fn spec(namespace: Namespace, request: ControllerCreateRequest) -> Result<Sa
         namespace,
         id,
         sandboxer,
-        pod: PodMetadata {
-            name: metadata.name,
-            namespace: metadata.namespace,
-            uid: metadata.uid,
-            attempt: metadata.attempt,
-        },
+        pod: PodMetadata { name: metadata.name, namespace: metadata.namespace, uid: metadata.uid, attempt: metadata.attempt },
         hostname: one_line("hostname", config.hostname)?,
         netns,
         namespaces,
@@ -54,10 +51,7 @@ pub fn spec(namespace: Namespace, request: ControllerCreateRequest) -> Result<Sa
         labels: config.labels.into_iter().collect(),
         annotations,
         log_directory: config.log_directory,
-        resources: PodResources {
-            overhead: linux.overhead.map(resources),
-            containers: linux.resources.map(resources),
-        },
+        resources: PodResources { overhead: linux.overhead.map(resources), containers: linux.resources.map(resources) },
         options,
     })
 }
@@ -130,7 +124,9 @@ fn netns(namespaces: &PodNamespaces, path: String) -> Result<Option<PathBuf>> {
     let invalid = |why: String| Err(Error::invalid("netns_path", why));
     match (namespaces.network, path.as_str()) {
         (NamespaceMode::Node, _) => Ok(None),
-        (_, "") => invalid("it is empty, but the pod has a network of its own; ask for mode NODE, or give the namespace CNI has set up".into()),
+        (_, "") => invalid(
+            "it is empty, but the pod has a network of its own; ask for mode NODE, or give the namespace CNI has set up".into(),
+        ),
         (_, path) if !path.starts_with('/') => invalid(format!("{path:?} is not an absolute path")),
         (_, path) => Ok(Some(PathBuf::from(path))),
     }
@@ -370,10 +366,8 @@ mod tests {
     fn user_namespaces_are_checked() {
         let mapping = cri::IdMapping { host_id: 1, container_id: 0, length: 1 };
         let userns = |mode, uids, gids| {
-            let options = cri::NamespaceOption {
-                userns_options: Some(cri::UserNamespace { mode, uids, gids }),
-                ..Default::default()
-            };
+            let options =
+                cri::NamespaceOption { userns_options: Some(cri::UserNamespace { mode, uids, gids }), ..Default::default() };
             request(&with(options))
         };
         assert!(refusal(userns(0, vec![], vec![])).contains("at least one"));

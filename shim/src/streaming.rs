@@ -42,8 +42,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use ttrpc::{
     Response,
-    proto::ResponseInit,
     r#async::{SSReceiver, SSSender, ServerStream, Service, StreamHandler, StreamInner, TtrpcContext},
+    proto::ResponseInit,
 };
 
 use crate::{
@@ -233,12 +233,7 @@ async fn receive(
 }
 
 /// Moves input to the process, and asks for more as it is taken.
-async fn input(
-    end: &StreamEnd,
-    sender: &SSSender<Any>,
-    mut queued: UnboundedReceiver<Vec<u8>>,
-    flow: &Flow,
-) -> Result<()> {
+async fn input(end: &StreamEnd, sender: &SSSender<Any>, mut queued: UnboundedReceiver<Vec<u8>>, flow: &Flow) -> Result<()> {
     // Writing nothing waits until the process has opened its side, and tells which that is.
     let mut taking = select! {
         result = end.write(&[]) => match result {

@@ -43,12 +43,7 @@ pub(super) fn read(id: ContainerId, request: CreateTaskRequest) -> Result<(Sandb
         bundle,
         spec,
         rootfs: request.rootfs.into_iter().map(mount).collect(),
-        stdio: Stdio {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-        },
+        stdio: Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal },
     };
     Ok((sandbox, spec))
 }

@@ -26,8 +26,8 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, warn};
 use ttrpc::{
-    asynchronous::transport::Listener,
     r#async::{Server, Service},
+    asynchronous::transport::Listener,
 };
 
 use super::TaskService;

@@ -1,0 +1,281 @@
+//! The daemon's sockets: claimed, bound, served, drained.
+//!
+//! ```text
+//!   claim the state directory ─▶ bind both sockets ─▶ (recover) ─▶ serve ─▶ stop: refuse, drain, publish, unlink
+//! ```
+//!
+//! Sockets are bound before sandboxes are recovered, so that a client that comes early waits instead of failing.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek, Write},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use kuasar_sandboxers::{Error, Result, event::Event, registry::Registry, stdio::StreamHub};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sys::resource::{Resource, getrlimit},
+};
+use tokio::{net::UnixListener, runtime::Handle, sync::mpsc::UnboundedReceiver, task::yield_now, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::{
+    admin::Admin,
+    calls::Calls,
+    controller::Controller,
+    events,
+    proto::{admin::admin_server::AdminServer, sandbox::controller_server::ControllerServer},
+    task::{
+        TaskService,
+        connection::{self, Acceptor},
+    },
+};
+
+/// The gRPC socket's name in the state directory.
+pub const CONTROL_SOCKET: &str = "kuasard.sock";
+/// The ttrpc socket's name in the state directory.
+pub const TASK_SOCKET: &str = "task.sock";
+const LOCK: &str = "kuasard.lock";
+/// Where sockets are made before they get their permissions and their name.
+const NEW: &str = ".new";
+
+/// gRPC connections at a time; containerd has one, kuasarctl one for a moment.
+const CONTROL_CONNECTIONS: usize = 64;
+/// Task connections at a time are at most half of the descriptors the process may have, within these bounds.
+const TASK_CONNECTIONS: (u64, u64) = (64, 8192);
+/// How long answers that are ready may take to leave at a shutdown.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// A state directory that is this daemon's alone for as long as this lives.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// The listening sockets.
+#[derive(Debug)]
+pub struct Sockets {
+    control: UnixListener,
+    task: UnixListener,
+}
+
+/// What is served.
+pub struct Parts {
+    /// The sandboxes.
+    pub registry: Registry,
+    /// Streams of their processes.
+    pub hub: StreamHub,
+    /// What happens in them.
+    pub events: UnboundedReceiver<Event>,
+    /// Where operations run.
+    pub workers: Handle,
+    /// containerd's gRPC socket.
+    pub containerd: PathBuf,
+    /// How long operations may take to finish after a stop.
+    pub grace: Duration,
+}
+
+impl StateDir {
+    /// Makes the directory if need be, and locks it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when another daemon has it, [`Error::Io`] when it cannot be used.
+    pub fn claim(path: &Path) -> Result<Self> {
+        // Containers with a user namespace pass through it, so others may enter; what must be private says so itself.
+        DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(Error::io("create", path))?;
+        let path = fs::canonicalize(path).map_err(Error::io("find", path))?;
+        let name = path.join(LOCK);
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&name);
+        let file = file.map_err(Error::io("open", &name))?;
+        let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((mut file, Errno::EWOULDBLOCK)) => {
+                let mut pid = String::new();
+                // Only to name it; the daemon may be just about to write it.
+                let owner = match file.read_to_string(&mut pid) {
+                    Ok(_) if !pid.trim().is_empty() => format!("process {}", pid.trim()),
+                    _ => "another process".into(),
+                };
+                let why = format!("{owner} serves it; stop that daemon, or give this one another --state");
+                return Err(Error::Unavailable { what: format!("state directory {}", path.display()), why });
+            }
+            Err((_, errno)) => return Err(Error::io("lock", &name)(errno.into())),
+        };
+        let write = |file: &mut File| -> io::Result<()> {
+            file.set_len(0)?;
+            file.rewind()?;
+            writeln!(file, "{}", std::process::id())
+        };
+        write(&mut lock).map_err(Error::io("write", &name))?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Binds both sockets in place of those of an earlier daemon; only root may use them.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Invalid`] when something that is no socket has one of the names.
+    pub fn bind(&self) -> Result<Sockets> {
+        let new = self.path.join(NEW);
+        match DirBuilder::new().mode(0o700).create(&new) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &new)(error)),
+            _ => {}
+        }
+        let sockets = Sockets { control: self.bind_one(&new, CONTROL_SOCKET)?, task: self.bind_one(&new, TASK_SOCKET)? };
+        fs::remove_dir(&new).map_err(Error::io("remove", &new))?;
+        Ok(sockets)
+    }
+
+    fn bind_one(&self, new: &Path, name: &str) -> Result<UnixListener> {
+        let (made, path) = (new.join(name), self.path.join(name));
+        if fs::symlink_metadata(&path).is_ok_and(|found| !found.file_type().is_socket()) {
+            return Err(Error::invalid(
+                "state directory",
+                format!("{} is in the way: it is no socket; move it", path.display()),
+            ));
+        }
+        match fs::remove_file(&made) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", &made)(error)),
+            _ => {}
+        }
+        // In a private directory until nobody but root can connect; the rename replaces an old socket without a gap.
+        let listener = UnixListener::bind(&made).map_err(Error::io("bind", &made))?;
+        fs::set_permissions(&made, fs::Permissions::from_mode(0o600)).map_err(Error::io("change the mode of", &made))?;
+        fs::rename(&made, &path).map_err(Error::io("rename a socket to", &path))?;
+        Ok(listener)
+    }
+
+    fn unlink(&self) {
+        for name in [CONTROL_SOCKET, TASK_SOCKET] {
+            let path = self.path.join(name);
+            if let Err(error) = fs::remove_file(&path) {
+                warn!(path = %path.display(), %error, "cannot remove a socket");
+            }
+        }
+    }
+}
+
+/// Serves until `stop`, then lets operations finish, and says in the log which did not.
+///
+/// To be run on a current-thread runtime: see [`connection`].
+///
+/// # Errors
+/// [`Error::Failed`] when the gRPC server breaks down.
+pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: CancellationToken) -> Result<()> {
+    let Parts { registry, hub, events, workers, containerd, grace } = parts;
+    let calls = Calls::new(workers);
+    let silence = CancellationToken::new();
+    let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
+
+    let task = TaskService::new(registry.clone(), calls.clone());
+    let task_limit = task_connections();
+    let tasks = tokio::spawn(connection::serve(Acceptor::new(sockets.task, task_limit), task, hub, stop.clone()));
+
+    let acceptor = Acceptor::new(sockets.control, CONTROL_CONNECTIONS);
+    let incoming = futures::stream::unfold(acceptor, |acceptor| async {
+        let connection = acceptor.accept().await;
+        Some((Ok::<_, io::Error>(connection), acceptor))
+    });
+    let controller = Controller::new(registry.clone(), calls.clone(), &state.path.join(TASK_SOCKET));
+    let control = tonic::transport::Server::builder()
+        .add_service(ControllerServer::new(controller))
+        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone())))
+        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+    let mut control = tokio::spawn(control);
+
+    let broken = tokio::select! {
+        () = stop.cancelled() => None,
+        ended = &mut control => Some(ended),
+    };
+    info!("stopping: no more calls; containers keep running");
+    stop.cancel();
+    calls.stop();
+    for call in calls.drain(grace).await {
+        warn!(call, "a call did not finish in time");
+    }
+    for sandbox in registry.drain(grace).await {
+        warn!(sandbox_id = %sandbox, "an operation of a sandbox did not finish in time");
+    }
+    silence.cancel();
+    for (what, task) in [("the publisher of events", publisher), ("the Task socket", tasks)] {
+        match timeout(FLUSH, task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!(%error, "{what} broke down"),
+            Err(_) => warn!("{what} did not end in time"),
+        }
+    }
+    // Answers pass through a few tasks on this thread before they are in their sockets; each gets its turns.
+    for _ in 0..64 {
+        yield_now().await;
+    }
+    let ended = match broken {
+        Some(ended) => Some(ended),
+        None => timeout(FLUSH, control).await.inspect_err(|_| warn!("the gRPC server did not end in time")).ok(),
+    };
+    state.unlink();
+    match ended {
+        Some(Ok(Err(error))) => Err(Error::failed("serve gRPC")(error)),
+        Some(Err(error)) => Err(Error::failed("serve gRPC")(error)),
+        Some(Ok(Ok(()))) | None => Ok(()),
+    }
+}
+
+fn task_connections() -> usize {
+    let (least, most) = TASK_CONNECTIONS;
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(least, |(soft, _)| soft);
+    usize::try_from((descriptors / 2).clamp(least, most)).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use kuasar_sandboxers::Code;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_state_directory_has_one_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        let first = StateDir::claim(&path).unwrap();
+        let error = StateDir::claim(&path).unwrap_err();
+        assert_eq!(error.code(), Code::Unavailable);
+        assert!(error.report().contains(&format!("process {}", std::process::id())), "{}", error.report());
+        drop(first);
+        StateDir::claim(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn sockets_are_private_and_replace_stale_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::claim(dir.path()).unwrap();
+        drop(state.bind().unwrap());
+        let _sockets = state.bind().unwrap();
+        for name in [CONTROL_SOCKET, TASK_SOCKET] {
+            let path = state.path().join(name);
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            tokio::net::UnixStream::connect(&path).await.unwrap();
+        }
+        assert!(!state.path().join(NEW).exists());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::claim(dir.path()).unwrap();
+        let precious = state.path().join(TASK_SOCKET);
+        fs::write(&precious, "x").unwrap();
+        assert_eq!(state.bind().unwrap_err().code(), Code::InvalidArgument);
+        assert_eq!(fs::read(&precious).unwrap(), b"x");
+    }
+}
