@@ -10,12 +10,13 @@
 //! - translation only: no state of a sandbox or container is kept here;
 //! - errors become statuses in [`status`] and nowhere else;
 //! - an operation that has begun runs to its end, whatever its client does ([`calls`]);
-//! - backends are named by the composition root alone: `config` and the binary `kuasard`.
+//! - backends are named by the composition root alone: `config`, `check` and the binaries.
 //!
 //! Not here: shim v2's `start` (containers without a sandbox of their own come with a later issue), and checkpoints.
 
 pub mod admin;
 pub mod calls;
+pub mod check;
 pub mod config;
 pub mod controller;
 pub mod events;

@@ -1,0 +1,207 @@
+//! kuasarctl as a user runs it.
+// A helper that fails is a test that fails.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use kuasar_shim::proto::admin::{Document, InspectRequest, ListRequest, VersionRequest, admin_server};
+use serde_json::{Value, json};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status, transport::Server};
+
+/// kuasarctl with nothing of this machine's settings.
+fn kuasarctl(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kuasarctl"));
+    command.args(arguments).env_remove("KUASAR_CONFIG").env_remove("KUASAR_CONTAINERD");
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    kuasarctl(arguments).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// What a command that works prints.
+fn prints(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    stdout(&output)
+}
+
+/// What a command that fails says.
+fn refuses(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", stdout(&output));
+    stderr(&output)
+}
+
+fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn without_a_daemon_the_socket_and_the_remedy_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().to_str().unwrap();
+    for command in [&["ps"][..], &["inspect", "x"], &["version"]] {
+        let said = refuses(&[&["--state", state], command].concat());
+        assert!(said.contains(&format!("nothing listens at {state}/kuasard.sock")) && said.contains("start it"), "{said}");
+    }
+    // What it knows by itself it tells all the same.
+    let output = run(&["--state", state, "--json", "version"]);
+    let version: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(version, json!({ "client": { "version": env!("CARGO_PKG_VERSION") } }));
+}
+
+#[test]
+fn faults_of_the_configuration_are_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), "c.toml", "[log]\nlevel = 'loud'\nmore = 1\n[sandboxer.x]\nkind = 'vm'\n");
+    let path = path.to_str().unwrap();
+    for command in [&["config"][..], &["containerd-config", "--containerd-version", "2.4.2"]] {
+        let said = refuses(&[&["--config", path], command].concat());
+        let lines: Vec<_> = said.lines().filter(|line| line.starts_with(path)).collect();
+        assert_eq!(lines.len(), 3, "{said}");
+        assert!(lines[0].starts_with(&format!("{path}:2: log.level:")), "{said}");
+    }
+    assert!(refuses(&["--config", "/nonexistent/c.toml", "config"]).contains("/nonexistent/c.toml: does not exist"));
+}
+
+#[test]
+fn the_configuration_is_printed_as_understood() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), "c.toml", "[sandboxer.fast]\nkind = 'runc'\nruntime = 'crun'\n");
+    let printed: toml::Table = prints(&["--config", path.to_str().unwrap(), "config"]).parse().unwrap();
+    assert_eq!(printed["sandboxer"]["fast"]["runtime"].as_str(), Some("crun"));
+    assert_eq!(printed["log"]["level"].as_str(), Some("info"));
+    let json: Value = serde_json::from_str(&prints(&["--config", path.to_str().unwrap(), "--json", "config"])).unwrap();
+    assert_eq!(json["sandboxer"]["fast"]["runtime"], "crun");
+    // The variable does what the option does.
+    let output = kuasarctl(&["config"]).env("KUASAR_CONFIG", &path).output().unwrap();
+    assert_eq!(stdout(&output).parse::<toml::Table>().unwrap(), printed);
+}
+
+#[test]
+fn the_drop_in_follows_configuration_and_version() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), "c.toml", "[sandboxer.fast]\nkind = 'runc'\nruntime = 'crun'\n");
+    let arguments = ["--config", path.to_str().unwrap(), "--state", "/run/k", "containerd-config", "--containerd-version"];
+    let drop_in: toml::Table = prints(&[&arguments[..], &["2.4.2"]].concat()).parse().unwrap();
+    assert_eq!(drop_in["proxy_plugins"]["fast"]["address"].as_str(), Some("/run/k/kuasard.sock"));
+    let runtimes = &drop_in["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"];
+    assert_eq!(runtimes["fast"]["sandboxer"].as_str(), Some("fast"));
+    assert!(refuses(&[&arguments[..], &["1.7.24"]].concat()).contains("not possible yet"));
+    let wrong = run(&[&arguments[..], &["latest"]].concat());
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("is not a version of containerd"), "{}", stderr(&wrong));
+}
+
+#[test]
+fn the_drop_in_is_for_the_containerd_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let containerd = dir.path().join("containerd");
+    // Written by another process: a file that this one has open for writing while another test forks cannot be executed.
+    let script = format!("printf '#!/bin/sh\\necho containerd x v2.1.9 y\\n' > {containerd:?} && chmod 755 {containerd:?}");
+    assert!(Command::new("sh").args(["-c", &script]).status().unwrap().success());
+    let output = kuasarctl(&["containerd-config"]).env("KUASAR_CONTAINERD", &containerd).output().unwrap();
+    assert!(stdout(&output).starts_with("# kuasar for containerd 2.1.9"), "{}", stderr(&output));
+    let output = kuasarctl(&["containerd-config"]).env("KUASAR_CONTAINERD", "/nonexistent").output().unwrap();
+    assert!(stderr(&output).contains("KUASAR_CONTAINERD names \"/nonexistent\""), "{}", stderr(&output));
+}
+
+#[test]
+fn checks_are_told_in_both_forms() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), "c.toml", "[log]\nlevel = 'loud'\n");
+    let output = run(&["--config", path.to_str().unwrap(), "--json", "check"]);
+    assert_eq!(output.status.code(), Some(1), "a broken configuration blocks every pod");
+    let findings: Vec<Value> = serde_json::from_str(&stdout(&output)).unwrap();
+    let finding = |subject: &str| findings.iter().find(|finding| finding["subject"] == subject).unwrap();
+    assert_eq!(finding("configuration")["status"], "missing");
+    assert_eq!(finding("configuration")["required"], true);
+    assert!(finding("configuration")["detail"].as_str().unwrap().contains("log.level"));
+    assert!(findings.iter().all(|finding| finding["status"] == "ok" || finding["remedy"].is_string()));
+    assert!(stderr(&output).contains("configuration"));
+    let table = stdout(&run(&["--config", path.to_str().unwrap(), "check"]));
+    assert!(table.starts_with("STATUS") && table.contains("kernel"), "{table}");
+}
+
+#[test]
+fn every_shell_has_completions() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(prints(&["completions", shell]).contains("containerd-config"), "{shell}");
+    }
+}
+
+/// A daemon that answers what it was asked.
+struct Fake;
+
+fn document(value: &Value) -> Result<Response<Document>, Status> {
+    Ok(Response::new(Document { json: value.to_string() }))
+}
+
+#[tonic::async_trait]
+impl admin_server::Admin for Fake {
+    async fn list(&self, request: Request<ListRequest>) -> Result<Response<Document>, Status> {
+        let time = json!({ "secs_since_epoch": 1, "nanos_since_epoch": 0 });
+        let pod = json!({ "name": "web", "namespace": "shop", "uid": "u", "attempt": 0 });
+        document(&json!([{
+            "spec": { "namespace": request.into_inner().namespace, "id": "abc", "sandboxer": "kuasar-runc", "pod": pod },
+            "state": "created",
+            "created_at": time,
+            "containers": [],
+        }]))
+    }
+
+    async fn inspect(&self, request: Request<InspectRequest>) -> Result<Response<Document>, Status> {
+        match request.into_inner().id.as_str() {
+            "ab" => document(&json!({ "spec": { "id": "abc" } })),
+            id => Err(Status::not_found(format!("sandbox or container {id:?} does not exist"))),
+        }
+    }
+
+    async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {
+        document(&json!({ "version": "9.9.9", "pid": 42, "sandboxers": { "kuasar-runc": { "technique": "runc 1.3.5" } } }))
+    }
+}
+
+#[test]
+fn the_daemon_is_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let listener = {
+        let _inside = runtime.enter();
+        UnixListener::bind(dir.path().join("kuasard.sock")).unwrap()
+    };
+    let service = admin_server::AdminServer::new(Fake);
+    runtime.spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+    let state = ["--state", dir.path().to_str().unwrap()];
+    let with = |rest: &[&str]| -> Vec<String> { state.iter().chain(rest).map(|text| (*text).to_owned()).collect() };
+    let prints = |rest: &[&str]| prints(&with(rest).iter().map(String::as_str).collect::<Vec<_>>());
+    let refuses = |rest: &[&str]| refuses(&with(rest).iter().map(String::as_str).collect::<Vec<_>>());
+
+    let table = prints(&["ps", "-n", "k8s.io"]);
+    assert!(table.contains("shop/web") && table.contains("k8s.io") && table.contains("created"), "{table}");
+    let list: Value = serde_json::from_str(&prints(&["ps", "--json"])).unwrap();
+    assert_eq!(list[0]["spec"]["id"], "abc");
+    let one: Value = serde_json::from_str(&prints(&["inspect", "ab"])).unwrap();
+    assert_eq!(one["spec"]["id"], "abc");
+    assert_eq!(refuses(&["inspect", "zz"]), "kuasarctl: kuasard refused: sandbox or container \"zz\" does not exist\n");
+    let version = prints(&["version"]);
+    assert!(version.contains("9.9.9 (process 42)") && version.contains("runc 1.3.5"), "{version}");
+    let version: Value = serde_json::from_str(&prints(&["version", "--json"])).unwrap();
+    assert_eq!(version["daemon"]["version"], "9.9.9");
+}
