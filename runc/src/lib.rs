@@ -1,7 +1,12 @@
 //! Containers as processes on this kernel, through an OCI runtime.
 
 pub mod config;
+mod namespaces;
+mod process;
+mod program;
 mod runtime;
+mod sys;
+mod sysctl;
 
 pub use config::{RuncConfig, RuntimeChoice, RuntimeName};
 pub use runtime::{Kind, Runtime, Version};

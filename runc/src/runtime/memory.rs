@@ -9,6 +9,7 @@ use std::{
 
 use kuasar_sandboxers::{Error, Result};
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
@@ -29,11 +30,28 @@ impl MemoryFile {
 
     /// A file with this content, which nobody can change any more.
     pub(crate) fn sealed(name: &str, content: &[u8]) -> Result<Self> {
-        let mut file = Self::empty(name)?;
+        Self::empty(name)?.filled(name, content)
+    }
+
+    fn filled(mut self, name: &str, content: &[u8]) -> Result<Self> {
         let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-        let fill = file.0.write_all(content).and_then(|()| Ok(fcntl(&file.0, FcntlArg::F_ADD_SEALS(seals))?));
+        let fill = self.0.write_all(content).and_then(|()| Ok(fcntl(&self.0, FcntlArg::F_ADD_SEALS(seals))?));
         fill.map_err(Error::failed(format!("fill a file in memory for {name}")))?;
-        Ok(file)
+        Ok(self)
+    }
+
+    /// A sealed file that can be executed: through [`Self::path`].
+    pub(crate) fn executable(name: &str, content: &[u8]) -> Result<Self> {
+        // Linux 6.3 wants to be told whether a file in memory is a program, and may be set to refuse those that do not say
+        // (`vm.memfd_noexec`); older kernels do not know the flag.
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let said = flags | MFdFlags::from_bits_retain(libc::MFD_EXEC);
+        let file = match memfd_create(name, said) {
+            Err(Errno::EINVAL) => memfd_create(name, flags),
+            made => made,
+        };
+        let file = file.map_err(io::Error::from).map_err(Error::failed(format!("make a file in memory for {name}")))?;
+        Self(file.into()).filled(name, content)
     }
 
     /// Where other processes of this pid namespace find it while it is open here.

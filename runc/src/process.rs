@@ -1,0 +1,262 @@
+//! A process of this node that we answer for, whoever its parent is.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    time::Duration,
+};
+
+use kuasar_sandboxers::{
+    Error, Result,
+    reaper::{ExitFuture, Reaper},
+    types::Exit,
+};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::watch,
+    time::{Instant, sleep},
+};
+use tracing::{debug, warn};
+
+use crate::sys;
+
+/// The status that is told when nobody knows the true one, as containerd does.
+const UNKNOWN_STATUS: u32 = 255;
+
+/// How long the parent of a dead process may take to reap it.
+const REAPING: Duration = Duration::from_secs(2);
+
+/// What tells a process from a later one of the same pid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) pid: u32,
+    /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22).
+    pub(crate) start: u64,
+}
+
+/// What is read from `/proc/<pid>/stat`.
+struct Stat {
+    parent: u32,
+    start: u64,
+    zombie: bool,
+    /// As wait(2) gives it; only for a zombie, and 0 without the right to trace it.
+    wait_status: i32,
+}
+
+impl Stat {
+    fn read(pid: u32) -> Result<Option<Self>> {
+        let path = PathBuf::from(format!("/proc/{pid}/stat"));
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                Self::parse(&text).map(Some).ok_or_else(|| Error::invalid(path.display().to_string(), "it cannot be read"))
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+            Err(error) => Err(Error::io("read", path)(error)),
+        }
+    }
+
+    /// proc_pid_stat(5). The name in the second field may hold anything, so count from its end.
+    fn parse(text: &str) -> Option<Self> {
+        let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).copied();
+        Some(Self {
+            parent: field(4)?.parse().ok()?,
+            start: field(22)?.parse().ok()?,
+            zombie: matches!(field(3)?, "Z" | "X"),
+            wait_status: field(52).and_then(|status| status.parse().ok()).unwrap_or(0),
+        })
+    }
+}
+
+/// A process that is held by a pidfd, so a signal never reaches another.
+#[derive(Debug)]
+pub(crate) struct Tracked {
+    identity: Identity,
+    pidfd: OwnedFd,
+    child: bool,
+}
+
+impl Tracked {
+    /// Takes hold of a process; `None` when there is none of that pid.
+    pub(crate) fn open(pid: u32) -> Result<Option<Self>> {
+        let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(errno) => return Err(Error::failed(format!("open process {pid}"))(io::Error::from(errno))),
+        };
+        let Some(stat) = Stat::read(pid)? else { return Ok(None) };
+        let identity = Identity { pid, start: stat.start };
+        Ok(Some(Self { identity, pidfd, child: stat.parent == std::process::id() }))
+    }
+
+    /// Takes hold of a process again; `None` when it is gone, whoever has its pid now, or dead.
+    pub(crate) fn find(identity: Identity) -> Result<Option<Self>> {
+        Ok(Self::open(identity.pid)?.filter(|found| found.identity == identity))
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Sends a signal; false when the process has ended.
+    pub(crate) fn signal(&self, signal: i32) -> Result<bool> {
+        match sys::send_signal(self.pidfd.as_fd(), signal) {
+            Ok(()) => Ok(true),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ESRCH) => Ok(false),
+                Some(libc::EINVAL) => Err(Error::invalid("signal", format!("{signal} is no signal"))),
+                _ => Err(Error::failed(format!("send signal {signal} to process {}", self.identity.pid))(error)),
+            },
+        }
+    }
+
+    /// Waits until it has ended.
+    pub(crate) async fn ended(&self) -> Result<()> {
+        let failed = || Error::failed(format!("watch process {}", self.identity.pid));
+        let pidfd = AsyncFd::with_interest(self.pidfd.as_fd(), Interest::READABLE).map_err(failed())?;
+        pidfd.readable().await.map_err(failed())?.retain_ready();
+        Ok(())
+    }
+
+    /// How a process of an earlier daemon ends. A child of ours is reaped by `reaper`; another's status is in its pidfd once that one's
+    /// parent has reaped it.
+    pub(crate) async fn exit(&self, reaper: &Reaper) -> Exit {
+        if self.child {
+            // It is alive, or a zombie that nobody has asked for, so any mark before now would do; none is nearer than this.
+            let exit = reaper.exit_of(self.identity.pid, reaper.mark());
+            // Reaped between our looking at it and asking: its exit was before the mark.
+            match Stat::read(self.identity.pid) {
+                Ok(Some(stat)) if stat.start == self.identity.start => return exit.await,
+                _ => debug!(pid = self.identity.pid, "an adopted process ended while it was adopted"),
+            }
+        }
+        if let Err(error) = self.ended().await {
+            warn!(error = error.report(), "lost track of a process");
+            return Exit::now(UNKNOWN_STATUS);
+        }
+        let at = Exit::now(UNKNOWN_STATUS).at;
+        Exit { status: self.status().await.unwrap_or(UNKNOWN_STATUS), at }
+    }
+
+    /// The exit status of a process that has ended, where the kernel tells.
+    async fn status(&self) -> Option<u32> {
+        let deadline = Instant::now() + REAPING;
+        loop {
+            match sys::wait_status(self.pidfd.as_fd()) {
+                Ok(Some(status)) => return Some(shell_status(status)),
+                Ok(None) => {}
+                // A kernel before 6.15.
+                Err(error) => {
+                    debug!(%error, "pidfds tell no exit status here");
+                    let stat = Stat::read(self.identity.pid).ok().flatten();
+                    return stat
+                        .filter(|stat| stat.zombie && stat.start == self.identity.start)
+                        .map(|stat| shell_status(stat.wait_status));
+                }
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            // The event for being reaped comes on the same readiness as the one for the end, which is level and already there.
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// A wait status as a shell tells it.
+fn shell_status(status: i32) -> u32 {
+    match status & 0x7f {
+        0 => (status >> 8 & 0xff).unsigned_abs(),
+        signal => 128 + signal.unsigned_abs(),
+    }
+}
+
+/// The end of something, told to all who ask. It never changes once it is set.
+#[derive(Debug)]
+pub(crate) struct Ending(watch::Sender<Option<Exit>>);
+
+impl Ending {
+    pub(crate) fn pending() -> Self {
+        Self(watch::channel(None).0)
+    }
+
+    pub(crate) fn tell(&self, exit: Exit) {
+        self.0.send_if_modified(|known| {
+            let news = known.is_none();
+            known.get_or_insert(exit);
+            news
+        });
+    }
+
+    pub(crate) fn known(&self) -> Option<Exit> {
+        *self.0.borrow()
+    }
+
+    pub(crate) async fn wait(&self) -> Exit {
+        match self.0.subscribe().wait_for(Option::is_some).await {
+            Ok(exit) => exit.unwrap_or_else(|| Exit::now(UNKNOWN_STATUS)),
+            // `self` holds the sender, so it is never closed.
+            Err(_) => Exit::now(UNKNOWN_STATUS),
+        }
+    }
+}
+
+/// The exit of a process we have started, or have taken over.
+pub(crate) enum Exiting {
+    Ours(ExitFuture),
+    Adopted(Reaper),
+    /// It ended while no daemon ran.
+    Missed,
+}
+
+impl Exiting {
+    pub(crate) async fn of(self, process: Option<&Tracked>) -> Exit {
+        match (self, process) {
+            (Self::Ours(exit), _) => exit.await,
+            (Self::Adopted(reaper), Some(process)) => process.exit(&reaper).await,
+            _ => Exit::now(UNKNOWN_STATUS),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_brackets_does_not_confuse() {
+        let text = "77 (a) R 1 (b)) Z 9 77 77 0 -1 4194564 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0 1 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 256\n";
+        let stat = Stat::parse(text).unwrap();
+        assert_eq!((stat.parent, stat.start, stat.zombie, shell_status(stat.wait_status)), (9, 4711, true, 1));
+        assert!(Stat::parse("").is_none());
+    }
+
+    #[test]
+    fn statuses() {
+        assert_eq!([0, 256, 0xff00, 9, 0x8b].map(shell_status), [0, 1, 255, 137, 139]);
+    }
+
+    #[test]
+    fn another_process_of_the_pid_is_not_it() {
+        let ours = Tracked::open(std::process::id()).unwrap().unwrap();
+        assert!(ours.signal(0).unwrap());
+        assert!(matches!(ours.signal(1000), Err(Error::Invalid { .. })));
+        assert!(Tracked::find(ours.identity()).unwrap().is_some());
+        assert!(Tracked::find(Identity { start: ours.identity().start + 1, ..ours.identity() }).unwrap().is_none());
+        assert!(Tracked::open(0).unwrap().is_none());
+        assert!(Tracked::open(u32::MAX).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn an_ending_is_final() {
+        let ending = Ending::pending();
+        assert_eq!(ending.known(), None);
+        ending.tell(Exit::now(3));
+        ending.tell(Exit::now(4));
+        assert_eq!(ending.wait().await.status, 3);
+    }
+}
