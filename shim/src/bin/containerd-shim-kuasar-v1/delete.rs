@@ -1,0 +1,108 @@
+//! `delete`: containerd has lost the connection under which it knew a container, has given it up, and asks how it ended.
+//!
+//! Nothing is killed here. What still runs belongs to kuasard, which ends containers that containerd no longer knows by itself;
+//! a shim that "cleaned up" by force would turn a restart of containerd into an outage. The daemon's address is in the bundle,
+//! where containerd noted it; so this works whatever the daemon's configuration is.
+
+use std::{
+    fs::File,
+    io::Read,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use containerd_shim_protos::{
+    TaskClient,
+    api::{DeleteRequest, DeleteResponse, StateRequest},
+    protobuf::{Message, well_known_types::timestamp::Timestamp},
+    ttrpc::{self, Code},
+};
+
+use crate::args::Args;
+
+/// containerd gives this program 5 s in all.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// What containerd itself assumes of a container whose end nobody saw.
+const UNKNOWN_STATUS: u32 = 255;
+
+/// No bootstrap.json is larger.
+const MAX_BOOTSTRAP_BYTES: u64 = 64 << 10;
+
+/// The answer for standard output, a serialised `DeleteResponse`.
+pub(crate) fn answer(args: &Args) -> Result<Vec<u8>> {
+    ensure!(!args.id.is_empty(), "delete needs -id");
+    ensure!(!args.namespace.is_empty(), "delete needs -namespace");
+    let bundle = args.bundle.as_deref().unwrap_or(Path::new("."));
+    let response = match task_address(bundle).and_then(|address| ask(&address, args)) {
+        Ok(response) => response,
+        Err(error) => {
+            // A failure would only make containerd assume the same and keep the bundle for nothing.
+            eprintln!("how container {} ended is not known: {error:#}", args.id);
+            unknown(0)
+        }
+    };
+    response.write_to_bytes().context("cannot serialise the answer")
+}
+
+/// Where containerd reached this container's tasks, from the note in its bundle.
+fn task_address(bundle: &Path) -> Result<String> {
+    #[derive(serde::Deserialize)]
+    struct Bootstrap {
+        address: String,
+    }
+    let path = bundle.join("bootstrap.json");
+    let reading = || format!("cannot read {}", path.display());
+    let mut text = Vec::new();
+    File::open(&path).with_context(reading)?.take(MAX_BOOTSTRAP_BYTES).read_to_end(&mut text).with_context(reading)?;
+    let Bootstrap { address } = serde_json::from_slice(&text).with_context(reading)?;
+    if !address.starts_with("unix:///") {
+        bail!("{} names the address {address:?}, which is not that of a unix socket", path.display());
+    }
+    Ok(address)
+}
+
+fn ask(address: &str, args: &Args) -> Result<DeleteResponse> {
+    let client = ttrpc::Client::connect(address).with_context(|| format!("kuasard does not listen at {address}"))?;
+    let tasks = TaskClient::new(client);
+    let mut context = ttrpc::context::with_duration(LIMIT);
+    context.add("containerd-namespace-ttrpc".into(), args.namespace.clone());
+    let id = args.id.clone();
+    // A container that has ended is released in the same go, as containerd will not ask for that again. One that runs is
+    // refused by the daemon.
+    match tasks.delete(context.clone(), &DeleteRequest { id: id.clone(), ..Default::default() }) {
+        Ok(response) => return Ok(response),
+        Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => return Ok(unknown(0)),
+        Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::FAILED_PRECONDITION => {}
+        Err(error) => return Err(error).with_context(|| format!("kuasard at {address} did not delete it")),
+    }
+    let state = tasks
+        .state(context, &StateRequest { id, ..Default::default() })
+        .with_context(|| format!("kuasard at {address} did not tell its state"))?;
+    eprintln!("container {} still runs as process {}; kuasard keeps it until its pod is removed", args.id, state.pid());
+    Ok(unknown(state.pid()))
+}
+
+fn unknown(pid: u32) -> DeleteResponse {
+    let exited_at = Some(Timestamp::from(SystemTime::now())).into();
+    DeleteResponse { pid, exit_status: UNKNOWN_STATUS, exited_at, ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bundle_names_the_daemon() {
+        let bundle = tempfile::tempdir().unwrap();
+        let write = |text: &str| std::fs::write(bundle.path().join("bootstrap.json"), text).unwrap();
+        assert!(format!("{:#}", task_address(bundle.path()).unwrap_err()).contains("bootstrap.json"));
+        write(r#"{"version":3,"address":"unix:///run/kuasar/task.sock","protocol":"ttrpc"}"#);
+        assert_eq!(task_address(bundle.path()).unwrap(), "unix:///run/kuasar/task.sock");
+        write(r#"{"version":3,"address":"vsock://3:1024","protocol":"ttrpc"}"#);
+        assert!(task_address(bundle.path()).unwrap_err().to_string().contains("not that of a unix socket"));
+        write("{");
+        assert!(task_address(bundle.path()).is_err());
+    }
+}

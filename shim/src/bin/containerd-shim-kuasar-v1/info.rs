@@ -1,0 +1,103 @@
+//! `-info`: what the OCI runtime can do, so that containerd offers it to Kubernetes (recursive read-only mounts, user namespaces).
+
+use std::io::{IsTerminal, Read};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use containerd_shim_protos::{
+    protobuf::{Message, well_known_types::any::Any},
+    types::introspection::{RuntimeInfo, RuntimeVersion},
+};
+use kuasar_runc::Runtime;
+use kuasar_sandboxers::{Error, reaper::Reaper};
+use kuasar_shim::{
+    config::{Config, SandboxerConfig},
+    options,
+};
+
+/// The name under which Go's typeurl knows the runtime specification's `features` document (containerd `core/runtime/typeurl.go`).
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// No runtime options are larger.
+const MAX_OPTIONS_BYTES: u64 = 1 << 20;
+
+/// The answer for standard output, a serialised `containerd.types.RuntimeInfo`. `sandboxer` is whom it is about, where the program's
+/// name tells; `input` is where containerd writes the options of its runtime table, if there are any.
+pub(crate) fn answer(sandboxer: Option<&str>, input: impl Read + IsTerminal) -> Result<Vec<u8>> {
+    let options = read_options(input)?;
+    let path = Config::default_path();
+    let config = Config::load(&path).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))?;
+    let (name, sandboxer) = choose(&config, sandboxer)?;
+    let SandboxerConfig::Runc(sandboxer) = sandboxer else {
+        bail!("sandboxer {name:?} runs no OCI runtime that could be asked")
+    };
+    let binary = match &options {
+        Some(options) => {
+            let options = prost_types::Any { type_url: options.type_url.clone(), value: options.value.clone() };
+            options::decode(Some(&options)).map_err(told)?.binary
+        }
+        None => None,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
+    let runtime = runtime.block_on(async {
+        let reaper = Reaper::install()?;
+        match &binary {
+            Some(binary) => Runtime::of_option(binary, &reaper).await,
+            None => Runtime::find(&sandboxer.runtime, &reaper).await,
+        }
+    });
+    let runtime = runtime.map_err(told)?;
+    // A runtime too old to have `features` is no error: containerd then offers less.
+    let features = runtime.features().map(|features| Any {
+        type_url: FEATURES.into(),
+        value: features.to_string().into_bytes(),
+        ..Default::default()
+    });
+    let info = RuntimeInfo {
+        name: format!("io.containerd.{name}.v1"),
+        version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() }).into(),
+        options: options.into(),
+        features: features.into(),
+        ..Default::default()
+    };
+    info.write_to_bytes().context("cannot serialise the answer")
+}
+
+fn told(error: Error) -> anyhow::Error {
+    anyhow!("{}", error.report())
+}
+
+fn read_options(input: impl Read + IsTerminal) -> Result<Option<Any>> {
+    // Called by hand there is nothing to wait for.
+    if input.is_terminal() {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    input.take(MAX_OPTIONS_BYTES + 1).read_to_end(&mut bytes).context("cannot read the runtime options")?;
+    ensure!(bytes.len() as u64 <= MAX_OPTIONS_BYTES, "the runtime options are larger than {} KiB", MAX_OPTIONS_BYTES >> 10);
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    Any::parse_from_bytes(&bytes).map(Some).context("the runtime options are not a google.protobuf.Any")
+}
+
+/// The sandboxer of that name; without one, the only one there is.
+fn choose<'a>(config: &'a Config, name: Option<&'a str>) -> Result<(&'a str, &'a SandboxerConfig)> {
+    let names = || config.sandboxers.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+    match name {
+        Some(name) => {
+            let sandboxer = config.sandboxers.get(name);
+            let sandboxer = sandboxer.with_context(|| format!("no sandboxer {name:?} is configured; there is {}", names()))?;
+            Ok((name, sandboxer))
+        }
+        None => {
+            let mut sandboxers = config.sandboxers.iter();
+            match (sandboxers.next(), sandboxers.next()) {
+                (Some((name, sandboxer)), None) => Ok((name, sandboxer)),
+                _ => bail!(
+                    "several sandboxers are configured; call this program as containerd-shim-NAME-v1 for one of {}",
+                    names()
+                ),
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Asking the daemon.
+
+use std::{io::ErrorKind, path::Path, time::Duration};
+
+use anyhow::{Context, Result, anyhow};
+use kuasar_shim::proto::admin::{InspectRequest, ListRequest, VersionRequest, admin_client::AdminClient};
+use serde_json::Value;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+
+/// A daemon that does not answer within this is as good as not running.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A connection to the daemon.
+#[derive(Debug)]
+pub(crate) struct Daemon(AdminClient<Channel>);
+
+impl Daemon {
+    /// Connects to the daemon's socket.
+    pub(crate) async fn connect(socket: &Path) -> Result<Self> {
+        // tonic says only "transport error"; the plain connect knows why.
+        if let Err(error) = tokio::net::UnixStream::connect(socket).await {
+            return Err(explain(socket, &error));
+        }
+        let channel = Endpoint::try_from(format!("unix://{}", socket.display()))
+            .with_context(|| format!("{} cannot be a socket's address", socket.display()))?
+            .timeout(LIMIT)
+            .connect_timeout(LIMIT)
+            .connect()
+            .await
+            .with_context(|| format!("kuasard at {} does not speak gRPC", socket.display()))?;
+        Ok(Self(AdminClient::new(channel)))
+    }
+
+    /// Every sandbox.
+    pub(crate) async fn list(&mut self, namespace: &str) -> Result<Value> {
+        let request = ListRequest { namespace: namespace.to_owned() };
+        document(self.0.list(request).await.map_err(refused)?.into_inner().json)
+    }
+
+    /// One sandbox.
+    pub(crate) async fn inspect(&mut self, namespace: &str, id: &str) -> Result<Value> {
+        let request = InspectRequest { namespace: namespace.to_owned(), id: id.to_owned() };
+        document(self.0.inspect(request).await.map_err(refused)?.into_inner().json)
+    }
+
+    /// The daemon itself.
+    pub(crate) async fn version(&mut self) -> Result<Value> {
+        document(self.0.version(VersionRequest {}).await.map_err(refused)?.into_inner().json)
+    }
+}
+
+fn document(json: String) -> Result<Value> {
+    serde_json::from_str(&json).context("kuasard's answer is not JSON; is it another version?")
+}
+
+fn refused(status: Status) -> anyhow::Error {
+    anyhow!("{}", status.message()).context(match status.code() {
+        tonic::Code::Unimplemented => "kuasard does not know this request; is it another version?",
+        tonic::Code::DeadlineExceeded | tonic::Code::Cancelled => "kuasard does not answer",
+        _ => "kuasard refused",
+    })
+}
+
+fn explain(socket: &Path, error: &std::io::Error) -> anyhow::Error {
+    let socket = socket.display();
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(
+            "kuasard is not running: nothing listens at {socket}; start it (systemctl start kuasard), or name its state directory \
+             with --state"
+        ),
+        ErrorKind::PermissionDenied => anyhow!("no permission to talk to kuasard at {socket}; run this as root"),
+        _ => anyhow!("cannot reach kuasard at {socket}: {error}"),
+    }
+}

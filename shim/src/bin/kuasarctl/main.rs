@@ -1,0 +1,261 @@
+//! `kuasarctl`: what an administrator asks of the host and of the daemon.
+
+mod admin;
+mod drop_in;
+mod ps;
+mod table;
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::SystemTime,
+};
+
+use anyhow::{Context, Result, anyhow};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use kuasar_sandboxers::reaper::Reaper;
+use kuasar_shim::{
+    check::{
+        self, Host,
+        containerd::{self, Setup, Version},
+    },
+    config::{Config, DEFAULT_PATH, DEFAULT_STATE, PATH_VARIABLE},
+};
+use serde_json::{Value, json};
+
+use crate::{admin::Daemon, drop_in::Target};
+
+/// Looks after kuasard, the daemon that runs pods for containerd.
+#[derive(Debug, Parser)]
+#[command(name = "kuasarctl", version)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args, Debug)]
+struct Global {
+    /// The daemon's state directory; its socket is kuasard.sock in it
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_STATE)]
+    state: PathBuf,
+    /// The daemon's configuration file
+    #[arg(long, global = true, value_name = "FILE", env = PATH_VARIABLE, default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// Print JSON instead of a table
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+impl Global {
+    fn socket(&self) -> PathBuf {
+        self.state.join("kuasard.sock")
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what this host offers to sandboxes, what it lacks, and how to get it
+    ///
+    /// Exits with 1 when something is missing without which no pod runs.
+    Check,
+    /// Print the configuration as the daemon understands it
+    Config,
+    /// Print the drop-in file that makes containerd use the daemon
+    ContainerdConfig {
+        /// Write it for this version instead of the containerd found
+        #[arg(long, value_name = "X.Y.Z")]
+        containerd_version: Option<Version>,
+        /// Directory where the shim programs are installed
+        #[arg(long, value_name = "DIR", default_value = "/usr/local/bin")]
+        programs: PathBuf,
+        /// Make this the pause image of the node, for a containerd that pulls it although no pod of kuasar needs it
+        #[arg(long, value_name = "REFERENCE")]
+        pause_image: Option<String>,
+    },
+    /// List the daemon's pods and containers
+    Ps {
+        /// Only this containerd namespace
+        #[arg(long, short, default_value = "", hide_default_value = true)]
+        namespace: String,
+        /// Do not shorten ids
+        #[arg(long)]
+        no_trunc: bool,
+    },
+    /// Print all that is known of a pod, as JSON
+    Inspect {
+        /// Id of the pod or of a container in it, or the beginning of one
+        id: String,
+        /// Only in this containerd namespace
+        #[arg(long, short, default_value = "", hide_default_value = true)]
+        namespace: String,
+    },
+    /// Show the versions of this program and of the daemon
+    Version,
+    /// Print a completion script for a shell
+    Completions {
+        /// For which shell
+        shell: Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kuasarctl: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whoever read our output (`head`) has had enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    let global = &cli.global;
+    let text = match &cli.command {
+        Command::Check => return check(global),
+        Command::Config => {
+            let config = load(global)?;
+            if global.json {
+                pretty(&serde_json::to_value(config.to_toml().parse::<toml::Table>()?)?)?
+            } else {
+                config.to_toml()
+            }
+        }
+        Command::ContainerdConfig { containerd_version, programs, pause_image } => {
+            containerd_config(global, *containerd_version, programs, pause_image.as_deref())?
+        }
+        Command::Ps { namespace, no_trunc } => {
+            let list = ask(global, async |daemon| daemon.list(namespace).await)?;
+            if global.json { pretty(&list)? } else { ps::render(&list, *no_trunc, SystemTime::now())? }
+        }
+        Command::Inspect { id, namespace } => pretty(&ask(global, async |daemon| daemon.inspect(namespace, id).await)?)?,
+        Command::Version => return version(global),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "kuasarctl", &mut script);
+            String::from_utf8(script)?
+        }
+    };
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+fn pretty(value: &Value) -> Result<String> {
+    Ok(format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+fn load(global: &Global) -> Result<Config> {
+    Config::load_in(&global.config, &global.state).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))
+}
+
+/// One thread is plenty.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?.block_on(work)
+}
+
+/// Asks the daemon one thing.
+fn ask(global: &Global, request: impl AsyncFnOnce(&mut Daemon) -> Result<Value>) -> Result<Value> {
+    block_on(async {
+        let mut daemon = Daemon::connect(&global.socket()).await?;
+        request(&mut daemon).await
+    })
+}
+
+/// Runs other programs, as the daemon does.
+fn reaper() -> Result<Reaper> {
+    Reaper::install().map_err(|error| anyhow!("{}", error.report()))
+}
+
+fn check(global: &Global) -> Result<ExitCode> {
+    let config = Config::load_in(&global.config, &global.state);
+    let findings =
+        block_on(async { Ok(check::all(&Host::this(), &reaper()?, &config, &global.config, &global.socket()).await) })?;
+    if global.json {
+        print(&pretty(&serde_json::to_value(&findings)?)?)?;
+    } else {
+        let mut rows = Vec::new();
+        for finding in &findings {
+            rows.push(vec![finding.status.as_str().to_owned(), finding.subject.clone(), finding.detail.clone()]);
+            if let Some(remedy) = &finding.remedy {
+                rows.push(vec![String::new(), String::new(), format!("→ {remedy}")]);
+            }
+        }
+        print(&table::render(&["STATUS", "WHAT", "FOUND"], &rows))?;
+    }
+    let blocking: Vec<_> = findings.iter().filter(|finding| finding.blocks()).map(|finding| finding.subject.as_str()).collect();
+    if blocking.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("kuasarctl: no pod can run here for want of: {}", blocking.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+fn containerd_config(global: &Global, version: Option<Version>, programs: &Path, pause_image: Option<&str>) -> Result<String> {
+    let host = Host::this();
+    let version = match version {
+        Some(version) => version,
+        None => {
+            let found = block_on(async { Ok(containerd::find(&host, &reaper()?).await) })?;
+            let found = found.map_err(|problem| {
+                anyhow!(
+                    "{problem}; install containerd, name it with {}, or say --containerd-version",
+                    containerd::PROGRAM_VARIABLE
+                )
+            })?;
+            found.version
+        }
+    };
+    let target = Target {
+        version,
+        socket: &global.socket(),
+        programs,
+        pause_image,
+        restrict_oom_score: !containerd::may_lower_oom_score(&host),
+        systemd_cgroup: Setup::read(&host).uses_systemd_cgroup(),
+    };
+    drop_in::write(&load(global)?, &target).map_err(|problem| anyhow!(problem))
+}
+
+fn version(global: &Global) -> Result<ExitCode> {
+    let daemon = ask(global, async |daemon| daemon.version().await);
+    let mut client = json!({ "client": { "version": env!("CARGO_PKG_VERSION") } });
+    let mut code = ExitCode::SUCCESS;
+    match daemon {
+        Ok(daemon) => client["daemon"] = daemon,
+        Err(error) => {
+            // The client's own version is worth having all the same.
+            eprintln!("kuasarctl: {error:#}");
+            code = ExitCode::FAILURE;
+        }
+    }
+    if global.json {
+        print(&pretty(&client)?)?;
+        return Ok(code);
+    }
+    let mut rows = vec![vec!["kuasarctl".to_owned(), env!("CARGO_PKG_VERSION").to_owned()]];
+    if let Some(daemon) = client.get("daemon") {
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        rows.push(vec!["kuasard".to_owned(), format!("{} (process {})", text(&daemon["version"]), text(&daemon["pid"]))]);
+        for (name, sandboxer) in daemon["sandboxers"].as_object().into_iter().flatten() {
+            rows.push(vec![format!("  {name}"), text(&sandboxer["technique"])]);
+        }
+    }
+    print(&table::render(&["COMPONENT", "VERSION"], &rows))?;
+    Ok(code)
+}

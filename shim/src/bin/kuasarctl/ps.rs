@@ -1,0 +1,136 @@
+//! `kuasarctl ps`: pods and their containers.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use kuasar_sandboxers::{
+    lifecycle::{ProcessState, SandboxState},
+    types::PodMetadata,
+};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::table;
+
+/// What is shown of the daemon's answer; the rest of it is for `--json` and `inspect`.
+#[derive(Debug, Deserialize)]
+struct Sandbox {
+    spec: Spec,
+    state: SandboxState,
+    created_at: SystemTime,
+    containers: Vec<Container>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Spec {
+    namespace: String,
+    id: String,
+    sandboxer: String,
+    pod: PodMetadata,
+}
+
+#[derive(Debug, Deserialize)]
+struct Container {
+    id: String,
+    init: Process,
+}
+
+#[derive(Debug, Deserialize)]
+struct Process {
+    state: ProcessState,
+}
+
+/// As many digits as crictl and docker show.
+const SHORT_ID: usize = 13;
+
+/// The table of everything the daemon runs.
+pub(crate) fn render(list: &Value, full_ids: bool, now: SystemTime) -> Result<String> {
+    let sandboxes = Vec::<Sandbox>::deserialize(list).context("kuasard's list is of another form; is it another version?")?;
+    let short = |id: &str| if full_ids { id.to_owned() } else { id.chars().take(SHORT_ID).collect() };
+    let mut rows = Vec::new();
+    for Sandbox { spec, state, created_at, containers } in sandboxes {
+        let pod = match (spec.pod.namespace.as_str(), spec.pod.name.as_str()) {
+            ("", name) => name.to_owned(),
+            (namespace, name) => format!("{namespace}/{name}"),
+        };
+        let age = now.duration_since(created_at).map_or_else(|_| "-".to_owned(), age);
+        let (state, pid) = sandbox_state(state);
+        rows.push(vec![short(&spec.id), "pod".into(), pod, spec.sandboxer, state, pid, age, spec.namespace]);
+        for container in containers {
+            let (state, pid) = process_state(container.init.state);
+            let empty = String::new;
+            rows.push(vec![format!("  {}", short(&container.id)), "container".into(), empty(), empty(), state, pid]);
+        }
+    }
+    Ok(table::render(&["ID", "KIND", "POD", "SANDBOXER", "STATE", "PID", "AGE", "NAMESPACE"], &rows))
+}
+
+fn sandbox_state(state: SandboxState) -> (String, String) {
+    let (word, pid) = match state {
+        SandboxState::Created => ("created", None),
+        SandboxState::Starting => ("starting", None),
+        SandboxState::Ready { pid, .. } => ("ready", pid),
+        SandboxState::Stopping => ("stopping", None),
+        SandboxState::Stopped { .. } => ("stopped", None),
+    };
+    (word.to_owned(), shown(pid))
+}
+
+fn process_state(state: ProcessState) -> (String, String) {
+    match state {
+        ProcessState::Created { pid } => ("created".to_owned(), shown(pid)),
+        ProcessState::Running { pid } => ("running".to_owned(), shown(Some(pid))),
+        ProcessState::Paused { pid } => ("paused".to_owned(), shown(Some(pid))),
+        ProcessState::Stopped { exit, .. } => (format!("exited ({})", exit.status), shown(None)),
+    }
+}
+
+fn shown(pid: Option<u32>) -> String {
+    pid.filter(|pid| *pid != 0).map_or_else(|| "-".to_owned(), |pid| pid.to_string())
+}
+
+/// The largest unit that is not zero.
+fn age(age: Duration) -> String {
+    const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
+    let seconds = age.as_secs();
+    let unit = UNITS.iter().find(|(size, _)| seconds >= *size);
+    unit.map_or_else(|| "0s".to_owned(), |(size, name)| format!("{}{name}", seconds / size))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn pods_stand_above_their_containers() {
+        let time = json!({ "secs_since_epoch": 1000, "nanos_since_epoch": 0 });
+        let container =
+            |id: &str, state: Value| json!({ "id": id, "bundle": "/b", "init": { "exec": null, "state": state }, "execs": [] });
+        let pod = json!({ "name": "web-0", "namespace": "shop", "uid": "u", "attempt": 0 });
+        let list = json!([{
+            "spec": { "namespace": "k8s.io", "id": "0123456789abcdef", "sandboxer": "kuasar-runc", "pod": pod },
+            "state": { "ready": { "pid": null, "since": time } },
+            "created_at": time,
+            "technique": "runc 1.3.5",
+            "containers": [
+                container("c1", json!({ "running": { "pid": 42 } })),
+                container("c2", json!({ "stopped": { "pid": 43, "exit": { "status": 137, "at": time } } })),
+            ],
+        }]);
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000 + 7300);
+        let text = render(&list, false, now).unwrap();
+        let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[1], ["0123456789abc", "pod", "shop/web-0", "kuasar-runc", "ready", "-", "2h", "k8s.io"]);
+        assert_eq!(lines[2], ["c1", "container", "running", "42"]);
+        assert_eq!(lines[3], ["c2", "container", "exited", "(137)", "-"]);
+        assert!(render(&list, true, now).unwrap().contains("0123456789abcdef"));
+    }
+
+    #[test]
+    fn another_form_is_an_error() {
+        assert!(render(&json!([{ "spec": 1 }]), false, SystemTime::now()).unwrap_err().to_string().contains("another version"));
+        assert_eq!(render(&json!([]), false, SystemTime::now()).unwrap().lines().count(), 1);
+    }
+}
