@@ -28,8 +28,9 @@ pub mod fake;
 pub mod handle;
 pub mod id;
 pub mod lifecycle;
-mod owner;
 pub mod mount;
+mod owner;
+pub mod podfiles;
 pub mod reaper;
 pub mod registry;
 mod requests;
@@ -37,6 +38,7 @@ pub mod spec;
 pub mod stdio;
 pub mod store;
 mod sys;
+pub mod terminal;
 pub mod types;
 pub mod undo;
 

@@ -55,7 +55,8 @@ impl NamespaceHolder {
 
 impl Drop for NamespaceHolder {
     fn drop(&mut self) {
-        if let Err(error) = kill(self.0, Signal::SIGKILL).and_then(|()| waitpid(self.0, Some(WaitPidFlag::__WCLONE)).map(drop)) {
+        if let Err(error) = kill(self.0, Signal::SIGKILL).and_then(|()| waitpid(self.0, Some(WaitPidFlag::__WCLONE)).map(drop))
+        {
             tracing::warn!(%error, pid = self.0.as_raw(), "cannot end the holder of a user namespace");
         }
     }

@@ -1,5 +1,7 @@
 //! Control groups on the real kernel. Needs root, and a cgroup tree that can be written to.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     fs,
     os::unix::process::CommandExt,

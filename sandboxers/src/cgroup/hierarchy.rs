@@ -43,8 +43,7 @@ pub struct Tree {
 }
 
 /// Options of a v1 mount that are not controllers.
-const OPTIONS: [&str; 8] =
-    ["rw", "ro", "none", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"];
+const OPTIONS: [&str; 8] = ["rw", "ro", "none", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"];
 
 impl Hierarchy {
     /// Those of this host, found once.

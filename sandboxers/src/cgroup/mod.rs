@@ -100,7 +100,8 @@ impl Cgroup {
             .trees()
             .iter()
             .map(|tree| {
-                let path = tree.path_in(theirs).filter(|path| path != Path::new("/") && tree.path_in(ours).as_ref() != Some(path));
+                let path =
+                    tree.path_in(theirs).filter(|path| path != Path::new("/") && tree.path_in(ours).as_ref() != Some(path));
                 (tree.key(), path)
             })
             .collect();
@@ -213,10 +214,11 @@ impl Cgroup {
     /// [`Error::Unsupported`] without a memory controller; else the kernel's refusal.
     pub fn oom_watch(&self) -> Result<OomWatch> {
         let hierarchy = Hierarchy::of_host()?;
-        let dir = self.dir(hierarchy, "memory").or_else(|| self.dir_in(hierarchy.unified()?)).ok_or_else(|| Error::Unsupported {
-            operation: "watching for out-of-memory kills",
-            why: "this host has no memory controller mounted; boot without cgroup_disable=memory".into(),
-        })?;
+        let dir =
+            self.dir(hierarchy, "memory").or_else(|| self.dir_in(hierarchy.unified()?)).ok_or_else(|| Error::Unsupported {
+                operation: "watching for out-of-memory kills",
+                why: "this host has no memory controller mounted; boot without cgroup_disable=memory".into(),
+            })?;
         match hierarchy.version() {
             Version::V2 => OomWatch::v2(&dir),
             Version::V1 | Version::Hybrid => OomWatch::v1(&dir),
@@ -243,7 +245,10 @@ impl Cgroup {
             }
             // One write reaches all, and none can fork away (Linux 5.14).
             let atomic = hierarchy.version() == Version::V2
-                && hierarchy.unified().and_then(|tree| self.dir_in(tree)).is_some_and(|dir| fs::write(dir.join("cgroup.kill"), "1").is_ok());
+                && hierarchy
+                    .unified()
+                    .and_then(|tree| self.dir_in(tree))
+                    .is_some_and(|dir| fs::write(dir.join("cgroup.kill"), "1").is_ok());
             if !atomic {
                 // A group that forks faster than we signal stands still while it is frozen.
                 self.signal_all(&pids, hierarchy, round >= 3).await?;
@@ -327,10 +332,7 @@ mod tests {
             ("", "/"),
             ("-.slice", "/"),
             ("system.slice", "/system.slice"),
-            (
-                "kubepods-burstable-pod1_2.slice",
-                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice",
-            ),
+            ("kubepods-burstable-pod1_2.slice", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice"),
             ("/kubepods/burstable/pod1", "/kubepods/burstable/pod1"),
             ("kubepods/pod1/", "/kubepods/pod1"),
             ("/a.slice/a-b.slice", "/a.slice/a-b.slice"),

@@ -167,7 +167,6 @@ impl Watched {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};

@@ -201,7 +201,8 @@ fn read_pids(files: &mut Files) -> Result<Option<PidsStat>> {
 fn read_cpu_usage(files: &mut Files) -> Result<Option<CpuUsage>> {
     let Some(total) = files.number("cpuacct.usage")? else { return Ok(None) };
     let mut usage = CpuUsage { total, ..CpuUsage::default() };
-    let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|ticks| u64::try_from(ticks).ok()).filter(|ticks| *ticks > 0);
+    let ticks =
+        sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|ticks| u64::try_from(ticks).ok()).filter(|ticks| *ticks > 0);
     let nanoseconds = 1_000_000_000 / ticks.unwrap_or(100);
     files.pairs("cpuacct.stat", |key, value| match key {
         "user" => usage.user = value * nanoseconds,
@@ -300,7 +301,9 @@ fn read_hugetlb(files: &mut Files, size: &str) -> Result<Option<HugetlbStat>> {
 fn read_blkio(files: &mut Files) -> Result<Option<BlkIoStat>> {
     let mut devices = HashMap::new();
     let mut entries = |name: &str| {
-        Ok::<_, crate::Error>(files.text(name)?.map(|text| text.lines().filter_map(|line| blkio_entry(line, &mut devices)).collect()))
+        Ok::<_, crate::Error>(
+            files.text(name)?.map(|text| text.lines().filter_map(|line| blkio_entry(line, &mut devices)).collect()),
+        )
     };
     let mut blkio = BlkIoStat::default();
     if let Some(serviced) = entries("blkio.io_serviced_recursive")? {
@@ -373,7 +376,10 @@ mod tests {
                 ("cpuacct.stat", "user 2\nsystem 1\n"),
                 ("cpuacct.usage_percpu", "1 2 0 2 \n"),
                 ("cpu.stat", "nr_periods 4\nnr_throttled 2\nthrottled_time 77\nnr_bursts 0\n"),
-                ("memory.stat", "cache 1\nrss 2\npgpgin 3\nhierarchical_memsw_limit 9\ntotal_rss 5\ntotal_pgmajfault 6\nnew_field 1\n"),
+                (
+                    "memory.stat",
+                    "cache 1\nrss 2\npgpgin 3\nhierarchical_memsw_limit 9\ntotal_rss 5\ntotal_pgmajfault 6\nnew_field 1\n",
+                ),
                 ("memory.usage_in_bytes", "10\n"),
                 ("memory.limit_in_bytes", "9223372036854771712\n"),
                 ("memory.max_usage_in_bytes", "12\n"),

@@ -25,8 +25,8 @@ use nix::{
 };
 use tracing::error;
 
-pub use self::{idmap::user_namespace, info::mounted_under};
 use self::options::Options;
+pub use self::{idmap::user_namespace, info::mounted_under};
 use crate::{
     error::{Error, Result},
     types::Mount,
@@ -374,7 +374,8 @@ mod tests {
         let error = pin(Path::new("/proc/self/ns/none"), &scratch.0.path().join("none")).await.unwrap_err();
         assert!(error.report().contains("/proc/self/ns/none"), "{}", error.report());
         assert!(!scratch.0.path().join("none").exists());
-        let two = vec![IdMapping { container_id: 0, host_id: 1, length: 10 }, IdMapping { container_id: 5, host_id: 50, length: 10 }];
+        let two =
+            vec![IdMapping { container_id: 0, host_id: 1, length: 10 }, IdMapping { container_id: 5, host_id: 50, length: 10 }];
         let error = user_namespace(&IdMappings { uids: two.clone(), gids: two }).unwrap_err();
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
     }

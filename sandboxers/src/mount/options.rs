@@ -73,7 +73,10 @@ impl Options {
         let unsupported = |what: &str| {
             Err(Error::Unsupported {
                 operation: "this root filesystem",
-                why: format!("its mount {} ({}) needs {what}; use a snapshotter that gives plain mounts, as overlayfs", mount.source, mount.kind),
+                why: format!(
+                    "its mount {} ({}) needs {what}; use a snapshotter that gives plain mounts, as overlayfs",
+                    mount.source, mount.kind
+                ),
             })
         };
         if mount.kind.starts_with("fuse.") || mount.kind.starts_with("fuse3.") {
@@ -92,7 +95,9 @@ impl Options {
                 Some(Effect::Clear(flags)) => options.flags &= !flags,
                 Some(Effect::Propagate(flags)) => options.propagation = flags,
                 None if option == "loop" => return unsupported("a loop device"),
-                None if option.starts_with("X-containerd.") => return unsupported(&format!("containerd's mount manager ({option})")),
+                None if option.starts_with("X-containerd.") => {
+                    return unsupported(&format!("containerd's mount manager ({option})"));
+                }
                 None => {
                     if let Some(map) = option.strip_prefix("uidmap=") {
                         uids = Some(mappings("uidmap", map)?);
@@ -151,7 +156,12 @@ mod tests {
         let options = parse("bind", &["uidmap=0:1000:10,10:5000:1", "gidmap=0:2000:10"]).unwrap();
         let idmap = options.idmap.unwrap();
         assert_eq!(idmap.uids[1], IdMapping { container_id: 10, host_id: 5000, length: 1 });
-        for bad in [&["uidmap=0:1:2"][..], &["uidmap=0:1", "gidmap=0:1:1"], &["uidmap=0:1:2:3", "gidmap=0:1:1"], &["uidmap=", "gidmap="]] {
+        for bad in [
+            &["uidmap=0:1:2"][..],
+            &["uidmap=0:1", "gidmap=0:1:1"],
+            &["uidmap=0:1:2:3", "gidmap=0:1:1"],
+            &["uidmap=", "gidmap="],
+        ] {
             assert!(matches!(parse("bind", bad), Err(Error::Invalid { .. })), "{bad:?}");
         }
     }

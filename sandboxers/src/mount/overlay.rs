@@ -56,7 +56,10 @@ fn mount_fitting(entry: &Mount, options: &Options, target: &Path, rest: &[&str],
     }
     let too_long = || {
         let count = layers.map_or(0, |layers| layers.0.len());
-        Error::invalid("rootfs mount options", format!("{count} overlay layers do not fit into the kernel's {page} bytes of options"))
+        Error::invalid(
+            "rootfs mount options",
+            format!("{count} overlay layers do not fit into the kernel's {page} bytes of options"),
+        )
     };
     let common = layers.and_then(Layers::common).ok_or_else(too_long)?;
     let data = join(Some(&Layers(common.relative.clone())));
@@ -163,7 +166,9 @@ impl Mapped {
         let path = target.with_file_name(name);
         detach(&path)?; // of a daemon that was killed in between
         match std::fs::create_dir(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(Error::io("make directory", path)(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("make directory", path)(error));
+            }
             _ => {}
         }
         let mapped = Self { path };

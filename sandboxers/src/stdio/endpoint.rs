@@ -49,7 +49,10 @@ impl Endpoints {
     pub(crate) fn parse(stdio: &Stdio) -> Result<Self> {
         let stdin = Endpoint::parse("stdin", &stdio.stdin)?;
         if matches!(stdin, Endpoint::File(_) | Endpoint::Program(_)) {
-            return Err(Error::invalid("stdin", format!("{:?} is a log URI; input comes from a FIFO or a stream", stdio.stdin)));
+            return Err(Error::invalid(
+                "stdin",
+                format!("{:?} is a log URI; input comes from a FIFO or a stream", stdio.stdin),
+            ));
         }
         let stdout = Endpoint::parse("stdout", &stdio.stdout)?;
         let mut stderr = if stdio.terminal { Endpoint::None } else { Endpoint::parse("stderr", &stdio.stderr)? };

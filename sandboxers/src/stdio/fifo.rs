@@ -25,9 +25,9 @@ impl Fifo {
         let invalid = |why: &str| Error::invalid(stream, format!("{} {why}", path.display()));
         // O_PATH touches nothing: opening a device or a socket to find out what it is could have effects.
         let found = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|errno| match errno {
-            Errno::ENOENT | Errno::ENOTDIR => {
-                invalid("does not exist; containerd makes this FIFO before the process, and removes it when the container goes away")
-            }
+            Errno::ENOENT | Errno::ENOTDIR => invalid(
+                "does not exist; containerd makes this FIFO before the process, and removes it when the container goes away",
+            ),
             errno => Error::io("open FIFO", path)(errno.into()),
         })?;
         let kind = fstat(&found).map_err(|errno| Error::io("look at FIFO", path)(errno.into()))?.st_mode;

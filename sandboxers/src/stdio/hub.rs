@@ -302,7 +302,8 @@ impl Drop for StreamEnd {
         if attachment.count == self.number {
             attachment.current = None;
             // A stream that no process has taken up ends with its connection.
-            if !self.stream.side.initialized() && streams.get(&self.id).is_some_and(|stream| Arc::ptr_eq(stream, &self.stream)) {
+            if !self.stream.side.initialized() && streams.get(&self.id).is_some_and(|stream| Arc::ptr_eq(stream, &self.stream))
+            {
                 streams.remove(&self.id);
             }
         }
@@ -334,7 +335,10 @@ fn new_pipe() -> Result<(OwnedFd, OwnedFd)> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::{Read, Write}};
+    use std::{
+        fs::File,
+        io::{Read, Write},
+    };
 
     use super::*;
 

@@ -160,10 +160,9 @@ impl Streams {
         Ok(fd)
     }
 
-    pub(crate) fn close_input(&self) {
-        if let Some(id) = &self.input {
-            self.hub.close_input(id);
-        }
+    /// Ends the input stream; `false` when there is none.
+    pub(crate) fn close_input(&self) -> bool {
+        self.input.as_ref().inspect(|id| self.hub.close_input(id)).is_some()
     }
 
     /// Waits until containerd has taken the output, within [`DRAIN`].

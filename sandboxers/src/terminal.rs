@@ -1,0 +1,262 @@
+//! The terminal of a process: copies between its pseudo-terminal and wherever containerd wants it.
+//!
+//! ```text
+//!   stdin  FIFO or stream ──▶ input task ──▶ ┌────────┐ ──▶ slave: the process
+//!   stdout FIFO, stream,  ◀── output task ◀─ │ master │ ◀──
+//!          file or program                   └────────┘
+//! ```
+//!
+//! A terminal cannot be handed to containerd, so this is the one place where bytes pass through the daemon. Buffers exist only while there
+//! is something to copy. Output waits for a slow or absent containerd; input that the process does not read waits too.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
+use tokio::{
+    fs::File,
+    io::{AsyncWriteExt, Interest, unix::AsyncFd},
+    net::unix::pipe,
+    select,
+    sync::watch,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::{
+    error::{Error, Result},
+    stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own},
+    sys,
+    types::WindowSize,
+};
+
+/// What is copied at once, in bytes; a pseudo-terminal holds 4 KiB.
+const CHUNK: usize = 4 << 10;
+
+/// How long the rest of the output may take after the process has ended: a process it left behind may hold the terminal open.
+const DRAIN: Duration = Duration::from_secs(2);
+
+type Master = Arc<AsyncFd<OwnedFd>>;
+
+/// The terminal of one process. Dropping it hangs up.
+#[derive(Debug)]
+pub struct Terminal {
+    master: Master,
+    output: JoinHandle<()>,
+    /// Becomes true when all output was copied.
+    drained: watch::Receiver<bool>,
+    input: Option<JoinHandle<()>>,
+    closing: CancellationToken,
+    logger: Option<Logger>,
+    streams: Streams,
+}
+
+impl Terminal {
+    /// Starts to copy. `master` is the pseudo-terminal's master, as an OCI runtime sends it over its console socket.
+    ///
+    /// # Errors
+    /// As [`ProcessIo::open`](crate::stdio::ProcessIo::open).
+    pub async fn new(master: OwnedFd, stdio: &Stdio, context: &IoContext) -> Result<Self> {
+        let stdio = Stdio { terminal: true, ..stdio.clone() };
+        let ends = Endpoints::parse(&stdio)?;
+        let mut streams = Streams::new(context);
+        let mut logger = None;
+        let source = match &ends.stdin {
+            // Open for writing too, so that a client that detaches does not end it.
+            Endpoint::Fifo(path) => Some(Fifo::find("stdin", path)?.both()?),
+            Endpoint::Stream(id) => Some(streams.open_input(id)?),
+            _ => None,
+        };
+        let sink = match &ends.stdout {
+            Endpoint::None => Sink::Nowhere,
+            Endpoint::Fifo(path) => Sink::pipe(Fifo::find("stdout", path)?.both()?)?,
+            Endpoint::Stream(id) => Sink::pipe(streams.open_output(id)?)?,
+            Endpoint::File(path) => Sink::File(File::from_std(open_log(path)?.into())),
+            Endpoint::Program(program) => {
+                let (started, stdout, _) = Logger::start(program, context).await?;
+                logger = Some(started);
+                Sink::pipe(own(stdout, context)?)?
+            }
+        };
+        let source = source.map(pipe::Receiver::from_owned_fd).transpose().map_err(Error::failed("watch stdin"))?;
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
+        fcntl(&master, FcntlArg::F_SETFL(flags)).map_err(Error::failed("make the terminal non-blocking"))?;
+        let master =
+            sys::watch(master, Interest::READABLE | Interest::WRITABLE).map_err(Error::failed("watch the terminal"))?;
+        let master: Master = Arc::new(master);
+        let closing = CancellationToken::new();
+        let container = context.container.clone();
+        let (done, drained) = watch::channel(false);
+        let output = tokio::spawn({
+            let master = master.clone();
+            async move {
+                if let Err(error) = copy_output(&master, sink).await {
+                    warn!(%container, %error, "terminal output was cut off");
+                }
+                // Nobody waits any more: fine.
+                let _ = done.send(true);
+            }
+        });
+        let input = source.map(|source| {
+            let (master, closing, container) = (master.clone(), closing.clone(), context.container.clone());
+            tokio::spawn(async move {
+                if let Err(error) = copy_input(&source, &master, &closing).await {
+                    debug!(%container, %error, "terminal input ended");
+                }
+            })
+        });
+        Ok(Self { master, output, drained, input, closing, logger, streams })
+    }
+
+    /// The master, for whoever keeps a second hold on it.
+    #[must_use]
+    pub fn master(&self) -> BorrowedFd<'_> {
+        self.master.get_ref().as_fd()
+    }
+
+    /// Sets the size; the process gets SIGWINCH.
+    ///
+    /// # Errors
+    /// When the terminal is gone.
+    pub fn resize(&self, size: WindowSize) -> Result<()> {
+        let size = Winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(self.master(), size).map_err(|errno| Error::failed("resize the terminal")(io::Error::from(errno)))
+    }
+
+    /// Ends input as a user would: after all that has arrived, the end-of-file character. A program that reads single characters (raw
+    /// mode) has no end-of-file, and gets none.
+    pub fn close_stdin(&self) {
+        // A stream's pipe ends by itself, when all that was on its way has come.
+        if !self.streams.close_input() {
+            self.closing.cancel();
+        }
+    }
+
+    /// After the process's end: waits, within bounds, until its output is where it should be.
+    pub async fn finish(&self) {
+        let mut drained = self.drained.clone();
+        // An error means that the task is gone, which is as good.
+        if timeout(DRAIN, drained.wait_for(|drained| *drained)).await.is_err() {
+            debug!("a process that was left behind holds the terminal open, or nobody takes its output");
+            return;
+        }
+        self.streams.drained().await;
+        if let Some(logger) = &self.logger {
+            logger.finish().await;
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        self.output.abort();
+        if let Some(input) = &self.input {
+            input.abort();
+        }
+    }
+}
+
+enum Sink {
+    Nowhere,
+    Pipe(pipe::Sender),
+    File(File),
+}
+
+impl Sink {
+    fn pipe(fd: OwnedFd) -> Result<Self> {
+        pipe::Sender::from_owned_fd(fd).map(Self::Pipe).map_err(Error::failed("watch stdout"))
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Nowhere => Ok(()),
+            Self::Pipe(pipe) => pipe.write_all(bytes).await,
+            Self::File(file) => {
+                file.write_all(bytes).await?;
+                file.flush().await
+            }
+        }
+    }
+}
+
+/// Copies until the last process has closed the terminal.
+async fn copy_output(master: &AsyncFd<OwnedFd>, mut sink: Sink) -> io::Result<()> {
+    let mut result = Ok(());
+    loop {
+        let mut ready = master.readable().await?;
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            let length = match ready.try_io(|master| Ok(rustix::io::read(master.get_ref(), &mut buffer[..])?)) {
+                Ok(Ok(0)) => return result,
+                Ok(Ok(length)) => length,
+                // How Linux says that nobody has the slave open any more.
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return result,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(Err(error)) => return Err(error),
+                Err(_) => break,
+            };
+            if result.is_ok() {
+                // A full disk must not stop the process: what follows is thrown away, and told at the end.
+                result = sink.write(&buffer[..length]).await;
+                if result.is_err() {
+                    sink = Sink::Nowhere;
+                }
+            }
+        }
+    }
+}
+
+/// Copies until input is closed and all of it has arrived.
+async fn copy_input(source: &pipe::Receiver, master: &AsyncFd<OwnedFd>, closing: &CancellationToken) -> io::Result<()> {
+    // Whether the process would take the end-of-file character as the end of a line.
+    let mut in_line = false;
+    loop {
+        let mut buffer = Vec::with_capacity(CHUNK);
+        match source.try_read_buf(&mut buffer) {
+            Ok(0) => break,
+            Ok(_) => {
+                in_line = buffer.last().is_some_and(|byte| !matches!(byte, b'\n' | b'\r'));
+                write_all(master, &buffer).await?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                drop(buffer);
+                // The FIFO stays open with us, so its end is when it is empty after CloseIO.
+                if closing.is_cancelled() {
+                    break;
+                }
+                select! {
+                    ready = source.readable() => ready?,
+                    () = closing.cancelled() => {}
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let modes = tcgetattr(master.get_ref())?;
+    if modes.local_modes.contains(LocalModes::ICANON) {
+        let end = modes.special_codes[SpecialCodeIndex::VEOF];
+        // The first one in a line only sends the line off.
+        write_all(master, &[end, end][usize::from(!in_line)..]).await?;
+    }
+    Ok(())
+}
+
+async fn write_all(master: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let mut ready = master.writable().await?;
+        match ready.try_io(|master| Ok(rustix::io::write(master.get_ref(), bytes)?)) {
+            Ok(Ok(length)) => bytes = &bytes[length..],
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
