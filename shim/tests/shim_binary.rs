@@ -13,7 +13,7 @@ use std::{
 
 use containerd_shim_protos::{
     Task,
-    api::{DeleteRequest, DeleteResponse, StateRequest, StateResponse},
+    api::{DeleteRequest, DeleteResponse, StateRequest, StateResponse, Status as TaskStatus},
     create_task,
     protobuf::{Message, well_known_types::timestamp::Timestamp},
     shim::oci::Options,
@@ -100,13 +100,17 @@ impl Place {
     }
 
     fn delete(&self, address: Option<&Path>) -> (DeleteResponse, String) {
+        self.delete_of("c1", address)
+    }
+
+    fn delete_of(&self, id: &str, address: Option<&Path>) -> (DeleteResponse, String) {
         if let Some(address) = address {
             let text = json!({ "version": 3, "address": format!("unix://{}", address.display()), "protocol": "ttrpc" });
             std::fs::write(self.path("bootstrap.json"), text.to_string()).unwrap();
         }
         let bundle = self.dir.path().to_str().unwrap();
         let output = self.shim(
-            &["-namespace", "k8s.io", "-address", "/c.sock", "-publish-binary", "/c", "-id", "c1", "-bundle", bundle, "delete"],
+            &["-namespace", "k8s.io", "-address", "/c.sock", "-publish-binary", "/c", "-id", id, "-bundle", bundle, "delete"],
             b"",
         );
         assert!(output.status.success(), "{}", stderr(&output));
@@ -211,21 +215,21 @@ fn status(code: Code) -> ttrpc::Error {
 }
 
 impl Task for Daemon {
-    fn delete(&self, context: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let namespace = context.metadata.get("containerd-namespace-ttrpc").and_then(|values| values.first());
-        assert_eq!(namespace.map(String::as_str), Some("k8s.io"));
-        match request.id.as_str() {
-            "c1" if self.running => Err(status(Code::FAILED_PRECONDITION)),
-            "c1" => {
-                let exited_at = Some(Timestamp::from(SystemTime::UNIX_EPOCH + Duration::from_secs(77))).into();
-                Ok(DeleteResponse { pid: 4, exit_status: 3, exited_at, ..Default::default() })
-            }
-            _ => Err(status(Code::NOT_FOUND)),
-        }
+    fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        assert!(!self.running, "a running container is not to be deleted");
+        assert_eq!(request.id, "c1");
+        let exited_at = Some(Timestamp::from(SystemTime::UNIX_EPOCH + Duration::from_secs(77))).into();
+        Ok(DeleteResponse { pid: 4, exit_status: 3, exited_at, ..Default::default() })
     }
 
-    fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        Ok(StateResponse { id: request.id, pid: 4, ..Default::default() })
+    fn state(&self, context: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let namespace = context.metadata.get("containerd-namespace-ttrpc").and_then(|values| values.first());
+        assert_eq!(namespace.map(String::as_str), Some("k8s.io"));
+        if request.id != "c1" {
+            return Err(status(Code::NOT_FOUND));
+        }
+        let status = if self.running { TaskStatus::RUNNING } else { TaskStatus::STOPPED };
+        Ok(StateResponse { id: request.id, pid: 4, status: status.into(), ..Default::default() })
     }
 }
 
@@ -246,6 +250,8 @@ fn delete_tells_how_the_container_ended() {
     let (response, said) = place.delete(Some(&socket));
     assert_eq!((response.pid, response.exit_status, response.exited_at.seconds), (4, 3, 77));
     assert_eq!(said, "");
+    let (response, said) = place.delete_of("c2", Some(&socket));
+    assert_eq!((response.pid, response.exit_status, said.as_str()), (0, 255, ""), "the daemon does not know it");
     server.shutdown();
 }
 
@@ -255,7 +261,7 @@ fn delete_leaves_a_running_container_alone() {
     let (server, socket) = serve(&place, true);
     let (response, said) = place.delete(Some(&socket));
     assert_eq!((response.pid, response.exit_status), (4, 255));
-    assert!(said.contains("still runs as process 4"), "{said}");
+    assert!(said.contains("still exists as process 4"), "{said}");
     server.shutdown();
 }
 

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::{
     TaskClient,
-    api::{DeleteRequest, DeleteResponse, StateRequest},
+    api::{DeleteRequest, DeleteResponse, StateRequest, Status},
     protobuf::{Message, well_known_types::timestamp::Timestamp},
     ttrpc::{self, Code},
 };
@@ -69,19 +69,20 @@ fn ask(address: &str, args: &Args) -> Result<DeleteResponse> {
     let mut context = ttrpc::context::with_duration(LIMIT);
     context.add("containerd-namespace-ttrpc".into(), args.namespace.clone());
     let id = args.id.clone();
-    // A container that has ended is released in the same go, as containerd will not ask for that again. One that runs is
-    // refused by the daemon.
-    match tasks.delete(context.clone(), &DeleteRequest { id: id.clone(), ..Default::default() }) {
-        Ok(response) => return Ok(response),
+    let state = match tasks.state(context.clone(), &StateRequest { id: id.clone(), ..Default::default() }) {
+        Ok(state) => state,
         Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => return Ok(unknown(0)),
-        Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::FAILED_PRECONDITION => {}
-        Err(error) => return Err(error).with_context(|| format!("kuasard at {address} did not delete it")),
+        Err(error) => return Err(error).with_context(|| format!("kuasard at {address} does not tell its state")),
+    };
+    // Deleting a container that has not started yet would kill its first process, so only one that has ended is deleted.
+    if state.status() != Status::STOPPED {
+        eprintln!("container {id} still exists as process {}; kuasard keeps it until its pod is removed", state.pid());
+        return Ok(unknown(state.pid()));
     }
-    let state = tasks
-        .state(context, &StateRequest { id, ..Default::default() })
-        .with_context(|| format!("kuasard at {address} did not tell its state"))?;
-    eprintln!("container {} still runs as process {}; kuasard keeps it until its pod is removed", args.id, state.pid());
-    Ok(unknown(state.pid()))
+    // containerd will not ask for this again.
+    tasks
+        .delete(context, &DeleteRequest { id, ..Default::default() })
+        .with_context(|| format!("kuasard at {address} does not delete it"))
 }
 
 fn unknown(pid: u32) -> DeleteResponse {
