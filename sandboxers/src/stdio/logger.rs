@@ -48,7 +48,8 @@ const FIRST_FREE: i32 = 6;
 #[derive(Debug)]
 pub(crate) struct Logger {
     path: PathBuf,
-    pidfd: OwnedFd,
+    /// `None` when it had ended at once.
+    pidfd: Option<OwnedFd>,
     exit: Mutex<Option<ExitFuture>>,
 }
 
@@ -62,10 +63,11 @@ impl Logger {
         let pid = spawn(program, context, [&stdout_reader, &stderr_reader, &ready])?;
         let exit = context.reaper.exit_of(pid.as_raw().unsigned_abs(), mark);
         drop((stdout_reader, stderr_reader, ready));
-        let pidfd = rustix::process::Pid::from_raw(pid.as_raw())
-            .ok_or(rustix::io::Errno::SRCH)
-            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))
-            .map_err(|errno| Error::io("watch log program", &program.path)(errno.into()))?;
+        let pidfd = match rustix::process::Pid::from_raw(pid.as_raw()).map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            Some(Ok(pidfd)) => Some(pidfd),
+            None | Some(Err(rustix::io::Errno::SRCH)) => None,
+            Some(Err(errno)) => return Err(Error::io("watch log program", &program.path)(errno.into())),
+        };
         let logger = Self { path: program.path.clone(), pidfd, exit: Mutex::new(Some(exit)) };
         match logger.ready(program, ready_reader).await {
             Ok(()) => Ok((logger, stdout, stderr)),
@@ -109,7 +111,8 @@ impl Logger {
     }
 
     fn signal(&self, signal: Signal) {
-        match pidfd_send_signal(&self.pidfd, signal) {
+        let Some(pidfd) = &self.pidfd else { return };
+        match pidfd_send_signal(pidfd, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
             Err(errno) => warn!(program = %self.path.display(), %errno, "cannot signal log program"),
         }

@@ -64,7 +64,7 @@ impl ProcessIo {
         let (stdin, keeper) = match &ends.stdin {
             Endpoint::Fifo(path) => {
                 let (reader, keeper) = Fifo::find("stdin", path)?.reader_and_keeper()?;
-                (reader, Some(keeper))
+                (own(reader, context)?, Some(keeper))
             }
             Endpoint::Stream(id) => (own(streams.open_input(id)?, context)?, None),
             _ => (null()?, None),
@@ -189,7 +189,7 @@ impl Drop for Streams {
 fn open_output(field: &'static str, end: &Endpoint, streams: &mut Streams, context: &IoContext) -> Result<OwnedFd> {
     match end {
         Endpoint::None | Endpoint::Program(_) => null(),
-        Endpoint::Fifo(path) => Fifo::find(field, path)?.both(),
+        Endpoint::Fifo(path) => own(Fifo::find(field, path)?.both()?, context),
         Endpoint::File(path) => open_log(path),
         Endpoint::Stream(id) => own(streams.open_output(id)?, context),
     }
@@ -219,7 +219,8 @@ pub(crate) fn open_log(path: &Path) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Gives a pipe to the user the runtime's options name, so that a process that is not root can open `/dev/stdout`.
+/// Gives a pipe or FIFO to the user the runtime's options name (root of a user namespace, for one), so that the process can open
+/// `/dev/stdout`.
 pub(crate) fn own(pipe: OwnedFd, context: &IoContext) -> Result<OwnedFd> {
     let (uid, gid) = context.owner;
     if (uid, gid) != (0, 0) {
