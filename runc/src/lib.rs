@@ -4,6 +4,7 @@ pub mod config;
 mod namespaces;
 mod process;
 mod program;
+mod rewrite;
 mod runtime;
 mod sys;
 mod sysctl;

@@ -46,7 +46,20 @@ pub(crate) struct Namespaces {
     pub(crate) ipc: Option<PathBuf>,
     pub(crate) uts: Option<PathBuf>,
     pub(crate) user: Option<PathBuf>,
-    pub(crate) pid: Option<PathBuf>,
+    pub(crate) pid: PidNamespace,
+}
+
+/// Process ids, of which a container may have its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum PidNamespace {
+    /// The pod's containers share these.
+    Shared(PathBuf),
+    /// Each container has its own.
+    #[default]
+    Own,
+    /// The node's.
+    Node,
 }
 
 /// Namespaces that have been made, and process 1 in them, if there is one.
@@ -121,8 +134,10 @@ pub(crate) async fn make(
     };
     let new = [(ipc, libc::CLONE_NEWIPC), (uts, libc::CLONE_NEWUTS), (shares_pid, libc::CLONE_NEWPID)];
     let new: i32 = new.into_iter().filter_map(|(wanted, flag)| wanted.then_some(flag)).sum();
+    let pid = if modes.pid == NamespaceMode::Node { PidNamespace::Node } else { PidNamespace::Own };
+    let mut namespaces = Namespaces { network: netns.map(Path::to_owned), pid, ..Namespaces::default() };
     if new == 0 && modes.user.is_none() && sysctl::arguments(spec)?.is_empty() {
-        return Ok(Made { namespaces: Namespaces::default(), init: None });
+        return Ok(Made { namespaces, init: None });
     }
     arguments.push(format!("new={new}").into());
     if uts && !spec.hostname.is_empty() {
@@ -132,7 +147,6 @@ pub(crate) async fn make(
 
     let made = [("ipc", ipc), ("uts", uts), ("user", modes.user.is_some())];
     let made = made.into_iter().filter_map(|(kind, made)| made.then_some(kind));
-    let mut namespaces = Namespaces { network: netns.map(Path::to_owned), ..Namespaces::default() };
     let mut init = None;
     if shares_pid {
         arguments.push(argument("root", program.empty_root().as_os_str().as_bytes()));
@@ -221,7 +235,7 @@ impl Namespaces {
             "ipc" => self.ipc = Some(path),
             "uts" => self.uts = Some(path),
             "user" => self.user = Some(path),
-            "pid" => self.pid = Some(path),
+            "pid" => self.pid = PidNamespace::Shared(path),
             _ => {}
         }
     }
@@ -329,7 +343,7 @@ pub(crate) mod tests {
         let made = host.make(&spec).await.unwrap();
         assert!(made.init.is_none());
         let namespaces = made.namespaces;
-        assert_eq!((&namespaces.network, &namespaces.pid, &namespaces.user), (&Some(net), &None, &None));
+        assert_eq!((&namespaces.network, &namespaces.pid, &namespaces.user), (&Some(net), &PidNamespace::Own, &None));
         for (path, ours) in [(&namespaces.ipc, "/proc/self/ns/ipc"), (&namespaces.uts, "/proc/self/ns/uts")] {
             assert_ne!(inode(path.as_ref().unwrap()), inode(ours));
         }
@@ -349,8 +363,8 @@ pub(crate) mod tests {
         let made = host.make(&spec).await.unwrap();
         let (init, exit) = made.init.unwrap();
         let pid = init.identity().pid;
-        assert_eq!(made.namespaces.pid, Some(format!("/proc/{pid}/ns/pid").into()));
-        assert_ne!(inode(made.namespaces.pid.unwrap()), inode("/proc/self/ns/pid"));
+        assert_eq!(made.namespaces.pid, PidNamespace::Shared(format!("/proc/{pid}/ns/pid").into()));
+        assert_ne!(inode(format!("/proc/{pid}/ns/pid")), inode("/proc/self/ns/pid"));
         assert_eq!(inode(format!("/proc/{pid}/ns/net")), inode(spec.netns.unwrap()));
         // What it could be abused for has been given up.
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -433,7 +447,8 @@ pub(crate) mod tests {
         let node = NamespaceMode::Node;
         spec.namespaces = kuasar_sandboxers::types::PodNamespaces { network: node, pid: node, ipc: node, user: None };
         let made = host.make(&spec).await.unwrap();
-        assert!(made.init.is_none() && made.namespaces == Namespaces::default());
+        assert!(made.init.is_none());
+        assert_eq!(made.namespaces, Namespaces { pid: PidNamespace::Node, ..Namespaces::default() });
     }
 
     async fn what_cannot_be_made_leaves_nothing(host: &Host) {
