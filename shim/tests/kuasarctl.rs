@@ -5,18 +5,23 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
+    sync::LazyLock,
 };
 
 use kuasar_shim::proto::admin::{Document, InspectRequest, ListRequest, VersionRequest, admin_server};
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
+/// A configuration in which nothing is written.
+static EMPTY: LazyLock<NamedTempFile> = LazyLock::new(|| NamedTempFile::new().unwrap());
+
 /// kuasarctl with nothing of this machine's settings.
 fn kuasarctl(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kuasarctl"));
-    command.args(arguments).env_remove("KUASAR_CONFIG").env_remove("KUASAR_CONTAINERD");
+    command.args(arguments).env("KUASAR_CONFIG", EMPTY.path()).env_remove("KUASAR_CONTAINERD");
     command
 }
 
@@ -103,6 +108,10 @@ fn the_drop_in_follows_configuration_and_version() {
     assert_eq!(drop_in["proxy_plugins"]["fast"]["address"].as_str(), Some("/run/k/kuasard.sock"));
     let runtimes = &drop_in["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"];
     assert_eq!(runtimes["fast"]["sandboxer"].as_str(), Some("fast"));
+    let here = std::env::current_dir().unwrap();
+    let drop_in: toml::Table = prints(&["--state", "k", "containerd-config", "--containerd-version", "2.4"]).parse().unwrap();
+    let address = here.join("k/kuasard.sock").display().to_string();
+    assert_eq!(drop_in["proxy_plugins"]["kuasar-runc"]["address"].as_str(), Some(address.as_str()));
     assert!(refuses(&[&arguments[..], &["1.7.24"]].concat()).contains("not possible yet"));
     let wrong = run(&[&arguments[..], &["latest"]].concat());
     assert_eq!(wrong.status.code(), Some(2));

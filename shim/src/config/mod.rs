@@ -133,19 +133,12 @@ impl Config {
         }
     }
 
-    /// Reads `path` and the `conf.d/*.toml` beside it, for a daemon whose state directory is [`DEFAULT_STATE`].
+    /// Reads `path` and the `conf.d/*.toml` beside it, for a daemon with this state directory: unless told otherwise,
+    /// sandboxers keep what they have below it.
     ///
     /// # Errors
     /// Every fault found in any of the files. A missing file is one, except [`DEFAULT_PATH`].
-    pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
-        Self::load_in(path, Path::new(DEFAULT_STATE))
-    }
-
-    /// Reads `path` and the `conf.d/*.toml` beside it, for a daemon with this state directory.
-    ///
-    /// # Errors
-    /// Every fault found in any of the files. A missing file is one, except [`DEFAULT_PATH`].
-    pub fn load_in(path: &Path, state: &Path) -> Result<Self, ConfigErrors> {
+    pub fn load(path: &Path, state: &Path) -> Result<Self, ConfigErrors> {
         Self::load_files(path, path == Path::new(DEFAULT_PATH), state)
     }
 

@@ -150,7 +150,7 @@ impl Dir {
     }
 
     fn load(&self) -> Result<Config, ConfigErrors> {
-        Config::load(&self.path("config.toml"))
+        Config::load(&self.path("config.toml"), Path::new(DEFAULT_STATE))
     }
 }
 
@@ -184,7 +184,7 @@ fn faults_name_the_file_they_are_in() {
 fn only_the_default_file_may_be_missing() {
     let dir = Dir::new();
     let path = dir.path("config.toml");
-    let faults = Config::load(&path).unwrap_err();
+    let faults = Config::load(&path, Path::new(DEFAULT_STATE)).unwrap_err();
     assert!(faults.to_string().contains("does not exist"), "{faults}");
     assert_eq!(Config::load_files(&path, true, Path::new(DEFAULT_STATE)).unwrap(), Config::default());
     dir.write("conf.d/a.toml", "[log]\nlevel = 'trace'\n");
@@ -248,7 +248,7 @@ fn sandboxers_have_directories_of_their_own() {
     assert_eq!(runc(&config, "b").root, Path::new("/run/kuasar/runc/b"));
     let dir = Dir::new();
     dir.write("config.toml", "");
-    let config = Config::load_in(&dir.path("config.toml"), Path::new("/elsewhere")).unwrap();
+    let config = Config::load(&dir.path("config.toml"), Path::new("/elsewhere")).unwrap();
     assert_eq!(runc(&config, "kuasar-runc").root, Path::new("/elsewhere/runc/kuasar-runc"));
     for root in ["/x", "/x/y", "/"] {
         let text = format!("[sandboxer.a]\nkind = 'runc'\nroot = '/x'\n[sandboxer.b]\nkind = 'runc'\nroot = '{root}'\n");

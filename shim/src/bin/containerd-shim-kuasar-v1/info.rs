@@ -1,6 +1,9 @@
 //! `-info`: what the OCI runtime can do, so that containerd offers it to Kubernetes (recursive read-only mounts, user namespaces).
 
-use std::io::{IsTerminal, Read};
+use std::{
+    io::{IsTerminal, Read},
+    path::Path,
+};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use containerd_shim_protos::{
@@ -10,7 +13,7 @@ use containerd_shim_protos::{
 use kuasar_runc::Runtime;
 use kuasar_sandboxers::{Error, reaper::Reaper};
 use kuasar_shim::{
-    config::{Config, SandboxerConfig},
+    config::{Config, DEFAULT_STATE, SandboxerConfig},
     options,
 };
 
@@ -25,7 +28,9 @@ const MAX_OPTIONS_BYTES: u64 = 1 << 20;
 pub(crate) fn answer(sandboxer: Option<&str>, input: impl Read + IsTerminal) -> Result<Vec<u8>> {
     let options = read_options(input)?;
     let path = Config::default_path();
-    let config = Config::load(&path).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))?;
+    // Where the daemon keeps its state is of no matter here.
+    let config =
+        Config::load(&path, Path::new(DEFAULT_STATE)).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))?;
     let (name, sandboxer) = choose(&config, sandboxer)?;
     let SandboxerConfig::Runc(sandboxer) = sandboxer else {
         bail!("sandboxer {name:?} runs no OCI runtime that could be asked")

@@ -7,7 +7,7 @@ mod table;
 
 use std::{
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::{Path, PathBuf, absolute},
     process::ExitCode,
     time::SystemTime,
 };
@@ -22,6 +22,7 @@ use kuasar_shim::{
         containerd::{self, Setup, Version},
     },
     config::{Config, DEFAULT_PATH, DEFAULT_STATE, PATH_VARIABLE},
+    server::CONTROL_SOCKET,
 };
 use serde_json::{Value, json};
 
@@ -51,8 +52,13 @@ struct Global {
 }
 
 impl Global {
-    fn socket(&self) -> PathBuf {
-        self.state.join("kuasard.sock")
+    /// The state directory, as containerd and others have to be told of it.
+    fn state(&self) -> Result<PathBuf> {
+        absolute(&self.state).context("cannot tell where the state directory is")
+    }
+
+    fn socket(&self) -> Result<PathBuf> {
+        Ok(self.state()?.join(CONTROL_SOCKET))
     }
 }
 
@@ -161,7 +167,7 @@ fn pretty(value: &Value) -> Result<String> {
 }
 
 fn load(global: &Global) -> Result<Config> {
-    Config::load_in(&global.config, &global.state).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))
+    Config::load(&global.config, &global.state()?).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))
 }
 
 /// One thread is plenty.
@@ -172,7 +178,7 @@ fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 /// Asks the daemon one thing.
 fn ask(global: &Global, request: impl AsyncFnOnce(&mut Daemon) -> Result<Value>) -> Result<Value> {
     block_on(async {
-        let mut daemon = Daemon::connect(&global.socket()).await?;
+        let mut daemon = Daemon::connect(&global.socket()?).await?;
         request(&mut daemon).await
     })
 }
@@ -183,9 +189,9 @@ fn reaper() -> Result<Reaper> {
 }
 
 fn check(global: &Global) -> Result<ExitCode> {
-    let config = Config::load_in(&global.config, &global.state);
-    let findings =
-        block_on(async { Ok(check::all(&Host::this(), &reaper()?, &config, &global.config, &global.socket()).await) })?;
+    let config = Config::load(&global.config, &global.state()?);
+    let socket = global.socket()?;
+    let findings = block_on(async { Ok(check::all(&Host::this(), &reaper()?, &config, &global.config, &socket).await) })?;
     if global.json {
         print(&pretty(&serde_json::to_value(&findings)?)?)?;
     } else {
@@ -223,7 +229,7 @@ fn containerd_config(global: &Global, version: Option<Version>, programs: &Path,
     };
     let target = Target {
         version,
-        socket: &global.socket(),
+        socket: &global.socket()?,
         programs,
         pause_image,
         restrict_oom_score: !containerd::may_lower_oom_score(&host),
