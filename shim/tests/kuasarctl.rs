@@ -10,18 +10,17 @@ use std::{
 
 use kuasar_shim::proto::admin::{Document, InspectRequest, ListRequest, VersionRequest, admin_server};
 use serde_json::{Value, json};
-use tempfile::NamedTempFile;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
 /// A configuration in which nothing is written.
-static EMPTY: LazyLock<NamedTempFile> = LazyLock::new(|| NamedTempFile::new().unwrap());
+static EMPTY: LazyLock<PathBuf> = LazyLock::new(|| write(Path::new(env!("CARGO_TARGET_TMPDIR")), "empty.toml", ""));
 
 /// kuasarctl with nothing of this machine's settings.
 fn kuasarctl(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kuasarctl"));
-    command.args(arguments).env("KUASAR_CONFIG", EMPTY.path()).env_remove("KUASAR_CONTAINERD");
+    command.args(arguments).env("KUASAR_CONFIG", EMPTY.as_path()).env_remove("KUASAR_CONTAINERD");
     command
 }
 
