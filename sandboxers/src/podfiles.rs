@@ -1,7 +1,7 @@
 //! Files that all containers of a pod share: `/etc/hosts`, `/etc/hostname`, `/etc/resolv.conf` and `/dev/shm`.
 //!
-//! containerd makes them only for sandboxes it runs by itself, so they are ours. Contents are as there: the node's hosts file (kubelet
-//! mounts one of its own over it), the pod's or the node's name, the pod's DNS configuration or the node's.
+//! containerd makes them only for sandboxes it runs by itself, so they are ours. Contents are as there: the node's hosts
+//! file (kubelet mounts one of its own over it), the pod's or the node's name, the pod's DNS configuration or the node's.
 
 use std::{
     fs::{self, DirBuilder},
@@ -106,8 +106,8 @@ impl PodFiles {
         mounts
     }
 
-    /// Adds the mounts to a container's specification. What it mounts at the same place by itself stays, except containerd's default
-    /// `/dev/shm`, which would be the container's alone.
+    /// Adds the mounts to a container's specification. What it mounts at the same place by itself stays, except
+    /// containerd's default `/dev/shm`, which would be the container's alone.
     ///
     /// # Errors
     /// When the files cannot be given the container's SELinux label.

@@ -17,8 +17,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 /// Lets tokio watch a descriptor.
 pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on and gives it
-    // out by shared reference or back whole.
+    // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on
+    // and gives it out by shared reference or back whole.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
@@ -31,8 +31,8 @@ impl NamespaceHolder {
     pub(crate) fn new() -> io::Result<Self> {
         // CLONE_FILES: no descriptor is duplicated, so nobody's end-of-file or unmount is delayed by it.
         let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
-        // SAFETY: without CLONE_VM and with a null stack this is fork(2): the child has its own copy of memory and runs on its copy of
-        // this stack. The remaining arguments are pointers that are ignored without their flags.
+        // SAFETY: without CLONE_VM and with a null stack this is fork(2): the child has its own copy of memory and runs on
+        // its copy of this stack. The remaining arguments are pointers that are ignored without their flags.
         let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
         match pid {
             -1 => Err(io::Error::last_os_error()),
@@ -62,8 +62,8 @@ impl Drop for NamespaceHolder {
     }
 }
 
-/// mount_setattr(2) on the whole tree that `tree` (of open_tree(2)) refers to: maps its ids through `user_namespace`, makes it private,
-/// and read-only if asked.
+/// mount_setattr(2) on the whole tree that `tree` (of open_tree(2)) refers to: maps its ids through `user_namespace`, makes
+/// it private, and read-only if asked.
 pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, readonly: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP | if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 },
@@ -71,7 +71,8 @@ pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, read
         propagation: libc::MS_PRIVATE,
         userns_fd: u64::from(user_namespace.as_raw_fd().unsigned_abs()),
     };
-    // SAFETY: the path is an empty C string, `attributes` lives during the call and the size given is its own. The kernel only reads both.
+    // SAFETY: the path is an empty C string, `attributes` lives during the call and the size given is its own. The kernel
+    // only reads both.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

@@ -6,8 +6,9 @@
 //!          file or program                   └────────┘
 //! ```
 //!
-//! A terminal cannot be handed to containerd, so this is the one place where bytes pass through the daemon. Buffers exist only while there
-//! is something to copy. Output waits for a slow or absent containerd; input that the process does not read waits too.
+//! A terminal cannot be handed to containerd, so this is the one place where bytes pass through the daemon. Buffers exist
+//! only while there is something to copy. Output waits for a slow or absent containerd; input that the process does not
+//! read waits too.
 
 use std::{
     io,
@@ -130,8 +131,8 @@ impl Terminal {
         tcsetwinsize(self.master(), size).map_err(|errno| Error::failed("resize the terminal")(io::Error::from(errno)))
     }
 
-    /// Ends input as a user would: after all that has arrived, the end-of-file character. A program that reads single characters (raw
-    /// mode) has no end-of-file, and gets none.
+    /// Ends input as a user would: after all that has arrived, the end-of-file character. A program that reads single
+    /// characters (raw mode) has no end-of-file, and gets none.
     pub fn close_stdin(&self) {
         // A stream's pipe ends by itself, when all that was on its way has come.
         if !self.streams.close_input() {

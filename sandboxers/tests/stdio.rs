@@ -1,5 +1,5 @@
-//! Stdio of real processes: FIFOs, streams, log files, log programs and terminals. In a process of its own, because the reaper takes every
-//! exit of the process.
+//! Stdio of real processes: FIFOs, streams, log files, log programs and terminals. In a process of its own, because the
+//! reaper takes every exit of the process.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -247,8 +247,8 @@ fn streams_carry_everything() {
     });
 }
 
-/// The start of a log URI for a script. Run by sh, because a file that was just written may still be open for writing in a child that
-/// another test forks, and cannot be executed then.
+/// The start of a log URI for a script. Run by sh, because a file that was just written may still be open for writing in a
+/// child that another test forks, and cannot be executed then.
 fn logger(pipes: &Pipes, scheme: &str, script: &str) -> String {
     let path = pipes.path("logger");
     fs::write(&path, script).unwrap();

@@ -43,7 +43,8 @@ pub struct Tree {
 }
 
 /// Options of a v1 mount that are not controllers.
-const OPTIONS: [&str; 8] = ["rw", "ro", "none", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"];
+const OPTIONS: [&str; 10] =
+    ["rw", "ro", "none", "all", "noprefix", "xattr", "seclabel", "clone_children", "cpuset_v2_mode", "favordynmods"];
 
 impl Hierarchy {
     /// Those of this host, found once.
@@ -153,7 +154,8 @@ impl Tree {
         self.point.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// A process's path below the mount point, from its `/proc/<pid>/cgroup`; `None` when it is not in the tree or not below what is mounted.
+    /// A process's path below the mount point, from its `/proc/<pid>/cgroup`; `None` when it is not in the tree or not
+    /// below what is mounted.
     #[must_use]
     pub fn path_in(&self, membership: &str) -> Option<PathBuf> {
         let path = membership.lines().find_map(|line| {
@@ -194,8 +196,8 @@ impl Tree {
     }
 }
 
-/// A v2 group has the controllers its parent hands down. Those that cannot be, stay away: a group that has processes of its own must not
-/// hand any down (cgroups(7), "no internal processes"), and whoever needs the controller sees it missing.
+/// A v2 group has the controllers its parent hands down. Those that cannot be, stay away: a group that has processes of its
+/// own must not hand any down (cgroups(7), "no internal processes"), and whoever needs the controller sees it missing.
 fn enable_controllers(dir: &Path) {
     let Ok(available) = fs::read_to_string(dir.join("cgroup.controllers")) else { return };
     let file = dir.join("cgroup.subtree_control");
@@ -231,7 +233,7 @@ pub(super) mod tests {
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
 50 23 0:29 / /elsewhere rw - cgroup cgroup rw,cpuacct,cpu
 32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:3 - cgroup cgroup rw,cpu,cpuacct
-35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,seclabel,memory
 40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
 60 31 0:38 / /mnt rw,relatime - cgroup2 cgroup2 rw,nsdelegate

@@ -35,7 +35,8 @@ pub use self::{
 };
 use crate::error::{Error, Result};
 
-/// How long a group may take to become empty after every process in it was killed. One in uninterruptible sleep takes as long as it likes.
+/// How long a group may take to become empty after every process in it was killed. One in uninterruptible sleep takes as
+/// long as it likes.
 const EMPTY: Duration = Duration::from_secs(10);
 
 /// How long the end of a group may take that has no process any more: the kernel frees dead ones late.
@@ -59,8 +60,8 @@ pub struct Cgroup {
     except: BTreeMap<String, Option<PathBuf>>,
 }
 
-/// The path of the group that kubelet or Docker calls `cgroup_parent`. A systemd slice is a path in disguise: `a-b.slice` lies in `a.slice`
-/// (systemd.slice(5)), and `-.slice` is the root.
+/// The path of the group that kubelet or Docker calls `cgroup_parent`. A systemd slice is a path in disguise: `a-b.slice`
+/// lies in `a.slice` (systemd.slice(5)), and `-.slice` is the root.
 #[must_use]
 pub fn parent_path(cgroup_parent: &str) -> PathBuf {
     let mut path = PathBuf::from("/");
@@ -291,7 +292,8 @@ impl Cgroup {
         }
     }
 
-    /// Removes it and the groups below it. Waits for a group that is still becoming empty; kill its processes before. Missing is fine.
+    /// Removes it and the groups below it. Waits for a group that is still becoming empty; kill its processes before.
+    /// Missing is fine.
     ///
     /// # Errors
     /// [`Error::TimedOut`] when it does not become empty, naming the processes in it.

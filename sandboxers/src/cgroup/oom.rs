@@ -43,8 +43,8 @@ enum Kind {
 }
 
 impl OomWatch {
-    /// cgroup v1: an eventfd that is registered for `memory.oom_control` (Documentation/admin-guide/cgroup-v1/memory.rst, 10). The kernel
-    /// signals it at each out-of-memory, and once when the group is removed.
+    /// cgroup v1: an eventfd that is registered for `memory.oom_control` (Documentation/admin-guide/cgroup-v1/memory.rst,
+    /// 10). The kernel signals it at each out-of-memory, and once when the group is removed.
     pub(super) fn v1(dir: &Path) -> Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::failed("make an eventfd")(io::Error::from(errno)))?;
@@ -67,8 +67,8 @@ impl OomWatch {
         Ok(Self(Kind::V2 { events, population, kills }))
     }
 
-    /// The next kill, or several at once; `None` when the group has gone away (v2: when no process is left in it). Cancelling loses
-    /// nothing.
+    /// The next kill, or several at once; `None` when the group has gone away (v2: when no process is left in it).
+    /// Cancelling loses nothing.
     pub async fn next(&mut self) -> Option<()> {
         let next = match &mut self.0 {
             Kind::V1 { ended: true, .. } => return None,

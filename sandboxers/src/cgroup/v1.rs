@@ -127,7 +127,8 @@ pub struct MemoryOomControl {
     pub oom_kill: u64,
 }
 
-/// Block devices. Where the CFQ scheduler does not count (it left the kernel in 5.0), bytes and operations are those of throttling.
+/// Block devices. Where the CFQ scheduler does not count (it left the kernel in 5.0), bytes and operations are those of
+/// throttling.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct BlkIoStat {

@@ -125,7 +125,10 @@ mod tests {
         fn escapes_round_trip(path in "/[ -~\\t\\n]{0,40}") {
             let escaped: String = path
                 .bytes()
-                .map(|byte| if matches!(byte, b' ' | b'\t' | b'\n' | b'\\') { format!("\\{byte:03o}") } else { char::from(byte).to_string() })
+                .map(|byte| match byte {
+                    b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}"),
+                    byte => char::from(byte).to_string(),
+                })
                 .collect();
             prop_assert_eq!(unescape(escaped.as_bytes()), OsString::from(path));
         }

@@ -35,8 +35,8 @@ use crate::{
 /// Mounts a root filesystem: all of `mounts`, in order, on `target` or below it.
 ///
 /// # Errors
-/// [`Error::Invalid`] or [`Error::Unsupported`] for a mount that cannot be understood, else the kernel's refusal. What was mounted
-/// before the failure is unmounted again.
+/// [`Error::Invalid`] or [`Error::Unsupported`] for a mount that cannot be understood, else the kernel's refusal. What was
+/// mounted before the failure is unmounted again.
 pub async fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
     let mounts = mounts.to_vec();
     let target = target.to_owned();
@@ -66,8 +66,8 @@ pub async fn unmount_all(target: &Path) -> Result<()> {
     blocking("unmount", move || unmount_tree(&target)).await
 }
 
-/// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind. Mounts below `source` are not
-/// taken along.
+/// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind. Mounts below
+/// `source` are not taken along.
 ///
 /// # Errors
 /// The kernel's refusal; nothing is left mounted then.
@@ -84,8 +84,8 @@ pub async fn bind(source: &Path, target: &Path, readonly: bool) -> Result<()> {
     .await
 }
 
-/// Keeps a namespace alive without a process: binds `namespace` (`/proc/<pid>/ns/net`, `/proc/self/fd/<n>`) on the file `target`, which is
-/// made. [`unmount_all`] and removing the file let it go.
+/// Keeps a namespace alive without a process: binds `namespace` (`/proc/<pid>/ns/net`, `/proc/self/fd/<n>`) on the file
+/// `target`, which is made. [`unmount_all`] and removing the file let it go.
 ///
 /// # Errors
 /// The kernel's refusal; the file is not left behind then.
@@ -145,7 +145,8 @@ fn mount_one(entry: &Mount, root: &Path, done: &mut Vec<PathBuf>) -> Result<()> 
     }
 }
 
-/// Where a mount goes. Below a root filesystem the image's own links must not lead out of it, so the place is a descriptor there.
+/// Where a mount goes. Below a root filesystem the image's own links must not lead out of it, so the place is a descriptor
+/// there.
 struct Place {
     path: PathBuf,
     fd: Option<OwnedFd>,
@@ -218,7 +219,8 @@ fn detach(path: &Path) -> Result<()> {
 }
 
 pub(crate) fn unmount_tree(target: &Path) -> Result<()> {
-    // Newest first: a mount may hide or carry older ones. Detaching one takes all below it along, which `detach` then finds gone.
+    // Newest first: a mount may hide or carry older ones. Detaching one takes all below it along, which `detach` then finds
+    // gone.
     for path in mounted_under(target)?.iter().rev() {
         detach(path)?;
     }

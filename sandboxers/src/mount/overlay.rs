@@ -1,8 +1,9 @@
 //! Overlay mounts: more layers than one page of options holds, and mapped ids.
 //!
-//! mount(2) takes one page of options, and paths of sixty layers fill it. Then the call is made by a thread whose working directory is the
-//! layers' common one, with relative paths. (The newer `fsconfig` interface has no such limit, but overlayfs has it since
-//! Linux 6.5 only.) overlayfs does not mount on top of mapped ids by itself either: its lower directories must be mapped mounts already.
+//! mount(2) takes one page of options, and paths of sixty layers fill it. Then the call is made by a thread whose working
+//! directory is the layers' common one, with relative paths. (The newer `fsconfig` interface has no such limit, but
+//! overlayfs has it since Linux 6.5 only.) overlayfs does not mount on top of mapped ids by itself either: its lower
+//! directories must be mapped mounts already.
 
 use std::{
     borrow::Cow,
@@ -81,8 +82,8 @@ fn mount_fitting(entry: &Mount, options: &Options, target: &Path, rest: &[&str],
     })
 }
 
-/// The value of `lowerdir`: directories separated by colons, with colons, commas and backslashes of a name escaped by a backslash.
-/// An empty element stands for a double colon, after which layers hold data only.
+/// The value of `lowerdir`: directories separated by colons, with colons, commas and backslashes of a name escaped by a
+/// backslash. An empty element stands for a double colon, after which layers hold data only.
 struct Layers(Vec<String>);
 
 struct Common {

@@ -13,7 +13,8 @@ use nix::{
 
 use crate::error::{Error, Result};
 
-/// A FIFO that was found and checked. Later opens go through the descriptor, so a path that is swapped meanwhile is not followed.
+/// A FIFO that was found and checked. Later opens go through the descriptor, so a path that is swapped meanwhile is not
+/// followed.
 pub(crate) struct Fifo {
     found: OwnedFd,
     path: PathBuf,

@@ -98,7 +98,8 @@ impl Logger {
         Ok(())
     }
 
-    /// Waits until the program has taken everything and ended. The writing ends must be closed. One that does not end is killed.
+    /// Waits until the program has taken everything and ended. The writing ends must be closed. One that does not end is
+    /// killed.
     pub(crate) async fn finish(&self) {
         let Some(mut exit) = self.exit.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
         for (limit, signal) in [(END, Signal::TERM), (TERMINATE, Signal::KILL)] {
@@ -133,8 +134,8 @@ fn lift(fd: OwnedFd) -> Result<OwnedFd> {
         .map_err(|errno| Error::failed("move a log program's pipe")(io::Error::from(errno)))
 }
 
-/// posix_spawn(3) and not `Command`: descriptors 3 to 5 cannot be set without `pre_exec`, with which the standard library waits for the
-/// child itself, and that is the reaper's work alone.
+/// posix_spawn(3) and not `Command`: descriptors 3 to 5 cannot be set without `pre_exec`, with which the standard library
+/// waits for the child itself, and that is the reaper's work alone.
 fn spawn(program: &LogProgram, context: &IoContext, fds: [&OwnedFd; 3]) -> Result<Pid> {
     let failed = |errno: nix::Error| Error::io("start log program", &program.path)(errno.into());
     let text = |text: &[u8]| {

@@ -173,7 +173,7 @@ impl Streams {
             }
         };
         if timeout(DRAIN, drained).await.is_err() {
-            warn!(streams = ?self.outputs, "containerd did not take all output, or a left-behind process holds the stream open");
+            warn!(streams = ?self.outputs, "output was not taken, or a left-behind process holds the stream open");
         }
     }
 }
@@ -219,8 +219,8 @@ pub(crate) fn open_log(path: &Path) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Gives a pipe or FIFO to the user the runtime's options name (root of a user namespace, for one), so that the process can open
-/// `/dev/stdout`.
+/// Gives a pipe or FIFO to the user the runtime's options name (root of a user namespace, for one), so that the process can
+/// open `/dev/stdout`.
 pub(crate) fn own(pipe: OwnedFd, context: &IoContext) -> Result<OwnedFd> {
     let (uid, gid) = context.owner;
     if (uid, gid) != (0, 0) {
