@@ -54,6 +54,7 @@
 pub mod conformance;
 pub mod containerd;
 pub mod cri;
+pub mod hybrid;
 pub mod image;
 pub mod kuasard;
 pub mod leak;
@@ -62,6 +63,7 @@ pub mod process;
 pub mod program;
 pub mod registry;
 pub mod scratch;
+pub mod screen;
 pub mod skip;
 pub mod tools;
 pub mod wait;

@@ -5,7 +5,19 @@ use std::process::ExitCode;
 use anyhow::Result;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::Node;
+use crate::{Node, hybrid};
+
+/// A whole `main`: [`run`] on a tokio runtime, with [`hybrid::hide_controllers`] before there is a second thread.
+pub fn start(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) -> ExitCode {
+    let runtime = hybrid::hide_controllers().and_then(|()| Ok(tokio::runtime::Runtime::new()?));
+    match runtime {
+        Ok(runtime) => runtime.block_on(run(work)),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Runs `work`, which puts its node into the slot it is given, until it is done or SIGINT or SIGTERM arrives; then stops the
 /// node. Errors are printed; the exit code is `work`'s own, 1 after an error, 128 + the signal's number after a signal.

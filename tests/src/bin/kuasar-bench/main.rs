@@ -1,72 +1,104 @@
-//! The benchmark: a sandboxer and containerd's runc-v2 shim, on one containerd, in one run, turn by turn.
+//! The benchmark: a sandboxer beside containerd's runc-v2 shim, on one containerd, in one run.
 //!
-//! Turn by turn means that each round measures every handler once, so that what the machine does besides falls on all alike.
-//! Times are those of single CRI calls over gRPC. See [`table`] for the budgets.
+//! ```text
+//!   Node ─┬─ calls     a pod's life, call by call, on the pod network and on the host's ─┐
+//!         ├─ parallel  20 pods at once, up and down                                      ├─▶ Report ─▶ table, runc.json
+//!         ├─ memory    PSS of the management processes at 1, 20 and 50 pods              │   (targets)
+//!         └─ output    a container's standard output into its log                        ┘
+//! ```
+//!
+//! Peers take turns, and the one that begins changes from round to round, so that what else the machine does falls on all
+//! alike. Times are those of single CRI calls over gRPC. `docs/benchmark.md` says what each figure means.
 
-mod measure;
-mod table;
+mod calls;
+mod host;
+mod memory;
+mod output;
+mod parallel;
+mod plan;
+mod report;
+mod samples;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use clap::builder::FalseyValueParser;
+use kuasar_tests::screen::{Screen, Style};
 use kuasar_tests::{Node, NodeOptions, program, tools};
 
-use measure::Plan;
-use table::Table;
-
-/// The handler that everything is compared with: containerd's runc-v2 shim with runc.
-const PEER: &str = "runc";
+use host::Host;
+use plan::{Part, Plan, Sides};
+use report::Report;
 
 /// Compares a sandboxer with containerd's runc-v2 shim.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// The sandboxer to measure.
+    /// The sandboxer to measure with runc; the same is measured with crun where that is installed.
     #[arg(long, env = "SANDBOXER", default_value = "kuasar-runc")]
     sandboxer: String,
-    /// Fewer rounds: within a minute. Set to 1.
-    #[arg(long, env = "BENCH_QUICK", default_value = "0")]
-    quick: String,
+    /// Fewer rounds: done within a minute.
+    #[arg(long, env = "BENCH_QUICK", value_parser = FalseyValueParser::new())]
+    quick: bool,
+    /// Only these parts.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+    /// Fail when a target is missed.
+    #[arg(long)]
+    strict: bool,
     /// Directory for the results.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    program::run(async |node| run(arguments, node).await).await
+    program::start(async |node| run(arguments, node).await)
 }
 
 async fn run(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
-    let plan = if arguments.quick == "1" { Plan::QUICK } else { Plan::FULL };
+    let mut screen = Screen::new();
+    let plan = if arguments.quick { Plan::QUICK } else { Plan::FULL };
+    let sides = Sides::new(&arguments.sandboxer, tools::crun().is_ok());
+    let host = Host::look(&plan)?;
+    for line in host.lines() {
+        screen.line(&line)?;
+    }
+    if !sides.has_crun() {
+        screen.line("without crun: none found, set KUASAR_CRUN to one")?;
+    }
+
+    screen.status("starting a private containerd and kuasard")?;
     let mut options = NodeOptions::new("bench").quiet().sandboxer(&arguments.sandboxer, "runc");
-    let mut handlers = vec![PEER.to_owned(), arguments.sandboxer.clone()];
-    match tools::crun() {
-        Ok(_) => {
-            options = options.sandboxer("kuasar-crun", "crun");
-            handlers.push("kuasar-crun".to_owned());
-        }
-        Err(missing) => println!("without crun: {missing}"),
+    if sides.has_crun() {
+        options = options.sandboxer(plan::OURS_CRUN, "crun");
     }
     // What is measured shall not be the writing of a debug log.
     let node = Node::start(options.patch_kuasard(|config| config["log"]["level"] = "info".into())).await?;
     let node = &*slot.insert(node);
-    let (major, minor, patch) = node.containerd.version();
-    println!("containerd {major}.{minor}.{patch}; peer: {PEER} (runc-v2 shim); {} rounds", plan.rounds);
 
-    let mut table = Table::new(PEER);
-    measure::calls(node, &handlers, &plan, &mut table).await.context("measure single calls")?;
-    measure::parallel(node, &handlers, &plan, &mut table).await.context("measure pods in parallel")?;
-    measure::memory(node, &handlers, &plan, &mut table).await.context("measure memory")?;
-    measure::throughput(node, &handlers, &plan, &mut table).await.context("measure throughput")?;
+    let mut report = Report::new(&host);
+    let wanted = |part: Part| arguments.only.is_empty() || arguments.only.contains(&part);
+    if wanted(Part::Calls) {
+        calls::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure single calls")?;
+    }
+    if wanted(Part::Parallel) {
+        parallel::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure pods in parallel")?;
+    }
+    if wanted(Part::Memory) {
+        memory::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure memory")?;
+    }
+    if wanted(Part::Output) {
+        output::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure output")?;
+    }
 
-    table.print();
+    let missed = report.print(&mut screen)?;
     let name = arguments.sandboxer.strip_prefix("kuasar-").unwrap_or(&arguments.sandboxer);
     let path = arguments.out.join(format!("{name}.json"));
-    table.write(&path)?;
-    println!("written to {}", path.display());
-    Ok(ExitCode::SUCCESS)
+    report.write(&path)?;
+    screen.line(&screen.paint(Style::Dim, &format!("written to {}", path.display())))?;
+    screen.status("removing everything")?;
+    Ok(if arguments.strict && missed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
