@@ -237,7 +237,7 @@ mod tests {
         let record = record();
         store.make(&record.spec.namespace, &record.spec.id).unwrap();
         store.save(&record).unwrap();
-        assert_eq!(store.load().unwrap().records, [record.clone()]);
+        assert_eq!(store.load().unwrap().records, std::slice::from_ref(&record));
         assert!(matches!(store.make(&record.spec.namespace, &record.spec.id), Err(Error::AlreadyExists { .. })));
         store.remove(&record.spec.namespace, &record.spec.id).unwrap();
         store.remove(&record.spec.namespace, &record.spec.id).unwrap();

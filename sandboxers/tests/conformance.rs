@@ -1,5 +1,7 @@
 //! The conformance suite over the contract, on the fake sandboxer: that checks the suite, the owner task and the fake at once.
 
+#![allow(clippy::expect_used, reason = "a fixture that cannot be made fails the test")]
+
 use std::{path::Path, sync::Arc};
 
 use kuasar_sandboxers::{
@@ -33,7 +35,7 @@ impl Fixture for Fake {
         ContainerSpec {
             bundle: dir.join(&id),
             id,
-            spec: OciSpec::parse(spec.as_bytes()).unwrap(),
+            spec: OciSpec::parse(spec.as_bytes()).expect("a valid spec"),
             rootfs: Vec::new(),
             stdio: Stdio::default(),
         }
