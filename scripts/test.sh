@@ -28,7 +28,7 @@ stage() {
 unit_tests() {
     cargo test --quiet --locked --workspace --no-run
     cargo test --locked --workspace --exclude kuasar-tests
-    cargo test --locked -p kuasar-tests --lib --bins
+    cargo test --locked -p kuasar-tests --lib --bins --test architecture
     cargo test --locked -p kuasar-tests --doc
 }
 
@@ -43,8 +43,8 @@ deny() {
 }
 
 end_to_end() {
-    cargo test --quiet --locked -p kuasar-tests --no-run --tests
-    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked -p kuasar-tests --test '*' --no-fail-fast
+    cargo test --quiet --locked -p kuasar-tests --no-run --test harness --test e2e
+    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked -p kuasar-tests --test harness --test e2e --no-fail-fast
 }
 
 missing_containerd() {
