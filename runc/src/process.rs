@@ -15,7 +15,6 @@ use kuasar_sandboxers::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{Interest, unix::AsyncFd},
     sync::watch,
     time::{Instant, sleep},
 };
@@ -117,7 +116,8 @@ impl Tracked {
     /// Waits until it has ended.
     pub(crate) async fn ended(&self) -> Result<()> {
         let failed = || Error::failed(format!("watch process {}", self.identity.pid));
-        let pidfd = AsyncFd::with_interest(self.pidfd.as_fd(), Interest::READABLE).map_err(failed())?;
+        // A descriptor of its own: epoll takes each only once, and several may wait for the same process.
+        let pidfd = self.pidfd.try_clone().and_then(sys::watch).map_err(failed())?;
         pidfd.readable().await.map_err(failed())?.retain_ready();
         Ok(())
     }
@@ -208,6 +208,8 @@ impl Ending {
 /// The exit of a process we have started, or have taken over.
 pub(crate) enum Exiting {
     Ours(ExitFuture),
+    /// It has ended already.
+    Known(Exit),
     Adopted(Reaper),
     /// It ended while no daemon ran.
     Missed,
@@ -217,6 +219,7 @@ impl Exiting {
     pub(crate) async fn of(self, process: Option<&Tracked>) -> Exit {
         match (self, process) {
             (Self::Ours(exit), _) => exit.await,
+            (Self::Known(exit), _) => exit,
             (Self::Adopted(reaper), Some(process)) => process.exit(&reaper).await,
             _ => Exit::now(UNKNOWN_STATUS),
         }

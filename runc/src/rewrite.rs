@@ -110,10 +110,7 @@ pub(crate) fn wants_systemd(spec: &OciSpec) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use kuasar_sandboxers::{
-        fake,
-        types::{NamespaceMode, SandboxSpec},
-    };
+    use kuasar_sandboxers::{fake, types::SandboxSpec};
     use proptest::{collection::vec, prelude::*};
     use serde_json::{Value, json};
 

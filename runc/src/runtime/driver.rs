@@ -56,8 +56,17 @@ pub(crate) struct Exec<'a> {
 }
 
 impl Driver {
-    pub(crate) fn new(runtime: Runtime, root: PathBuf, systemd: bool, reaper: Reaper, limit: Duration) -> Self {
-        Self { runtime, root, systemd, reaper, limit }
+    pub(crate) fn new(runtime: Runtime, root: PathBuf, reaper: Reaper, limit: Duration) -> Self {
+        Self { runtime, root, systemd: false, reaper, limit }
+    }
+
+    /// The same, with control groups managed by systemd or not.
+    pub(crate) fn with_systemd(&self, systemd: bool) -> Self {
+        Self { systemd, ..self.clone() }
+    }
+
+    pub(crate) fn systemd(&self) -> bool {
+        self.systemd
     }
 
     pub(crate) fn runtime(&self) -> &Runtime {

@@ -1,0 +1,337 @@
+//! One pod.
+//!
+//! ```text
+//!  <root>/<namespace>/<sandbox id>/     everything of it, so that whoever finds the directory can remove all
+//!      ns/          pinned namespaces, if it has no process 1
+//!      files/       hosts, hostname, resolv.conf, shm
+//!      oci/         the OCI runtime's state, a directory per container
+//!      *.pid, console-*   for the moment of a call
+//! ```
+
+use std::{
+    collections::HashMap,
+    fs::{self, DirBuilder},
+    io::ErrorKind,
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures::future::join_all;
+use kuasar_sandboxers::{
+    Container, Error, Result, Sandbox, SandboxContext,
+    cgroup::{Cgroup, Stats, parent_path},
+    id::ContainerId,
+    mount,
+    podfiles::PodFiles,
+    types::{ContainerHead, ContainerSpec, Exit, PodResources, SandboxSpec},
+    undo::Undo,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tracing::{Instrument, debug, warn};
+
+use crate::{
+    container::{Contained, RuncContainer},
+    namespaces::{self, Namespaces},
+    process::{Ending, Exiting, Identity, Tracked},
+    program::InitProgram,
+    runtime::Driver,
+};
+
+/// How long the end of a process that was sent SIGKILL may take. One that waits for a disk takes as long as the disk.
+pub(crate) const DEATH: Duration = Duration::from_secs(20);
+
+/// What a pod is, and what its containers need of it.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) spec: Arc<SandboxSpec>,
+    pub(crate) context: SandboxContext,
+    pub(crate) dir: PathBuf,
+    pub(crate) driver: Driver,
+    pub(crate) files: PodFiles,
+    program: InitProgram,
+    state: Mutex<State>,
+    ending: Ending,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    namespaces: Option<Namespaces>,
+    init: Option<Arc<Tracked>>,
+    init_cgroup: Option<Cgroup>,
+    containers: HashMap<ContainerId, Weak<Contained>>,
+}
+
+/// What is saved of a pod.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Record {
+    #[serde(default)]
+    namespaces: Option<Namespaces>,
+    #[serde(default)]
+    init: Option<Identity>,
+    #[serde(default)]
+    init_cgroup: Option<Cgroup>,
+}
+
+impl Pod {
+    pub(crate) fn new(
+        spec: Arc<SandboxSpec>,
+        context: SandboxContext,
+        dir: PathBuf,
+        driver: Driver,
+        program: InitProgram,
+    ) -> Self {
+        let files = PodFiles::at(&dir.join("files"), &spec);
+        Self { spec, context, dir, driver, files, program, state: Mutex::default(), ending: Ending::pending() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the directory and what is in it from the start.
+    pub(crate) async fn prepare(self: &Arc<Self>) -> Result<()> {
+        let mut undo = Undo::new("create the sandbox");
+        let made = self.prepare_now(&mut undo).await;
+        undo.settle(made).await
+    }
+
+    async fn prepare_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
+        let files = self.dir.join("files");
+        let dir = self.dir.clone();
+        undo.push(format!("remove {}", dir.display()), async move { remove_dir(dir) });
+        // Search permission for others: processes in a user namespace reach their hosts file through here.
+        DirBuilder::new().recursive(true).mode(0o711).create(&files).map_err(Error::io("create", &files))?;
+        PodFiles::create(&files, &self.spec).await?;
+        Ok(())
+    }
+
+    /// Takes the state over that an earlier daemon has saved.
+    pub(crate) fn restore(self: Arc<Self>, record: Value) -> Result<()> {
+        let record: Record = serde_json::from_value(record).map_err(Error::failed("read the sandbox's record"))?;
+        let init = record.init.map(Tracked::find).transpose()?.flatten().map(Arc::new);
+        let lost = record.init.is_some() && init.is_none();
+        *self.state() = State {
+            namespaces: record.namespaces,
+            init: init.clone(),
+            init_cgroup: record.init_cgroup,
+            containers: HashMap::new(),
+        };
+        if lost {
+            self.ending.tell(Exit::now(255));
+        } else if let Some(init) = init {
+            let reaper = self.context.reaper.clone();
+            self.watch(init, Exiting::Adopted(reaper));
+        }
+        Ok(())
+    }
+
+    /// Tells the pod's end when its process 1 ends.
+    fn watch(self: Arc<Self>, init: Arc<Tracked>, exiting: Exiting) {
+        let work = async move {
+            let exit = exiting.of(Some(&init)).await;
+            self.ending.tell(exit);
+        };
+        tokio::spawn(work.in_current_span());
+    }
+
+    pub(crate) fn namespaces(&self) -> Result<Namespaces> {
+        self.state().namespaces.clone().ok_or_else(|| Error::Unavailable {
+            what: format!("sandbox {}", self.spec.id),
+            why: "it has no namespaces yet; start it first".into(),
+        })
+    }
+
+    pub(crate) fn add(&self, container: &Arc<Contained>) {
+        self.state().containers.insert(container.head.id.clone(), Arc::downgrade(container));
+    }
+
+    pub(crate) fn forget(&self, id: &ContainerId) {
+        self.state().containers.remove(id);
+    }
+
+    pub(crate) fn has_container(&self, id: &str) -> bool {
+        self.state().containers.contains_key(id)
+    }
+
+    fn containers(&self) -> Vec<Arc<Contained>> {
+        self.state().containers.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether a container's live first process has that pid.
+    pub(crate) fn is_first_process(&self, pid: u32) -> bool {
+        self.containers().iter().any(|container| container.live_pid() == Some(pid))
+    }
+
+    async fn start_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
+        let reaper = &self.context.reaper;
+        let made = namespaces::make(&self.spec, &self.dir, &self.program, reaper, undo).await?;
+        let mut state = State { namespaces: Some(made.namespaces), ..State::default() };
+        if let Some((init, exit)) = made.init {
+            let pid = init.identity().pid;
+            let init = Arc::new(init);
+            state.init = Some(init.clone());
+            state.init_cgroup = self.account(pid, undo).await?;
+            self.clone().watch(init, Exiting::Ours(exit));
+        }
+        *self.state() = state;
+        Ok(())
+    }
+
+    /// Puts process 1 into a group of its own below the pod's: on cgroup v2 only groups without children hold processes.
+    async fn account(&self, pid: u32, undo: &mut Undo) -> Result<Option<Cgroup>> {
+        if self.spec.cgroup_parent.is_empty() {
+            return Ok(None);
+        }
+        let path = parent_path(&self.spec.cgroup_parent).join(format!("kuasar-init-{}", self.spec.id));
+        // Moving a process takes as long as the kernel needs for a grace period, for each tree of cgroup v1.
+        let made = tokio::task::spawn_blocking(move || {
+            let group = Cgroup::create(&path)?;
+            if let Err(error) = group.add(pid) {
+                warn!(cgroup = %path.display(), error = error.report(), "the pod's process 1 is not accounted to the pod");
+            }
+            Ok::<_, Error>(group)
+        });
+        let group = made.await.map_err(Error::failed("account the pod's process 1"))??;
+        let undone = group.clone();
+        undo.push("remove the control group of process 1", async move {
+            undone.kill().await?;
+            undone.remove().await
+        });
+        Ok(Some(group))
+    }
+
+    /// Ends process 1, and with it whatever runs in the pod's pid namespace.
+    async fn end_init(&self) -> Result<()> {
+        let init = self.state().init.clone();
+        let Some(init) = init else { return Ok(()) };
+        if init.signal(libc::SIGKILL)? && timeout(DEATH, init.ended()).await.is_err() {
+            return Err(Error::TimedOut {
+                operation: format!("the end of the pod's process 1, {},", init.identity().pid),
+                seconds: DEATH.as_secs(),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn remove_dir(dir: PathBuf) -> Result<()> {
+    match fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", dir)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The contract's face of a [`Pod`].
+#[derive(Debug)]
+pub(crate) struct RuncSandbox(Arc<Pod>);
+
+impl RuncSandbox {
+    pub(crate) fn new(pod: Arc<Pod>) -> Self {
+        Self(pod)
+    }
+}
+
+#[async_trait]
+impl Sandbox for RuncSandbox {
+    /// No process stands for the pod: containerd would write its pid into specifications, which are rewritten from the pod's own.
+    async fn start(&self) -> Result<Option<u32>> {
+        let mut undo = Undo::new("start the sandbox");
+        let started = self.0.start_now(&mut undo).await;
+        undo.settle(started).await.map(|()| None)
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<()> {
+        let containers = self.0.containers();
+        if !grace.is_zero() {
+            let asked = containers.iter().map(|container| container.terminate());
+            if timeout(grace, join_all(asked)).await.is_err() {
+                debug!("the grace is over; what still runs is killed");
+            }
+        }
+        // All are tried, whatever becomes of one.
+        let ended = join_all(containers.iter().map(|container| container.end())).await;
+        let init = self.0.end_init().await;
+        ended.into_iter().chain([init]).collect::<Result<()>>()?;
+        self.0.ending.tell(Exit::now(0));
+        Ok(())
+    }
+
+    async fn delete(&self) -> Result<()> {
+        let pod = &self.0;
+        // A start that failed half way, or a stop that did.
+        self.stop(Duration::ZERO).await?;
+        for container in pod.containers() {
+            container.release().await?;
+        }
+        namespaces::release(&pod.dir).await?;
+        pod.files.remove().await?;
+        let group = pod.state().init_cgroup.clone();
+        if let Some(group) = group {
+            group.remove().await?;
+        }
+        match remove_dir(pod.dir.clone()) {
+            // Something is still mounted below, which can only be something we do not know of.
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::ResourceBusy => {
+                mount::unmount_all(&pod.dir).await?;
+                remove_dir(pod.dir.clone())
+            }
+            removed => removed,
+        }
+    }
+
+    async fn exited(&self) -> Exit {
+        self.0.ending.wait().await
+    }
+
+    async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>> {
+        Ok(Arc::new(RuncContainer::create(self.0.clone(), spec).await?))
+    }
+
+    async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
+        Ok(Arc::new(RuncContainer::recover(self.0.clone(), head, record)?))
+    }
+
+    /// Each container is updated by itself, and the pod's group is kubelet's.
+    async fn update(&self, _resources: &PodResources) -> Result<()> {
+        Ok(())
+    }
+
+    async fn metrics(&self) -> Result<Option<Stats>> {
+        let parent = parent_path(&self.0.spec.cgroup_parent);
+        if parent.parent().is_none() {
+            return Ok(None);
+        }
+        // The group is kubelet's: it is looked at, and not made if it is not there.
+        let group: Cgroup =
+            serde_json::from_value(json!({"path": parent})).map_err(Error::failed("name the pod's control group"))?;
+        match group.stats() {
+            Err(Error::NotFound { .. }) => Ok(None),
+            stats => stats.map(Some),
+        }
+    }
+
+    fn record(&self) -> Value {
+        let state = self.0.state();
+        json!(Record {
+            namespaces: state.namespaces.clone(),
+            init: state.init.as_ref().map(|init| init.identity()),
+            init_cgroup: state.init_cgroup.clone(),
+        })
+    }
+
+    fn describe(&self) -> Value {
+        let state = self.0.state();
+        json!({
+            "runtime": self.0.driver.runtime().to_string(),
+            "program": self.0.driver.runtime().program(),
+            "directory": self.0.dir,
+            "namespaces": state.namespaces,
+            "init": state.init.as_ref().map(|init| init.identity().pid),
+        })
+    }
+}
