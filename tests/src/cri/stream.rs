@@ -115,12 +115,21 @@ impl Session {
     /// # Errors
     /// The session ends before, or nothing arrives any more; the error shows what did.
     pub async fn wait_for(&mut self, text: &str) -> Result<()> {
-        while !String::from_utf8_lossy(&self.out).contains(text) {
+        let waited = self.wait_until(|out| String::from_utf8_lossy(out).contains(text)).await;
+        waited.with_context(|| format!("waiting for {text:?}"))
+    }
+
+    /// Reads until what stdout holds is enough.
+    ///
+    /// # Errors
+    /// As for [`Session::wait_for`].
+    pub async fn wait_until(&mut self, enough: impl Fn(&[u8]) -> bool) -> Result<()> {
+        while !enough(&self.out) {
             if self.ended {
-                bail!("the session ended without {text:?}; it printed {:?}", String::from_utf8_lossy(&self.out));
+                bail!("the session ended; it printed {:?}", String::from_utf8_lossy(&self.out));
             }
             let stepped = self.step().await;
-            stepped.with_context(|| format!("waiting for {text:?}, have {:?}", String::from_utf8_lossy(&self.out)))?;
+            stepped.with_context(|| format!("the session has printed {:?} so far", String::from_utf8_lossy(&self.out)))?;
         }
         Ok(())
     }

@@ -1,0 +1,109 @@
+//! What a container prints.
+
+use anyhow::{Result, ensure};
+use kuasar_tests::ContainerSpec;
+use kuasar_tests::cri::logs::{self, Line};
+
+use crate::suite::{Case, Entry, cases, eventually};
+
+pub(crate) fn cases() -> Vec<Entry> {
+    cases![Stdio Shared:
+        many_lines_are_all_there_in_order,
+        both_streams_are_apart,
+        long_lines_and_odd_bytes,
+        what_was_printed_last_is_there,
+        a_rotated_log_goes_on_in_a_new_file,
+        no_log_is_asked_for,
+        a_terminal_is_logged_too,
+    ]
+}
+
+fn texts(lines: &[Line], is_stderr: bool) -> Vec<&str> {
+    lines.iter().filter(|line| line.is_stderr == is_stderr).map(|line| line.text.as_str()).collect()
+}
+
+fn assert_counts_up(lines: &[&str], to: usize) -> Result<()> {
+    for (index, text) in lines.iter().enumerate() {
+        ensure!(*text == (index + 1).to_string(), "line {} is {text:?}", index + 1);
+    }
+    ensure!(lines.len() == to, "{} lines of {to}", lines.len());
+    Ok(())
+}
+
+async fn many_lines_are_all_there_in_order(case: &Case) -> Result<()> {
+    let container = case.container(ContainerSpec::new("c").command(&["seq", "1", "100000"])).await?;
+    assert_eq!(container.wait_exit().await?.exit_code, 0);
+    // containerd writes the log beside, and says "exited" when the pipe is drained; the file follows at once.
+    container.wait_log("100000").await?;
+    assert_counts_up(&texts(&container.logs()?, false), 100_000)
+}
+
+async fn both_streams_are_apart(case: &Case) -> Result<()> {
+    let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo $i; echo $i >&2; done; echo last";
+    let container = case.container(ContainerSpec::new("c").sh(script)).await?;
+    container.wait_log("last").await?;
+    container.wait_exit().await?;
+    eventually("the last line of stderr", || async { Ok(texts(&container.logs()?, true).last() == Some(&"2000")) }).await?;
+    let lines = container.logs()?;
+    assert_counts_up(&texts(&lines, true), 2000)?;
+    let mut out = texts(&lines, false);
+    assert_eq!(out.pop(), Some("last"));
+    assert_counts_up(&out, 2000)
+}
+
+async fn long_lines_and_odd_bytes(case: &Case) -> Result<()> {
+    // CRI cuts long lines into parts; together they are the line.
+    let script = "head -c 300000 /dev/zero | tr '\\0' x; echo; echo; printf 'a\\tb \\303\\244\\n'; echo last";
+    let container = case.container(ContainerSpec::new("c").sh(script)).await?;
+    container.wait_log("last").await?;
+    let lines = container.logs()?;
+    let out = texts(&lines, false);
+    assert_eq!(out[0].len(), 300_000);
+    assert_eq!(&out[1..], ["", "a\tb ä", "last"]);
+    Ok(())
+}
+
+async fn what_was_printed_last_is_there(case: &Case) -> Result<()> {
+    let pod = case.quick_pod().await?;
+    for round in 0..5 {
+        let container = pod.run(ContainerSpec::new("c").sh(&format!("echo first; printf 'end of {round}'"))).await?;
+        container.wait_exit().await?;
+        container.wait_log(&format!("end of {round}")).await?;
+        container.remove().await?;
+    }
+    Ok(())
+}
+
+async fn a_rotated_log_goes_on_in_a_new_file(case: &Case) -> Result<()> {
+    let script = "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo $i; [ $((i%100)) != 0 ] || sleep 0.02; done; exec sleep 1000";
+    let container = case.container(ContainerSpec::new("c").sh(script)).await?;
+    let Some(log) = container.log.clone() else { anyhow::bail!("no log") };
+    container.wait_log("500").await?;
+    let old = log.with_extension("old");
+    std::fs::rename(&log, &old)?;
+    container.reopen_log().await?;
+    container.wait_log("3000").await?;
+    let (old, new) = (logs::read(&old)?, logs::read(&log)?);
+    ensure!(!old.is_empty() && !new.is_empty());
+    let all: Vec<Line> = old.into_iter().chain(new).collect();
+    assert_counts_up(&texts(&all, false), 3000)
+}
+
+async fn no_log_is_asked_for(case: &Case) -> Result<()> {
+    // Nobody reads what it prints; it must neither stop nor fail.
+    let container = case.container(ContainerSpec::new("c").command(&["seq", "1", "100000"]).log_path("")).await?;
+    assert_eq!(container.wait_exit().await?.exit_code, 0);
+    Ok(())
+}
+
+async fn a_terminal_is_logged_too(case: &Case) -> Result<()> {
+    let container = case.container(ContainerSpec::new("c").sh("tty; echo to stderr >&2; seq 1 5000").tty()).await?;
+    container.wait_log("5000").await?;
+    assert_eq!(container.wait_exit().await?.exit_code, 0);
+    let lines = container.logs()?;
+    // A terminal is one stream, and writes CR LF.
+    assert!(texts(&lines, true).is_empty());
+    let out: Vec<&str> = texts(&lines, false).into_iter().map(|text| text.trim_end_matches('\r')).collect();
+    assert_eq!(out[..2], ["/dev/pts/0", "to stderr"]);
+    assert_counts_up(&out[2..], 5000)
+}

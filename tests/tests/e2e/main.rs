@@ -1,0 +1,60 @@
+//! End to end: what a pod can ask for, over CRI, on a real containerd, for each runtime handler.
+//!
+//! ```text
+//!   main ── suite ──┬─ a shared node    most cases, many at a time; a case removes what it has made and is then looked over
+//!                   └─ nodes of a case's own    what restarts a daemon or measures it
+//! ```
+//!
+//! A case is written once and run for every handler of its scope: `kuasar-runc/pod::lifecycle`. With the handler `runc` (the
+//! runc-v2 shim) the suite checks itself: what fails there is no fault of ours.
+//!
+//! Invariants: a case finds out by asking, never by sleeping; after each case nothing that carries the id of one of its pods or
+//! containers is left on the machine; after the last one the shared node has what it had before the first.
+//!
+//! `KUASAR_E2E_HANDLERS` chooses the handlers (`runc`, `kuasar-runc`, `kuasar-crun`, separated by commas), `KUASAR_E2E_TIMES=1`
+//! shows how long each case took; the arguments are libtest's.
+
+mod bad;
+mod daemon;
+mod devices;
+mod direct;
+mod kuasarctl;
+mod logs;
+mod namespaces;
+mod network;
+mod pod;
+mod podfiles;
+mod process;
+mod resources;
+mod security;
+mod soak;
+mod streams;
+mod suite;
+mod users;
+mod volumes;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cases = [
+        // The longest first: the rest fills the gaps.
+        soak::cases(),
+        daemon::cases(),
+        bad::cases(),
+        direct::cases(),
+        kuasarctl::cases(),
+        logs::cases(),
+        streams::cases(),
+        process::cases(),
+        pod::cases(),
+        namespaces::cases(),
+        podfiles::cases(),
+        network::cases(),
+        volumes::cases(),
+        security::cases(),
+        devices::cases(),
+        users::cases(),
+        resources::cases(),
+    ];
+    suite::run(cases.into_iter().flatten().collect())
+}

@@ -1,0 +1,408 @@
+//! How cases are run: their scopes, the shared node, the clean-up and the search for what they left.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use futures::FutureExt as _;
+use kuasar_tests::cri::k8s_cri::v1::{RemovePodSandboxRequest, RuntimeHandlerFeatures, StopPodSandboxRequest};
+use kuasar_tests::leak::Snapshot;
+use kuasar_tests::{Container, ContainerSpec, Cri, Node, NodeOptions, Pod, PodSpec, skip, tools, wait};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::runtime::Runtime;
+use tonic::Status;
+
+/// How long a case may take. What hangs is to be named, not to stop the suite.
+const LIMIT: Duration = Duration::from_secs(120);
+/// How long what a case has removed may take to be gone.
+const SETTLE: Duration = Duration::from_secs(15);
+/// Cases mostly wait for containerd: more at a time than there are processors.
+const AT_A_TIME: usize = 8;
+/// The handlers of our own sandboxers begin so.
+const OURS: &str = "kuasar-";
+/// Lines of a log shown with a failure.
+const EVIDENCE: usize = 12;
+
+/// For which handlers a case runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Each.
+    Handlers,
+    /// Each, and its variant whose stdio goes over containerd's streaming service.
+    Stdio,
+    /// Each sandboxer of ours.
+    Ours,
+}
+
+type Outcome<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
+/// What a case does.
+#[derive(Clone, Copy)]
+pub(crate) enum Body {
+    /// With the shared node.
+    Shared(for<'a> fn(&'a Case) -> Outcome<'a>),
+    /// With nodes that it starts for itself.
+    Alone(for<'a> fn(&'a Lone) -> Outcome<'a>),
+}
+
+/// A case to be run.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
+    /// `pod::lifecycle`.
+    pub(crate) name: (&'static str, &'static str),
+    /// For which handlers.
+    pub(crate) scope: Scope,
+    /// What it does.
+    pub(crate) body: Body,
+}
+
+/// A list of [`Entry`]s out of functions: `cases![Handlers Shared: this, that]`.
+macro_rules! cases {
+    ($scope:ident $body:ident: $($name:ident),+ $(,)?) => {
+        vec![$($crate::suite::Entry {
+            name: (module_path!(), stringify!($name)),
+            scope: $crate::suite::Scope::$scope,
+            body: $crate::suite::Body::$body(|case| Box::pin($name(case))),
+        }),+]
+    };
+}
+pub(crate) use cases;
+
+/// A case with a node of its own.
+pub(crate) struct Lone {
+    /// The runtime handler.
+    pub(crate) handler: String,
+    name: String,
+}
+
+impl Lone {
+    /// Options for a node with this handler.
+    pub(crate) fn options(&self) -> NodeOptions {
+        with_handler(NodeOptions::new(&self.name), &self.handler)
+    }
+
+    /// A node with this handler.
+    pub(crate) async fn node(&self) -> Result<Node> {
+        Node::start(self.options()).await
+    }
+
+    /// A pod to be run with this handler.
+    pub(crate) fn pod(&self) -> PodSpec {
+        PodSpec::new("pod").handler(&self.handler)
+    }
+
+    /// Whether the handler is a sandboxer of ours.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.handler.starts_with(OURS)
+    }
+
+    /// Records a skip.
+    pub(crate) fn skip(&self, missing: &str) -> Result<()> {
+        skip::record(&self.name, missing);
+        Ok(())
+    }
+}
+
+fn with_handler(options: NodeOptions, handler: &str) -> NodeOptions {
+    match sandboxer(handler) {
+        Some((name, runtime)) => options.sandboxer(name, runtime),
+        None => options,
+    }
+}
+
+/// `kuasar-crun-streaming` is the sandboxer `kuasar-crun` with the OCI runtime `crun`.
+fn sandboxer(handler: &str) -> Option<(&str, &str)> {
+    let name = handler.strip_suffix("-streaming").unwrap_or(handler);
+    Some((name, name.strip_prefix(OURS)?))
+}
+
+/// A case on the shared node, for one handler, with a client of its own.
+pub(crate) struct Case {
+    /// The shared node.
+    pub(crate) node: Arc<Node>,
+    /// A client that knows what this case has made.
+    pub(crate) cri: Cri,
+    /// The runtime handler.
+    pub(crate) handler: String,
+    name: String,
+    dir: PathBuf,
+}
+
+impl Case {
+    async fn new(node: Arc<Node>, name: &str, handler: &str) -> Result<Self> {
+        let cri = Cri::connect(&node.containerd.paths().socket).await?;
+        let dir = node.dir().join("run/cases").join(name.replace(['/', ':'], "."));
+        std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        Ok(Self { node, cri, handler: handler.to_owned(), name: name.to_owned(), dir })
+    }
+
+    /// A directory of the case's own, below a mount that is shared with other mount namespaces.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether the handler is a sandboxer of ours.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.handler.starts_with(OURS)
+    }
+
+    /// A pod to be run with this handler.
+    pub(crate) fn spec(&self) -> PodSpec {
+        PodSpec::new("pod").handler(&self.handler)
+    }
+
+    /// Runs a pod, remembered for the clean-up.
+    pub(crate) async fn run(&self, spec: PodSpec) -> Result<Pod, Status> {
+        self.cri.run_pod(self.node.complete(spec)).await
+    }
+
+    /// An ordinary pod.
+    pub(crate) async fn pod(&self) -> Result<Pod, Status> {
+        self.run(self.spec()).await
+    }
+
+    /// A pod on the node's network: quicker, where the network does not matter.
+    pub(crate) async fn quick_pod(&self) -> Result<Pod, Status> {
+        self.run(self.spec().host_network()).await
+    }
+
+    /// A container that sleeps, in a pod on the node's network.
+    pub(crate) async fn sleeper(&self) -> Result<Container, Status> {
+        self.container(ContainerSpec::new("c").sleep()).await
+    }
+
+    /// A running container in a pod of its own, on the node's network.
+    pub(crate) async fn container(&self, spec: ContainerSpec) -> Result<Container, Status> {
+        self.quick_pod().await?.run(spec).await
+    }
+
+    /// What CRI says the handler can do.
+    pub(crate) async fn features(&self) -> Result<RuntimeHandlerFeatures> {
+        let handlers = self.cri.handlers().await?;
+        let found = handlers.into_iter().find(|handler| handler.name == self.handler);
+        Ok(found.with_context(|| format!("CRI does not list the handler {}", self.handler))?.features.unwrap_or_default())
+    }
+
+    /// Records a skip: `return case.skip("no AppArmor")`.
+    pub(crate) fn skip(&self, missing: &str) -> Result<()> {
+        skip::record(&self.name, missing);
+        Ok(())
+    }
+
+    /// Removes what is left of the case's pods.
+    async fn clean_up(&self) -> Result<()> {
+        let ids = self.cri.ids();
+        let mut runtime = self.cri.runtime();
+        for pod in self.cri.pods().await?.into_iter().filter(|pod| ids.contains(&pod.id)) {
+            runtime.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() }).await?;
+            runtime.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod.id }).await?;
+        }
+        std::fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
+    }
+
+    /// Fails when something on the machine carries the id of a pod or container of this case.
+    async fn assert_nothing_left(&self) -> Result<()> {
+        let ids = self.cri.ids();
+        let end = Instant::now() + SETTLE;
+        loop {
+            let left = self.node.snapshot()?.naming(&ids);
+            if left.is_empty() {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "left behind after {} s:\n  {}", SETTLE.as_secs(), left.join("\n  "));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The last lines of the daemons' logs that name a pod or container of this case.
+    fn evidence(&self) -> String {
+        let ids = self.cri.ids();
+        let mut evidence = String::new();
+        for log in [self.node.containerd.paths().log.clone(), self.node.dir().join("kuasard.log")] {
+            let Ok(text) = std::fs::read(&log) else { continue };
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<&str> = text.lines().filter(|line| ids.iter().any(|id| line.contains(id.as_str()))).collect();
+            evidence.push_str(&format!("\n{}:", log.file_name().unwrap_or_default().to_string_lossy()));
+            for line in &lines[lines.len().saturating_sub(EVIDENCE)..] {
+                evidence.push_str("\n  ");
+                evidence.push_str(line);
+            }
+        }
+        evidence
+    }
+}
+
+/// The shared node, once a case has asked for it.
+#[derive(Default)]
+struct Shared {
+    handlers: Vec<String>,
+    node: tokio::sync::Mutex<Option<(Arc<Node>, Snapshot)>>,
+    /// Why it does not start: not to be tried again for each case.
+    fault: Mutex<Option<String>>,
+}
+
+impl Shared {
+    async fn node(&self) -> Result<Arc<Node>> {
+        let mut slot = self.node.lock().await;
+        if let Some((node, _)) = &*slot {
+            return Ok(Arc::clone(node));
+        }
+        if let Some(fault) = &*self.fault.lock().unwrap_or_else(PoisonError::into_inner) {
+            bail!("{fault}");
+        }
+        let mut options = NodeOptions::new("the shared node");
+        for handler in &self.handlers {
+            options = with_handler(options, handler);
+        }
+        match Node::start(options).await {
+            Ok(node) => {
+                std::fs::create_dir_all(node.dir().join("run/cases"))?;
+                let node = Arc::new(node);
+                *slot = Some((Arc::clone(&node), node.snapshot()?));
+                Ok(node)
+            }
+            Err(error) => {
+                *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{error:#}"));
+                Err(error)
+            }
+        }
+    }
+
+    /// Compares the node with what it was, and stops it.
+    async fn finish(&self) -> Result<()> {
+        let Some((node, before)) = self.node.lock().await.take() else { return Ok(()) };
+        let leak = node.assert_no_leak(&before).await;
+        let node = Arc::try_unwrap(node).map_err(|_| anyhow::anyhow!("a case still holds the shared node"))?;
+        let stopped = node.stop().await;
+        leak.and(stopped)
+    }
+}
+
+async fn shared(shared: &Shared, body: for<'a> fn(&'a Case) -> Outcome<'a>, name: &str, handler: &str) -> Result<()> {
+    let case = Case::new(shared.node().await?, name, handler).await?;
+    let result = limited(body(&case)).await;
+    match result {
+        Ok(()) => {
+            case.clean_up().await.context("clean up")?;
+            case.assert_nothing_left().await
+        }
+        Err(error) => {
+            // Before the clean-up adds its own lines.
+            let evidence = case.evidence();
+            if let Err(error) = case.clean_up().await {
+                eprintln!("{name}: clean up after the failure: {error:#}");
+            }
+            Err(anyhow::anyhow!("{error:#}{evidence}"))
+        }
+    }
+}
+
+/// Runs a body with a time limit; a failed assertion becomes an error, so that the clean-up still takes place.
+async fn limited(body: Outcome<'_>) -> Result<()> {
+    match tokio::time::timeout(LIMIT, AssertUnwindSafe(body).catch_unwind()).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(panic)) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+            bail!("{}", text.unwrap_or("panicked"))
+        }
+        Err(_) => bail!("not done after {} s", LIMIT.as_secs()),
+    }
+}
+
+fn handlers() -> Vec<String> {
+    match std::env::var("KUASAR_E2E_HANDLERS") {
+        Ok(list) => list.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+        Err(_) => {
+            let mut handlers = vec!["kuasar-runc".to_owned()];
+            match tools::crun() {
+                Ok(_) => handlers.push("kuasar-crun".to_owned()),
+                Err(missing) => skip::record("kuasar-crun", &missing.to_string()),
+            }
+            handlers
+        }
+    }
+}
+
+/// Runs the cases that the command line asks for.
+pub(crate) fn run(entries: Vec<Entry>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(AT_A_TIME);
+    let runtime = match Runtime::new() {
+        Ok(runtime) => Arc::new(runtime),
+        Err(error) => {
+            eprintln!("start a tokio runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let all = Arc::new(Shared { handlers: handlers(), ..Shared::default() });
+    let mut trials = Vec::new();
+    for entry in entries {
+        for handler in &all.handlers {
+            let ours = handler.starts_with(OURS);
+            if entry.scope == Scope::Ours && !ours {
+                continue;
+            }
+            trials.push(trial(&runtime, &all, entry, handler));
+            if entry.scope == Scope::Stdio && ours {
+                trials.push(trial(&runtime, &all, entry, &format!("{handler}-streaming")));
+            }
+        }
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // In libtest's words, for whoever counts them.
+    if let Err(error) = runtime.block_on(all.finish()) {
+        println!("test the_shared_node_is_as_before ... FAILED\n{error:#}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
+}
+
+fn trial(runtime: &Arc<Runtime>, all: &Arc<Shared>, entry: Entry, handler: &str) -> Trial {
+    let module = entry.name.0.rsplit("::").next().unwrap_or_default();
+    let name = format!("{handler}/{module}::{}", entry.name.1);
+    let (runtime, all, handler) = (Arc::clone(runtime), Arc::clone(all), handler.to_owned());
+    Trial::test(name.clone(), move || {
+        runtime.block_on(async {
+            let begin = Instant::now();
+            let result = match entry.body {
+                Body::Shared(body) => shared(&all, body, &name, &handler).await,
+                Body::Alone(body) => limited(body(&Lone { handler, name: name.clone() })).await,
+            };
+            if std::env::var_os("KUASAR_E2E_TIMES").is_some() {
+                eprintln!("{:6.2} s {name}", begin.elapsed().as_secs_f32());
+            }
+            result.map_err(|error| Failed::from(format!("{error:#}")))
+        })
+    })
+}
+
+/// Polls until `condition` holds.
+pub(crate) async fn eventually<F, Fut>(what: &str, condition: F) -> Result<()>
+where
+    F: Fn() -> Fut,
+    Fut: Future<Output = Result<bool>>,
+{
+    wait::until(what, kuasar_tests::cri::SOON, || {
+        let now = condition();
+        async { Ok(now.await?.then_some(())) }
+    })
+    .await
+}
+
+/// The error of what must fail, when its message holds all of `words`.
+pub(crate) fn refused<T>(result: Result<T, Status>, words: &[&str]) -> Result<Status> {
+    match result {
+        Ok(_) => bail!("it was accepted"),
+        Err(status) => {
+            for word in words {
+                ensure!(status.message().contains(word), "no {word:?} in: {status}");
+            }
+            Ok(status)
+        }
+    }
+}

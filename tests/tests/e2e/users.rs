@@ -1,0 +1,3 @@
+pub(crate) fn cases() -> Vec<crate::suite::Entry> {
+    vec![]
+}
