@@ -226,7 +226,13 @@ impl Node {
     ///
     /// # Errors
     /// The call fails.
-    pub async fn run_pod(&self, mut spec: PodSpec) -> Result<Pod, Status> {
+    pub async fn run_pod(&self, spec: PodSpec) -> Result<Pod, Status> {
+        self.cri.run_pod(self.complete(spec)).await
+    }
+
+    /// The spec with cgroup parent and log directory filled in where it has none, for a client other than the node's own.
+    #[must_use]
+    pub fn complete(&self, mut spec: PodSpec) -> PodSpec {
         if spec.linux().cgroup_parent.is_empty() {
             spec.linux().cgroup_parent = self.cgroup_parent();
         }
@@ -234,7 +240,7 @@ impl Node {
             let uid = spec.config.metadata.as_ref().map_or("pod", |metadata| &metadata.uid);
             spec.config.log_directory = self.owner.dir.join("logs").join(uid).display().to_string();
         }
-        self.cri.run_pod(spec).await
+        spec
     }
 
     /// The processes that stand between containerd and the containers of a handler: for the runc shim, shims and pause

@@ -5,7 +5,7 @@
 
 pub mod census;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -116,6 +116,14 @@ impl Snapshot {
                 }
             }
         }
+    }
+
+    /// Whatever carries one of these ids in its name, a line each.
+    #[must_use]
+    pub fn naming(&self, ids: &BTreeSet<String>) -> Vec<String> {
+        let names = |name: &str| ids.iter().any(|id| name.contains(id.as_str()));
+        let all = self.bags.iter().flat_map(|(category, bag)| bag.keys().map(move |name| (category, name)));
+        all.filter(|(_, name)| names(name)).map(|(category, name)| format!("{category}: {name}")).collect()
     }
 
     fn count(&mut self, category: &'static str, name: String) {
