@@ -14,7 +14,7 @@ use std::{
 use kuasar_sandboxers::{Error, Result, reaper::Reaper};
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
 
-use crate::runtime::MemoryFile;
+use crate::runtime::{MemoryFile, listen};
 
 /// Built by `build.rs`.
 static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kuasar-init"));
@@ -80,12 +80,11 @@ impl InitProgram {
 
     /// Runs it; returns what it printed, which is a pid or 0.
     pub(crate) async fn run(&self, arguments: &[OsString]) -> Result<u32> {
-        let said = self.0.reaper.run(command(&self.0.image).args(arguments), LIMIT).await?;
+        let said = listen(&self.0.reaper, command(&self.0.image).args(arguments), LIMIT).await?;
         if said.status != 0 {
-            return Err(failure(&said.stderr));
+            return Err(failure(said.stderr.as_bytes()));
         }
-        let pid = String::from_utf8_lossy(&said.stdout);
-        pid.trim().parse().map_err(Error::failed(format!("understand kuasar-init, which said {pid:?}")))
+        said.stdout.trim().parse().map_err(Error::failed(format!("understand kuasar-init, which said {:?}", said.stdout)))
     }
 }
 

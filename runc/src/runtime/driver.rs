@@ -1,23 +1,16 @@
 //! Calling an OCI runtime.
 
 use std::{
-    io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
 use kuasar_sandboxers::{Error, Result, reaper::Reaper, stdio::ChildFds};
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::time::timeout;
 
-use super::{MemoryFile, Runtime};
+use super::{MemoryFile, Runtime, memory};
 
 /// How much of a runtime's own words is passed on, in bytes.
 const MESSAGE_LIMIT: u64 = 4096;
@@ -142,8 +135,8 @@ impl Driver {
     pub(crate) async fn bundle(&self, id: &str) -> Result<Option<PathBuf>> {
         let mut command = Command::new(self.runtime.program());
         let _log = self.globals(&mut command)?;
-        let said = self.reaper.run(command.args(["state", id]), self.limit).await?;
-        let state: Option<Value> = serde_json::from_slice(&said.stdout).ok().filter(|_| said.status == 0);
+        let said = memory::listen(&self.reaper, command.args(["state", id]), self.limit).await?;
+        let state: Option<Value> = serde_json::from_str(&said.stdout).ok().filter(|_| said.status == 0);
         Ok(state.and_then(|state| state["bundle"].as_str().map(PathBuf::from)))
     }
 
@@ -178,21 +171,11 @@ impl Driver {
                 &mut command
             }
         };
-        let child = self.reaper.spawn(&mut command);
-        // It holds the process's stdio, whose readers wait for the last writer to go.
+        // Its descriptors are the process's stdio, whose readers wait for the last writer to go: it must not outlive the call.
+        let status = memory::run(&self.reaper, &mut command, self.limit).await;
         drop(command);
-        let child = child?;
-        let Ok(exit) = timeout(self.limit, child.exit).await else {
-            match kill(Pid::from_raw(child.pid.cast_signed()), Signal::SIGKILL) {
-                Ok(()) | Err(Errno::ESRCH) => {}
-                Err(errno) => return Err(Error::failed("kill an OCI runtime that does not end")(io::Error::from(errno))),
-            }
-            return Err(Error::TimedOut {
-                operation: format!("{} of {}, asked to {operation},", "the command", self.runtime),
-                seconds: self.limit.as_secs(),
-            });
-        };
-        if exit.status == 0 {
+        let status = status?;
+        if status == 0 {
             return Ok(());
         }
         let mut message = last_error(&log.tail(MESSAGE_LIMIT)?);
@@ -204,7 +187,7 @@ impl Driver {
         Err(Error::Backend {
             program: self.runtime.program().display().to_string(),
             operation: operation.into(),
-            message: message.unwrap_or_else(|| format!("it ended with status {} and said nothing", exit.status)),
+            message: message.unwrap_or_else(|| format!("it ended with status {} and said nothing", status)),
         })
     }
 }

@@ -5,14 +5,24 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     os::fd::{AsRawFd, OwnedFd},
     path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result};
+use kuasar_sandboxers::{Error, Result, reaper::Reaper};
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, SealFlag, fcntl},
-    sys::memfd::{MFdFlags, memfd_create},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::{Signal, kill},
+    },
+    unistd::Pid,
 };
+use tokio::time::timeout;
+
+/// How much of what a program says is read, in bytes.
+const OUTPUT_LIMIT: u64 = 1 << 20;
 
 /// A file without a name. A runtime opens it through [`Self::path`], so no descriptor has to be inherited (which every other child started
 /// at the same moment would inherit too) and nothing has to be removed afterwards.
@@ -74,4 +84,34 @@ impl MemoryFile {
         read.map_err(Error::failed("read a file in memory"))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
+}
+
+/// What a program that ran to its end has said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) status: u32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// Runs a program to its end, without input, and takes what it says, at most `OUTPUT_LIMIT` bytes from the end of each stream. It is
+/// killed when it takes longer than `limit`. Files instead of pipes: nothing has to be read while it runs.
+pub(crate) async fn listen(reaper: &Reaper, command: &mut Command, limit: Duration) -> Result<Said> {
+    let (mut stdout, mut stderr) = (MemoryFile::empty("stdout")?, MemoryFile::empty("stderr")?);
+    command.stdin(Stdio::null()).stdout(stdout.descriptor()?).stderr(stderr.descriptor()?);
+    let status = run(reaper, command, limit).await?;
+    Ok(Said { status, stdout: stdout.tail(OUTPUT_LIMIT)?, stderr: stderr.tail(OUTPUT_LIMIT)? })
+}
+
+/// Runs a program to its end and returns its status. It is killed when it takes longer than `limit`.
+pub(crate) async fn run(reaper: &Reaper, command: &mut Command, limit: Duration) -> Result<u32> {
+    let child = reaper.spawn(command)?;
+    if let Ok(exit) = timeout(limit, child.exit).await {
+        return Ok(exit.status);
+    }
+    match kill(Pid::from_raw(child.pid.cast_signed()), Signal::SIGKILL) {
+        Ok(()) | Err(Errno::ESRCH) => {}
+        Err(errno) => return Err(Error::failed("kill a program that does not end")(io::Error::from(errno))),
+    }
+    Err(Error::TimedOut { operation: command.get_program().to_string_lossy().into_owned(), seconds: limit.as_secs() })
 }

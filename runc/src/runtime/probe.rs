@@ -12,6 +12,7 @@ use std::{
 use kuasar_sandboxers::{Error, Result, reaper::Reaper};
 use serde_json::Value;
 
+use super::memory::listen;
 use crate::config::{RuntimeChoice, RuntimeName};
 
 /// How long a runtime may take to say its version.
@@ -147,7 +148,7 @@ impl Runtime {
     /// # Errors
     /// [`Error::Unavailable`] when it is missing, too old, or no OCI runtime.
     pub async fn probe(program: &Path, reaper: &Reaper) -> Result<Self> {
-        let said = match reaper.run(Command::new(program).arg("--version"), PROBE_LIMIT).await {
+        let said = match listen(reaper, Command::new(program).arg("--version"), PROBE_LIMIT).await {
             Ok(said) => said,
             Err(error) => {
                 let path = program.display();
@@ -157,14 +158,13 @@ impl Runtime {
                 )));
             }
         };
-        let text = String::from_utf8_lossy(&said.stdout);
-        let banner = Banner::parse(&text).filter(|_| said.status == 0);
+        let banner = Banner::parse(&said.stdout).filter(|_| said.status == 0);
         let Some(banner) = banner else {
             return Err(unavailable(format!(
                 "{} is not an OCI runtime: `--version` ended with {} and said {:?}",
                 program.display(),
                 said.status,
-                text.lines().next().unwrap_or_default(),
+                said.stdout.lines().next().unwrap_or_default(),
             )));
         };
         let minimum = banner.kind.minimum();
@@ -176,8 +176,8 @@ impl Runtime {
                 banner.version,
             )));
         }
-        let features = reaper.run(Command::new(program).arg("features"), PROBE_LIMIT).await?;
-        let features = serde_json::from_slice(&features.stdout)
+        let features = listen(reaper, Command::new(program).arg("features"), PROBE_LIMIT).await?;
+        let features = serde_json::from_str(&features.stdout)
             .ok()
             .filter(|document: &Value| features.status == 0 && document["ociVersionMin"].is_string());
         Ok(Self(Arc::new(Facts {
