@@ -19,8 +19,8 @@ pub fn start(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) -> E
     }
 }
 
-/// Runs `work`, which puts its node into the slot it is given, until it is done or SIGINT or SIGTERM arrives; then stops the
-/// node. Errors are printed; the exit code is `work`'s own, 1 after an error, 128 + the signal's number after a signal.
+/// Runs `work`, which puts its node into the slot it is given, until it is done or SIGINT, SIGTERM or SIGHUP arrives; then
+/// stops the node. Errors are printed; the exit code is `work`'s own, 1 after an error, 128 + the signal's number after a signal.
 pub async fn run(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) -> ExitCode {
     let mut node = None;
     let result = until_signal(work(&mut node)).await;
@@ -40,10 +40,12 @@ pub async fn run(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) 
 async fn until_signal(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let name = tokio::select! {
         result = work => return result,
         _ = interrupt.recv() => SignalKind::interrupt(),
         _ = terminate.recv() => SignalKind::terminate(),
+        _ = hangup.recv() => SignalKind::hangup(),
     };
     eprintln!("interrupted: removing everything");
     Ok(ExitCode::from(128 + u8::try_from(name.as_raw_value())?))
