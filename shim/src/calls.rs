@@ -99,7 +99,7 @@ impl Calls {
         }
         let subject = subject.to_string();
         let span = debug_span!("call", name, subject);
-        let entry = self.0.enter(name, subject);
+        let entry = self.0.enter(name, subject.clone());
         let work = async move {
             let result = work.await;
             drop(entry);
@@ -108,10 +108,10 @@ impl Calls {
         let task = self.0.tracker.spawn_on(work.instrument(span), &self.0.workers);
         let result = task.await.unwrap_or_else(|broken| {
             // The panic hook has logged where.
-            error!(name, %broken, "a call panicked");
-            Err(Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where"))
+            error!(name, subject, %broken, "a call panicked");
+            Err(defect(name))
         });
-        note(name, &result);
+        note(name, &subject, &result);
         result
     }
 
@@ -119,12 +119,12 @@ impl Calls {
     ///
     /// # Errors
     /// The work's own error; [`Error::Failed`] when it panicked.
-    pub async fn wait<T>(&self, name: &'static str, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+    pub async fn wait<T>(&self, name: &'static str, subject: &str, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
         let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
-            error!(name, "a call panicked");
-            Err(Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where"))
+            error!(name, subject, "a call panicked");
+            Err(defect(name))
         });
-        note(name, &result);
+        note(name, subject, &result);
         result
     }
 
@@ -132,9 +132,14 @@ impl Calls {
     ///
     /// # Errors
     /// As [`Calls::wait`], and [`Error::Unavailable`] during a shutdown.
-    pub async fn wait_unless_stopped<T>(&self, name: &'static str, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+    pub async fn wait_unless_stopped<T>(
+        &self,
+        name: &'static str,
+        subject: &str,
+        work: impl Future<Output = Result<T>> + Send,
+    ) -> Result<T> {
         tokio::select! {
-            result = self.wait(name, work) => result,
+            result = self.wait(name, subject, work) => result,
             () = self.0.stopping.cancelled() => Err(stopping()),
         }
     }
@@ -159,9 +164,13 @@ impl Calls {
     }
 }
 
-fn note<T>(name: &'static str, result: &Result<T>) {
+fn defect(name: &str) -> Error {
+    Error::failed(format!("answer {name}"))("a defect in kuasard; its log says where")
+}
+
+fn note<T>(name: &'static str, subject: &str, result: &Result<T>) {
     if let Err(error) = result {
-        debug!(name, error = error.report(), "call failed");
+        debug!(name, subject, error = error.report(), "call failed");
     }
 }
 
@@ -203,7 +212,7 @@ mod tests {
         let calls = calls();
         let broken: Result<()> = calls.run("Test", "x", async { panic!("on purpose") }).await;
         assert_eq!(broken.unwrap_err().code(), Code::Internal);
-        let broken: Result<()> = calls.wait("Test", async { panic!("on purpose") }).await;
+        let broken: Result<()> = calls.wait("Test", "x", async { panic!("on purpose") }).await;
         assert_eq!(broken.unwrap_err().code(), Code::Internal);
         assert!(calls.0.table().calls.is_empty());
     }
@@ -213,7 +222,7 @@ mod tests {
         let calls = calls();
         let waiting = tokio::spawn({
             let calls = calls.clone();
-            async move { calls.wait_unless_stopped("Wait", std::future::pending::<Result<()>>()).await }
+            async move { calls.wait_unless_stopped("Wait", "x", std::future::pending::<Result<()>>()).await }
         });
         let stuck = tokio::spawn({
             let calls = calls.clone();

@@ -136,7 +136,7 @@ impl controller_server::Controller for Controller {
 
     async fn wait(&self, request: Request<ControllerWaitRequest>) -> Result<Response<ControllerWaitResponse>, Status> {
         let sandbox = self.sandbox(request.metadata(), &request.get_ref().sandbox_id).grpc()?;
-        let exit = self.calls.wait_unless_stopped("Controller.Wait", sandbox.wait()).await.grpc()?;
+        let exit = self.calls.wait_unless_stopped("Controller.Wait", sandbox.id.as_str(), sandbox.wait()).await.grpc()?;
         Ok(Response::new(ControllerWaitResponse { exit_status: exit.status, exited_at: Some(exit.at.into()) }))
     }
 

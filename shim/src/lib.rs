@@ -15,6 +15,7 @@
 //! Not here: shim v2's `start` (containers without a sandbox of their own come with a later issue), and checkpoints.
 
 pub mod admin;
+pub mod backends;
 pub mod calls;
 pub mod check;
 pub mod config;

@@ -1,4 +1,5 @@
 //! The Controller and Admin services over their socket.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // also in what is no test function
 
 mod daemon;
 

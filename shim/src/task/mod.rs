@@ -257,7 +257,7 @@ impl Task for TaskService {
     async fn wait(&self, context: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let exec = exec(&request.exec_id).ttrpc()?;
         let container = self.container(context, &request.id).ttrpc()?;
-        let exit = self.calls.wait("Task.Wait", container.wait(exec)).await.ttrpc()?;
+        let exit = self.calls.wait("Task.Wait", &request.id, container.wait(exec)).await.ttrpc()?;
         Ok(WaitResponse { exit_status: exit.status, exited_at: MessageField::some(exit.at.into()), ..Default::default() })
     }
 

@@ -1,5 +1,6 @@
 //! A daemon over the fake sandboxer, in the test's own process, on real sockets.
 #![allow(dead_code, unreachable_pub)] // each test file uses a part
+#![allow(clippy::unwrap_used, clippy::expect_used)] // it is test code, though not in a test function
 
 use std::{
     collections::{BTreeMap, BTreeSet},

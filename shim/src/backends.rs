@@ -1,0 +1,31 @@
+//! Backends by configuration: with `config`, the one place that names them.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use kuasar_runc::RuncSandboxer;
+use kuasar_sandboxers::{Error, Result, Sandboxer, reaper::Reaper};
+use tracing::info;
+
+use crate::config::SandboxerConfig;
+
+/// Sets the configured sandboxers up.
+///
+/// # Errors
+/// When one cannot work here; it is named.
+pub async fn build(
+    configs: BTreeMap<String, SandboxerConfig>,
+    reaper: &Reaper,
+) -> Result<BTreeMap<String, Arc<dyn Sandboxer>>> {
+    let mut sandboxers: BTreeMap<String, Arc<dyn Sandboxer>> = BTreeMap::new();
+    for (name, config) in configs {
+        let sandboxer: Arc<dyn Sandboxer> = match config {
+            SandboxerConfig::Runc(config) => {
+                let made = RuncSandboxer::open(config, reaper.clone()).await;
+                Arc::new(made.map_err(Error::failed(format!("set up sandboxer {name}")))?)
+            }
+        };
+        info!(sandboxer = name, technique = sandboxer.capabilities().technique, "sandboxer ready");
+        sandboxers.insert(name, sandboxer);
+    }
+    Ok(sandboxers)
+}

@@ -1,0 +1,170 @@
+//! The daemon: puts configuration, backends and faces together, and runs until it is told to stop.
+//!
+//! The main thread runs the faces (translation only); two more run the operations of sandboxes. What may block has threads of its
+//! own that end when idle.
+
+use std::{
+    backtrace::{Backtrace, BacktraceStatus},
+    io::{self, IsTerminal},
+    panic,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use kuasar_sandboxers::{event::EventSink, reaper::Reaper, registry::Registry, stdio::StreamHub};
+use kuasar_shim::{
+    backends,
+    config::{Config, LogLevel},
+    server::{Parts, StateDir, serve},
+    sys,
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{Level, error, info, warn};
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
+
+/// How long operations may take to finish after SIGTERM, below systemd's default of 90 s before it kills.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Threads for what blocks: saving state, mounting, cgroups. Requests beyond wait.
+const BLOCKING_THREADS: usize = 16;
+
+/// How long such a thread stays when it has nothing to do. A busy moment must not cost memory for long.
+const BLOCKING_IDLE: Duration = Duration::from_secs(2);
+
+/// Runs the pods of a node for containerd, each in the sandbox technique it asks for.
+#[derive(Debug, Parser)]
+#[command(name = "kuasard", version)]
+struct Args {
+    /// Configuration file; conf.d/*.toml beside it is read too [default: $KUASAR_CONFIG or /etc/kuasar/config.toml]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Directory for sockets and for what lives as long as the node is up
+    #[arg(long, value_name = "DIR", default_value = "/run/kuasar")]
+    state: PathBuf,
+    /// Directory for what outlives a reboot
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/kuasar")]
+    root: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kuasard: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    sys::limit_arenas();
+    let path = args.config.clone().unwrap_or_else(Config::default_path);
+    let state = std::path::absolute(&args.state).with_context(|| format!("cannot use --state {}", args.state.display()))?;
+    let config = Config::load(&path, &state)?;
+    log_to_stderr(config.log.level);
+    let state = StateDir::claim(&state).map_err(report)?;
+    std::fs::create_dir_all(&args.root).with_context(|| format!("cannot create {}", args.root.display()))?;
+
+    let workers = Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("kuasard-work")
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(BLOCKING_IDLE)
+        .enable_all()
+        .build()
+        .context("cannot start the worker threads")?;
+    let faces = Builder::new_current_thread().enable_all().build().context("cannot start the main loop")?;
+    let served = faces.block_on(daemon(config, &state, &workers));
+    // Containers run on; what has not finished by now has been reported.
+    workers.shutdown_background();
+    served
+}
+
+async fn daemon(config: Config, state: &StateDir, workers: &Runtime) -> Result<()> {
+    let stop = stop_on_signals()?;
+    let sockets = state.bind().map_err(report)?;
+    let hub = StreamHub::default();
+    let (sink, events) = EventSink::channel();
+    // Among the workers, because owner tasks live where they are made.
+    let registry = {
+        let (dir, hub, sandboxers) = (state.path().to_owned(), hub.clone(), config.sandboxers);
+        let start = async move {
+            let reaper = Reaper::install().map_err(report)?;
+            let sandboxers = backends::build(sandboxers, &reaper).await.map_err(report)?;
+            let registry = Registry::new(&dir, sandboxers, sink, hub, reaper).map_err(report)?;
+            registry.recover().await.map_err(report)?;
+            anyhow::Ok(registry)
+        };
+        workers.spawn(start).await.context("the start broke off")??
+    };
+    let parts =
+        Parts { registry, hub, events, workers: workers.handle().clone(), containerd: config.containerd.address, grace: GRACE };
+    info!(state = %state.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    serve(state, sockets, parts, stop).await.map_err(report)
+}
+
+/// Cancelled by SIGTERM or SIGINT. A second one ends the process at once.
+fn stop_on_signals() -> Result<CancellationToken> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    tokio::spawn(async move {
+        for first in [true, false] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if first {
+                token.cancel();
+            } else {
+                warn!("told to stop again: not waiting for calls");
+                std::process::exit(0);
+            }
+        }
+    });
+    Ok(stop)
+}
+
+/// An error of the contract, with all its causes in one line.
+fn report(error: kuasar_sandboxers::Error) -> anyhow::Error {
+    anyhow::Error::msg(error.report())
+}
+
+/// Our own messages from `level` on; of libraries only what is wrong. ttrpc calls it an error when a client goes away, which
+/// every stream's does, so it is heard only by who looks for something.
+fn log_to_stderr(level: LogLevel) {
+    let (level, ttrpc) = match level {
+        LogLevel::Error => (Level::ERROR, LevelFilter::OFF),
+        LogLevel::Warn => (Level::WARN, LevelFilter::OFF),
+        LogLevel::Info => (Level::INFO, LevelFilter::OFF),
+        LogLevel::Debug => (Level::DEBUG, LevelFilter::ERROR),
+        LogLevel::Trace => (Level::TRACE, LevelFilter::DEBUG),
+    };
+    let targets = Targets::new().with_default(Level::WARN).with_target("kuasar", level).with_target("ttrpc", ttrpc);
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
+    tracing_subscriber::registry().with(lines).with(targets).init();
+    // A panic ends the call or job it happened in; whoever waits for that gets an error, and the log says where.
+    panic::set_hook(Box::new(|broken| {
+        let place = broken.location().map(ToString::to_string).unwrap_or_default();
+        let payload = broken.payload();
+        let text = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let why = text.unwrap_or("(no text)");
+        error!(place, why, "panic: a defect in kuasard");
+        let trace = Backtrace::capture();
+        if trace.status() == BacktraceStatus::Captured {
+            error!("{trace}");
+        }
+    }));
+}
