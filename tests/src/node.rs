@@ -14,7 +14,7 @@ use crate::kuasard::{Kuasard, Sandboxer};
 use crate::leak::census::{self, Owner};
 use crate::leak::{Scope, Snapshot};
 use crate::registry::Registry;
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, Storage};
 use crate::tools;
 
 /// How long what a test has removed may take to be gone.
@@ -34,6 +34,7 @@ pub struct NodeOptions {
     images: Option<Store>,
     host_ports: bool,
     quiet: bool,
+    storage: Storage,
     patch_containerd: Option<Patch>,
     patch_kuasard: Option<Patch>,
 }
@@ -105,6 +106,13 @@ impl NodeOptions {
         self
     }
 
+    /// Where containerd and kuasard keep what outlives them.
+    #[must_use]
+    pub fn storage(mut self, storage: Storage) -> Self {
+        self.storage = storage;
+        self
+    }
+
     /// A last word on containerd's configuration.
     #[must_use]
     pub fn patch_containerd(mut self, patch: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
@@ -167,7 +175,7 @@ impl Node {
         let tools = options.containerd.map_or_else(tools::Containerd::find, Ok)?;
         let images = options.images.map_or_else(recipes::for_tests, Ok)?;
 
-        let scratch = Scratch::new()?;
+        let scratch = Scratch::new(options.storage)?;
         let config = Config {
             tools,
             handlers,

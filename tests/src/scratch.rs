@@ -35,10 +35,21 @@ const SLOTS: u16 = 10 * 256;
 const KEEP: &str = "keep";
 const CLEANUP: Duration = Duration::from_secs(15);
 
+/// What stands for `/var/lib`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// The disk that the scratch directory is on.
+    #[default]
+    Disk,
+    /// tmpfs: nothing waits for a disk, which containerd makes sync several times for each container.
+    Memory,
+}
+
 /// A directory with a tmpfs, a lock and a network slot of its own; removed on drop with all that belongs to it.
 #[derive(Debug)]
 pub struct Scratch {
     dir: PathBuf,
+    storage: Storage,
     slot: u16,
     removed: bool,
     _slot_lock: Flock<File>,
@@ -50,7 +61,7 @@ impl Scratch {
     ///
     /// # Errors
     /// Not root, or the base directory is not writable.
-    pub fn new() -> Result<Self> {
+    pub fn new(storage: Storage) -> Result<Self> {
         if !nix::unistd::geteuid().is_root() {
             bail!("a private containerd needs root: run as root");
         }
@@ -71,7 +82,7 @@ impl Scratch {
         // Its drop would look for the old name.
         let _ = unnamed.keep();
         fs::write(dir.join("slot"), slot.to_string())?;
-        let scratch = Self { dir, slot, removed: false, _slot_lock: slot_lock, _lock: lock };
+        let scratch = Self { dir, storage, slot, removed: false, _slot_lock: slot_lock, _lock: lock };
         let run = scratch.run();
         fs::create_dir(&run)?;
         mount(Some("tmpfs"), &run, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755"))
@@ -95,11 +106,11 @@ impl Scratch {
         self.dir.join("run")
     }
 
-    /// Stands for `/var/lib`. On the tmpfs where the directory itself is on overlayfs, which cannot carry another one.
+    /// Stands for `/var/lib`. On the tmpfs, too, where the directory itself is on overlayfs, which cannot carry another one.
     #[must_use]
     pub fn root(&self) -> PathBuf {
         let on_overlay = statfs(&self.dir).is_ok_and(|fs| fs.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
-        if on_overlay { self.run().join("root") } else { self.dir.join("root") }
+        if on_overlay || self.storage == Storage::Memory { self.run().join("root") } else { self.dir.join("root") }
     }
 
     /// The directory's own name: unique, and part of the name of everything the node makes outside the directory.

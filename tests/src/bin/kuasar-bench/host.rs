@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use kuasar_tests::leak::census;
+use kuasar_tests::scratch::Storage;
 use kuasar_tests::{process, tools};
 use serde::Serialize;
 
@@ -31,13 +32,15 @@ pub(crate) struct Host {
     pub(crate) cpus: usize,
     pub(crate) memory_mib: u64,
     pub(crate) cgroups: &'static str,
+    /// Where containerd keeps its database and images.
+    pub(crate) storage: &'static str,
     /// One minute's load when it began: what else the machine had to do.
     pub(crate) load: f64,
 }
 
 impl Host {
     /// Asks programs and kernel.
-    pub(crate) fn look(plan: &Plan) -> Result<Self> {
+    pub(crate) fn look(plan: &Plan, storage: Storage) -> Result<Self> {
         let read = |path: &str| fs::read_to_string(path).with_context(|| format!("read {path}"));
         let crun = tools::crun().ok();
         let crun_version = crun.as_deref().map(version).transpose()?;
@@ -61,6 +64,10 @@ impl Host {
             cpus: std::thread::available_parallelism()?.get(),
             memory_mib: memory_kib / 1024,
             cgroups: cgroups()?,
+            storage: match storage {
+                Storage::Disk => "disk",
+                Storage::Memory => "tmpfs",
+            },
             load: read("/proc/loadavg")?.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0),
         })
     }
@@ -74,12 +81,13 @@ impl Host {
                 self.kuasard, self.containerd, self.runc, self.rounds
             ),
             format!(
-                "Linux {}, {} × {}, {} GiB, cgroup {}, load {:.1}",
+                "Linux {}, {} × {}, {} GiB, cgroup {}, storage on {}, load {:.1}",
                 self.kernel,
                 self.cpus,
                 self.cpu,
                 self.memory_mib / 1024,
                 self.cgroups,
+                self.storage,
                 self.load
             ),
         ]

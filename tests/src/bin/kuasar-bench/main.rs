@@ -25,6 +25,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use clap::builder::FalseyValueParser;
+use kuasar_tests::scratch::Storage;
 use kuasar_tests::screen::{Screen, Style};
 use kuasar_tests::{Node, NodeOptions, program, tools};
 
@@ -45,6 +46,9 @@ struct Arguments {
     /// Only these parts.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Part>,
+    /// Keep images and containerd's database on the disk, and wait for its syncs.
+    #[arg(long)]
+    disk: bool,
     /// Fail when a target is missed.
     #[arg(long)]
     strict: bool,
@@ -62,7 +66,8 @@ async fn run(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> 
     let mut screen = Screen::new();
     let plan = if arguments.quick { Plan::QUICK } else { Plan::FULL };
     let sides = Sides::new(&arguments.sandboxer, tools::crun().is_ok());
-    let host = Host::look(&plan)?;
+    let storage = if arguments.disk { Storage::Disk } else { Storage::Memory };
+    let host = Host::look(&plan, storage)?;
     for line in host.lines() {
         screen.line(&line)?;
     }
@@ -71,7 +76,7 @@ async fn run(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> 
     }
 
     screen.status("starting a private containerd and kuasard")?;
-    let mut options = NodeOptions::new("bench").quiet().sandboxer(&arguments.sandboxer, "runc");
+    let mut options = NodeOptions::new("bench").quiet().storage(storage).sandboxer(&arguments.sandboxer, "runc");
     if sides.has_crun() {
         options = options.sandboxer(plan::OURS_CRUN, "crun");
     }

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use kuasar_tests::scratch::Storage;
 use kuasar_tests::screen::{Screen, Style};
 use kuasar_tests::{Node, NodeOptions, process, program, tools};
 
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
 async fn run(slot: &mut Option<Node>) -> Result<ExitCode> {
     let mut screen = Screen::new();
     let mut handlers = vec![Handler::SHIM, Handler::OURS];
-    let mut options = NodeOptions::new("demo").quiet().sandboxer(Handler::OURS.name, "runc");
+    let mut options = NodeOptions::new("demo").quiet().storage(Storage::Memory).sandboxer(Handler::OURS.name, "runc");
     let mut versions = format!("runc {}", version(&tools::runc()?)?);
     if let Ok(crun) = tools::crun() {
         handlers.push(Handler::OURS_CRUN);

@@ -104,7 +104,7 @@ async fn timed<T, E>(times: &mut Vec<Duration>, call: impl Future<Output = Resul
 fn command(screen: &mut Screen, text: &str, times: &[Duration]) -> Result<()> {
     let time = times.last().map(|time| format!("{:.0} ms", time.as_secs_f64() * 1e3)).unwrap_or_default();
     let pad = (WIDTH - 4).saturating_sub(text.len());
-    screen.line(&format!("  $ {}{time:>pad$}", screen.paint(Style::Cyan, text)))
+    screen.line(format!("  $ {}{time:>pad$}", screen.paint(Style::Cyan, text)).trim_end())
 }
 
 fn printed(screen: &mut Screen, name: &str, container: &Container) -> Result<()> {
