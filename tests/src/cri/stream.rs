@@ -157,6 +157,15 @@ impl Session {
             .with_context(|| format!("the session failed: {status}"))
     }
 
+    /// Reads to the end and returns exit code and what stdout, or the terminal, has shown.
+    ///
+    /// # Errors
+    /// As for [`Session::wait`].
+    pub async fn finish(mut self) -> Result<(i32, String)> {
+        let code = self.wait().await?;
+        Ok((code, String::from_utf8_lossy(&self.out).into_owned()))
+    }
+
     /// Hangs up: the process reads the end of its stdin.
     ///
     /// # Errors

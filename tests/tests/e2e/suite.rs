@@ -307,6 +307,7 @@ async fn limited(body: Outcome<'_>) -> Result<()> {
     match tokio::time::timeout(LIMIT, AssertUnwindSafe(body).catch_unwind()).await {
         Ok(Ok(result)) => result,
         Ok(Err(panic)) => {
+            // Where it was is on stderr already.
             let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
             bail!("{}", text.unwrap_or("panicked"))
         }
@@ -395,12 +396,14 @@ where
 }
 
 /// The error of what must fail, when its message holds all of `words`.
+#[track_caller]
 pub(crate) fn refused<T>(result: Result<T, Status>, words: &[&str]) -> Result<Status> {
+    let at = std::panic::Location::caller();
     match result {
-        Ok(_) => bail!("it was accepted"),
+        Ok(_) => bail!("{}:{}: it was accepted", at.file(), at.line()),
         Err(status) => {
             for word in words {
-                ensure!(status.message().contains(word), "no {word:?} in: {status}");
+                ensure!(status.message().contains(word), "{}:{}: no {word:?} in: {status}", at.file(), at.line());
             }
             Ok(status)
         }

@@ -1,3 +1,186 @@
-pub(crate) fn cases() -> Vec<crate::suite::Entry> {
-    vec![]
+//! Directories and files of the node in a container.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use kuasar_tests::ContainerSpec;
+use kuasar_tests::cri::k8s_cri::v1::{Mount, MountPropagation};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::suite::{Case, Entry, cases, eventually, refused};
+
+pub(crate) fn cases() -> Vec<Entry> {
+    cases![Handlers Shared:
+        read_write_and_read_only,
+        files_nested_and_in_order,
+        read_only_spares_mounts_below,
+        recursively_read_only,
+        propagation_to_the_container,
+        propagation_to_the_node,
+        what_cannot_be_mounted_says_why,
+        containers_share_a_volume,
+    ]
+}
+
+/// A tmpfs of the node, unmounted on drop.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn at(path: &Path) -> Result<Self> {
+        fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
+        mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))
+            .with_context(|| format!("mount a tmpfs on {}", path.display()))?;
+        Ok(Self(path.to_path_buf()))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        if let Err(errno) = umount2(&self.0, MntFlags::MNT_DETACH) {
+            eprintln!("unmount {}: {errno}", self.0.display());
+        }
+    }
+}
+
+fn volume(case: &Case, name: &str) -> Result<PathBuf> {
+    let path = case.dir().join(name);
+    fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+    Ok(path)
+}
+
+async fn read_write_and_read_only(case: &Case) -> Result<()> {
+    let dir = volume(case, "v")?;
+    fs::write(dir.join("from-node"), "node")?;
+    let spec = ContainerSpec::new("c").sleep().mount(&dir, "/rw", false).mount(&dir, "/ro", true);
+    let container = case.container(spec).await?;
+    assert_eq!(container.sh("cat /ro/from-node; echo container >/rw/from-container").await?.stdout(), "node");
+    assert_eq!(fs::read_to_string(dir.join("from-container"))?, "container\n");
+    let refused = container.sh("echo x >/ro/x").await?;
+    assert!(refused.stderr().contains("Read-only file system"), "{refused:?}");
+    ensure!(!dir.join("x").exists());
+    // What the node adds later shows.
+    fs::write(dir.join("later"), "later")?;
+    assert_eq!(container.sh("cat /rw/later /ro/later").await?.stdout(), "laterlater");
+    Ok(())
+}
+
+async fn files_nested_and_in_order(case: &Case) -> Result<()> {
+    let (outer, inner) = (volume(case, "outer")?, volume(case, "inner")?);
+    fs::create_dir(outer.join("in"))?;
+    fs::write(inner.join("who"), "inner")?;
+    fs::write(case.dir().join("file"), "a file")?;
+    let spec = ContainerSpec::new("c")
+        .sleep()
+        .mount(&inner, "/data/in", false)
+        .mount(&outer, "/data", false)
+        .mount(&case.dir().join("file"), "/etc/made/for/it", true)
+        // A path that the image has, and one that leads through a link of it.
+        .mount(&case.dir().join("file"), "/etc/passwd", true);
+    let container = case.container(spec).await?;
+    assert_eq!(container.sh("cat /data/in/who /etc/made/for/it /etc/passwd").await?.stdout(), "innera filea file");
+    assert_ne!(container.sh("echo x >/etc/passwd").await?.exit_code, 0);
+    Ok(())
+}
+
+async fn read_only_spares_mounts_below(case: &Case) -> Result<()> {
+    let dir = volume(case, "v")?;
+    let _below = Tmpfs::at(&dir.join("below"))?;
+    let container = case.container(ContainerSpec::new("c").sleep().mount(&dir, "/v", true)).await?;
+    assert_ne!(container.sh("echo x >/v/x").await?.exit_code, 0);
+    // As CRI has it: read-only is that mount's matter alone.
+    assert_eq!(container.sh("echo x >/v/below/x && cat /v/below/x").await?.stdout(), "x\n");
+    Ok(())
+}
+
+async fn recursively_read_only(case: &Case) -> Result<()> {
+    if !case.features().await?.recursive_read_only_mounts {
+        return case.skip("CRI does not offer recursive read-only mounts with this handler");
+    }
+    let dir = volume(case, "v")?;
+    let _below = Tmpfs::at(&dir.join("below"))?;
+    let mut spec = ContainerSpec::new("c").sleep().mount(&dir, "/v", true);
+    spec.config.mounts[0].recursive_read_only = true;
+    let container = case.container(spec).await?;
+    for path in ["/v/x", "/v/below/x"] {
+        let ran = container.sh(&format!("echo x >{path}")).await?;
+        assert!(ran.stderr().contains("Read-only file system"), "{path}: {ran:?}");
+    }
+    Ok(())
+}
+
+fn with_propagation(dir: &Path, at: &str, propagation: MountPropagation) -> Mount {
+    Mount {
+        host_path: dir.display().to_string(),
+        container_path: at.to_owned(),
+        propagation: propagation.into(),
+        ..Default::default()
+    }
+}
+
+async fn propagation_to_the_container(case: &Case) -> Result<()> {
+    let dir = volume(case, "v")?;
+    let mut spec = ContainerSpec::new("c").sleep();
+    spec.config.mounts = vec![
+        with_propagation(&dir, "/private", MountPropagation::PropagationPrivate),
+        with_propagation(&dir, "/follows", MountPropagation::PropagationHostToContainer),
+    ];
+    let container = case.container(spec).await?;
+    let later = Tmpfs::at(&dir.join("later"))?;
+    fs::write(later.0.join("mark"), "mounted later")?;
+    assert_eq!(container.sh("cat /follows/later/mark").await?.stdout(), "mounted later");
+    assert_ne!(container.sh("cat /private/later/mark").await?.exit_code, 0);
+    drop(later);
+    assert_ne!(container.sh("cat /follows/later/mark").await?.exit_code, 0, "it goes, too");
+    Ok(())
+}
+
+async fn propagation_to_the_node(case: &Case) -> Result<()> {
+    let dir = volume(case, "v")?;
+    let pod = case.run(case.spec().host_network().privileged()).await?;
+    let mut spec = ContainerSpec::new("c").sleep().privileged();
+    spec.config.mounts = vec![
+        with_propagation(&dir, "/both", MountPropagation::PropagationBidirectional),
+        with_propagation(&dir, "/follows", MountPropagation::PropagationHostToContainer),
+    ];
+    let container = pod.run(spec).await?;
+    let script = |at: &str| format!("mkdir -p /{at}/{at} && mount -t tmpfs tmpfs /{at}/{at} && echo mounted >/{at}/{at}/mark");
+    assert_eq!(container.sh(&script("both")).await?.exit_code, 0);
+    assert_eq!(fs::read_to_string(dir.join("both/mark"))?, "mounted\n");
+    assert_eq!(container.sh(&script("follows")).await?.exit_code, 0);
+    ensure!(!dir.join("follows/mark").exists(), "nothing comes out of this one");
+    assert_eq!(container.sh("umount /both/both").await?.exit_code, 0);
+    eventually("it to be gone on the node", || async { Ok(!dir.join("both/mark").exists()) }).await
+}
+
+async fn what_cannot_be_mounted_says_why(case: &Case) -> Result<()> {
+    let pod = case.quick_pod().await?;
+    let file = case.dir().join("file");
+    fs::write(&file, "a file")?;
+    // A file cannot lie on a directory.
+    let create = pod.create(ContainerSpec::new("over-a-directory").sleep().mount(&file, "/bin", false)).await;
+    let result = match create {
+        Ok(container) => container.start().await,
+        Err(status) => Err(status),
+    };
+    refused(result, &["/bin"])?;
+    // Where there is nothing, CRI makes a directory.
+    let dir = case.dir().join("made/by/cri");
+    let container = pod.run(ContainerSpec::new("c").sleep().mount(&dir, "/made", false)).await?;
+    assert_eq!(container.sh("echo x >/made/x").await?.exit_code, 0);
+    assert_eq!(fs::read_to_string(dir.join("x"))?, "x\n");
+    Ok(())
+}
+
+async fn containers_share_a_volume(case: &Case) -> Result<()> {
+    let dir = volume(case, "v")?;
+    let pod = case.quick_pod().await?;
+    let reader = pod.run(ContainerSpec::new("reader").sleep().mount(&dir, "/in", true)).await?;
+    let writer = pod.run(ContainerSpec::new("writer").sleep().mount(&dir, "/out", false)).await?;
+    assert_eq!(writer.sh("echo hello >/out/x").await?.exit_code, 0);
+    assert_eq!(reader.sh("cat /in/x").await?.stdout(), "hello\n");
+    // Kept when the containers go.
+    writer.remove().await?;
+    assert_eq!(reader.sh("cat /in/x").await?.stdout(), "hello\n");
+    Ok(())
 }
