@@ -286,7 +286,6 @@ impl Node {
                 .kuasard
                 .iter()
                 .flat_map(|kuasard| [kuasard.state().to_path_buf(), kuasard.root().to_path_buf()])
-                .chain([self.owner.dir.join("run/oci")])
                 .collect(),
             shallow: vec![
                 paths.netns.clone(),
