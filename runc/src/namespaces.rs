@@ -331,6 +331,7 @@ pub(crate) mod tests {
         in_a_user_namespace(&host).await;
         with_nothing_of_its_own(&host).await;
         what_cannot_be_made_leaves_nothing(&host).await;
+        crate::process::tests::the_status_of_anothers_child(&host.reaper).await;
         host.end().await;
     }
 

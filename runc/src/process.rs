@@ -227,8 +227,33 @@ impl Exiting {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::process::{Command, Stdio};
+
     use super::*;
+
+    /// Part of the one test that has the reaper.
+    pub(crate) async fn the_status_of_anothers_child(reaper: &Reaper) {
+        let script = "sh -c 'read x; exit 9' <&3 & echo $!; exec 3<&-; wait; echo; sleep 100";
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("exec 3<&0 </dev/null; {script}")]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let shell = reaper.spawn(&mut command).unwrap();
+        let mut said = io::BufReader::new(fs::File::from(shell.stdout.unwrap()));
+        let mut line = String::new();
+        io::BufRead::read_line(&mut said, &mut line).unwrap();
+        let process = Tracked::open(line.trim().parse().unwrap()).unwrap().unwrap();
+        assert!(!process.child);
+        drop(shell.stdin);
+        let exit = process.exit(reaper).await;
+        if exit.status == UNKNOWN_STATUS {
+            eprintln!("SKIP the_status_of_anothers_child: this kernel does not tell it (Linux 6.15 does)");
+        } else {
+            assert_eq!(exit.status, 9);
+        }
+        assert!(!process.signal(0).unwrap());
+        Tracked::open(shell.pid).unwrap().unwrap().signal(libc::SIGKILL).unwrap();
+        assert_eq!(shell.exit.await.status, 137);
+    }
 
     #[test]
     fn a_name_with_brackets_does_not_confuse() {

@@ -13,7 +13,7 @@ use std::{
     fs::{self, DirBuilder},
     io::ErrorKind,
     os::unix::fs::DirBuilderExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
@@ -26,13 +26,13 @@ use kuasar_sandboxers::{
     id::ContainerId,
     mount,
     podfiles::PodFiles,
-    types::{ContainerHead, ContainerSpec, Exit, PodResources, SandboxSpec},
+    types::{ContainerHead, ContainerSpec, Exit, NamespaceMode, PodResources, SandboxSpec},
     undo::Undo,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::timeout;
-use tracing::{Instrument, debug, warn};
+use tokio::{task::JoinHandle, time::timeout};
+use tracing::{Instrument, debug};
 
 use crate::{
     container::{Contained, RuncContainer},
@@ -44,6 +44,9 @@ use crate::{
 
 /// How long the end of a process that was sent SIGKILL may take. One that waits for a disk takes as long as the disk.
 pub(crate) const DEATH: Duration = Duration::from_secs(20);
+
+/// How the control groups of processes 1 are called, before the sandbox's id.
+pub(crate) const INIT_GROUP: &str = "kuasar-init-";
 
 /// What a pod is, and what its containers need of it.
 #[derive(Debug)]
@@ -62,7 +65,8 @@ pub(crate) struct Pod {
 struct State {
     namespaces: Option<Namespaces>,
     init: Option<Arc<Tracked>>,
-    init_cgroup: Option<Cgroup>,
+    /// Under way as long as process 1 is put into its group.
+    accounting: Option<JoinHandle<()>>,
     containers: HashMap<ContainerId, Weak<Contained>>,
 }
 
@@ -73,8 +77,6 @@ struct Record {
     namespaces: Option<Namespaces>,
     #[serde(default)]
     init: Option<Identity>,
-    #[serde(default)]
-    init_cgroup: Option<Cgroup>,
 }
 
 impl Pod {
@@ -115,12 +117,15 @@ impl Pod {
         let record: Record = serde_json::from_value(record).map_err(Error::failed("read the sandbox's record"))?;
         let init = record.init.map(Tracked::find).transpose()?.flatten().map(Arc::new);
         let lost = record.init.is_some() && init.is_none();
-        *self.state() = State {
-            namespaces: record.namespaces,
-            init: init.clone(),
-            init_cgroup: record.init_cgroup,
-            containers: HashMap::new(),
-        };
+        if record.namespaces.is_none() {
+            // Its start was cut off before process 1 could be recorded, and will not be repeated.
+            for (init, dir) in namespaces::inits(&self.dir)? {
+                if dir == self.dir {
+                    init.signal(libc::SIGKILL)?;
+                }
+            }
+        }
+        *self.state() = State { namespaces: record.namespaces, init: init.clone(), ..State::default() };
         if lost {
             self.ending.tell(Exit::now(255));
         } else if let Some(init) = init {
@@ -140,10 +145,13 @@ impl Pod {
     }
 
     pub(crate) fn namespaces(&self) -> Result<Namespaces> {
-        self.state().namespaces.clone().ok_or_else(|| Error::Unavailable {
-            what: format!("sandbox {}", self.spec.id),
-            why: "it has no namespaces yet; start it first".into(),
-        })
+        let state = self.state();
+        let unavailable = |why: &str| Error::Unavailable { what: format!("sandbox {}", self.spec.id), why: why.into() };
+        // They are named by the pid of process 1, which may soon be another's.
+        if state.init.as_ref().is_some_and(|init| !init.signal(0).unwrap_or(false)) {
+            return Err(unavailable("its process 1 has ended; create a new sandbox"));
+        }
+        state.namespaces.clone().ok_or_else(|| unavailable("it has no namespaces yet; start it first"))
     }
 
     pub(crate) fn add(&self, container: &Arc<Contained>) {
@@ -172,37 +180,42 @@ impl Pod {
         let made = namespaces::make(&self.spec, &self.dir, &self.program, reaper, undo).await?;
         let mut state = State { namespaces: Some(made.namespaces), ..State::default() };
         if let Some((init, exit)) = made.init {
-            let pid = init.identity().pid;
             let init = Arc::new(init);
             state.init = Some(init.clone());
-            state.init_cgroup = self.account(pid, undo).await?;
+            state.accounting = self.account(init.clone());
             self.clone().watch(init, Exiting::Ours(exit));
         }
         *self.state() = state;
         Ok(())
     }
 
-    /// Puts process 1 into a group of its own below the pod's: on cgroup v2 only groups without children hold processes.
-    async fn account(&self, pid: u32, undo: &mut Undo) -> Result<Option<Cgroup>> {
-        if self.spec.cgroup_parent.is_empty() {
-            return Ok(None);
-        }
-        let path = parent_path(&self.spec.cgroup_parent).join(format!("kuasar-init-{}", self.spec.id));
-        // Moving a process takes as long as the kernel needs for a grace period, for each tree of cgroup v1.
-        let made = tokio::task::spawn_blocking(move || {
-            let group = Cgroup::create(&path)?;
-            if let Err(error) = group.add(pid) {
-                warn!(cgroup = %path.display(), error = error.report(), "the pod's process 1 is not accounted to the pod");
+    /// The group of process 1, a leaf below the pod's: on cgroup v2 only groups without children hold processes.
+    fn init_group(&self) -> Option<PathBuf> {
+        let parent = Some(&self.spec.cgroup_parent).filter(|parent| !parent.is_empty())?;
+        Some(parent_path(parent).join(format!("{INIT_GROUP}{}", self.spec.id)))
+    }
+
+    /// Puts process 1 into its group. Nobody waits for that: it takes the kernel some milliseconds for each tree of cgroup v1, and matters
+    /// only for accounting.
+    fn account(&self, init: Arc<Tracked>) -> Option<JoinHandle<()>> {
+        let path = self.init_group()?;
+        Some(tokio::task::spawn_blocking(move || {
+            let pid = init.identity().pid;
+            if let Err(error) = Cgroup::create(&path).and_then(|group| group.add(pid)) {
+                debug!(cgroup = %path.display(), error = error.report(), "the pod's process 1 is not accounted to the pod");
             }
-            Ok::<_, Error>(group)
-        });
-        let group = made.await.map_err(Error::failed("account the pod's process 1"))??;
-        let undone = group.clone();
-        undo.push("remove the control group of process 1", async move {
-            undone.kill().await?;
-            undone.remove().await
-        });
-        Ok(Some(group))
+        }))
+    }
+
+    async fn remove_init_group(&self) -> Result<()> {
+        let accounting = self.state().accounting.take();
+        if let Some(accounting) = accounting {
+            accounting.await.map_err(Error::failed("account the pod's process 1"))?;
+        }
+        match self.init_group().filter(|_| self.spec.namespaces.pid == NamespaceMode::Pod) {
+            Some(path) => group_at(&path)?.remove().await,
+            None => Ok(()),
+        }
     }
 
     /// Ends process 1, and with it whatever runs in the pod's pid namespace.
@@ -217,6 +230,11 @@ impl Pod {
         }
         Ok(())
     }
+}
+
+/// A control group by its path, which unlike [`Cgroup::create`] does not make it.
+fn group_at(path: &Path) -> Result<Cgroup> {
+    serde_json::from_value(json!({ "path": path })).map_err(Error::failed("name a control group"))
 }
 
 fn remove_dir(dir: PathBuf) -> Result<()> {
@@ -270,10 +288,7 @@ impl Sandbox for RuncSandbox {
         }
         namespaces::release(&pod.dir).await?;
         pod.files.remove().await?;
-        let group = pod.state().init_cgroup.clone();
-        if let Some(group) = group {
-            group.remove().await?;
-        }
+        pod.remove_init_group().await?;
         match remove_dir(pod.dir.clone()) {
             // Something is still mounted below, which can only be something we do not know of.
             Err(Error::Io { source, .. }) if source.kind() == ErrorKind::ResourceBusy => {
@@ -317,11 +332,7 @@ impl Sandbox for RuncSandbox {
 
     fn record(&self) -> Value {
         let state = self.0.state();
-        json!(Record {
-            namespaces: state.namespaces.clone(),
-            init: state.init.as_ref().map(|init| init.identity()),
-            init_cgroup: state.init_cgroup.clone(),
-        })
+        json!(Record { namespaces: state.namespaces.clone(), init: state.init.as_ref().map(|init| init.identity()) })
     }
 
     fn describe(&self) -> Value {

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs,
     io::ErrorKind,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
@@ -11,6 +12,7 @@ use std::{
 use async_trait::async_trait;
 use kuasar_sandboxers::{
     Error, Result, Sandbox, SandboxContext, Sandboxer,
+    cgroup::Cgroup,
     id::{Namespace, SandboxId},
     mount,
     reaper::Reaper,
@@ -23,9 +25,10 @@ use tracing::warn;
 use crate::{
     config::RuncConfig,
     namespaces,
+    process::Tracked,
     program::InitProgram,
     runtime::{Driver, Runtime},
-    sandbox::{Pod, RuncSandbox},
+    sandbox::{INIT_GROUP, Pod, RuncSandbox},
 };
 
 /// Name of the directory below the root that no containerd namespace can have.
@@ -111,8 +114,8 @@ impl RuncSandboxer {
     /// Removes everything of one sandbox that nobody knows any more.
     async fn remove_leftover(&self, dir: &Path) -> Result<()> {
         for (init, owner) in namespaces::inits(dir)? {
-            if owner == dir && init.signal(libc::SIGKILL)? {
-                init.ended().await?;
+            if owner == dir {
+                remove_init(&init).await?;
             }
         }
         // If another runtime made them, this one may not read its state; then what follows fails and says so.
@@ -183,7 +186,8 @@ impl Sandboxer for RuncSandboxer {
         }
         // Started just before a daemon died, before its directory was made or after it was removed.
         for (init, dir) in namespaces::inits(&self.config.root)? {
-            if !dir.exists() && init.signal(libc::SIGKILL)? {
+            if !dir.exists() {
+                remove_init(&init).await?;
                 removed.push(format!("process {}, the first of a sandbox at {}", init.identity().pid, dir.display()));
             }
         }
@@ -203,6 +207,19 @@ async fn collect_containers(pod: &Pod, dir: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(removed)
+}
+
+/// Ends process 1 of a pod, and with it the pod's other processes, and removes the control group that was made for it.
+async fn remove_init(init: &Tracked) -> Result<()> {
+    let group = Cgroup::of_process(init.identity().pid).ok();
+    if init.signal(libc::SIGKILL)? {
+        init.ended().await?;
+    }
+    let ours = |group: &Cgroup| group.path().file_name().is_some_and(|name| name.as_bytes().starts_with(INIT_GROUP.as_bytes()));
+    match group.filter(ours) {
+        Some(group) => group.remove().await,
+        None => Ok(()),
+    }
 }
 
 /// Removes a container of which only the runtime knows.

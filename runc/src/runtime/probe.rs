@@ -93,6 +93,10 @@ impl Runtime {
             RuntimeChoice::Named(name) => Self::named(*name, reaper).await,
             RuntimeChoice::Auto => {
                 let crun = Self::named(RuntimeName::Crun, reaper).await;
+                let crun = crun.and_then(|crun| match crun.obstacle() {
+                    None => Ok(crun),
+                    Some(why) => Err(unavailable(why)),
+                });
                 if let Ok(crun) = &crun
                     && crun.features().is_some()
                 {
@@ -212,6 +216,23 @@ impl Runtime {
     #[must_use]
     pub fn features(&self) -> Option<&Value> {
         self.0.features.as_ref()
+    }
+
+    /// Why it cannot run containers on this host, if it cannot. crun refuses the mixed form of control groups when some controllers
+    /// are left in the v2 tree.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<String> {
+        const CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
+        if self.0.kind != Kind::Known(RuntimeName::Crun) {
+            return None;
+        }
+        let left = std::fs::read_to_string(CONTROLLERS).ok()?;
+        let left = left.trim();
+        (!left.is_empty()).then(|| {
+            format!(
+                "{self} does not run on cgroup v1 with controllers left in v2 ({left}); boot with cgroup v2 alone, or use runc"
+            )
+        })
     }
 
     /// Whether it refuses a spec that names a newer `ociVersion` than 1.0, as crun up to 1.8 does even if the content is fine.

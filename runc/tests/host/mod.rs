@@ -42,7 +42,10 @@ pub async fn runtimes(test: &str, reaper: &Reaper) -> Vec<Runtime> {
     for name in ["runc", "crun"] {
         let choice: RuntimeChoice = name.parse().unwrap();
         match Runtime::find(&choice, reaper).await {
-            Ok(runtime) => found.push(runtime),
+            Ok(runtime) => match runtime.obstacle() {
+                None => found.push(runtime),
+                Some(why) => eprintln!("SKIP {test} with {name}: {why}"),
+            },
             Err(error) => eprintln!("SKIP {test} with {name}: {}", error.report()),
         }
     }
