@@ -226,6 +226,8 @@ impl MakeInit {
                 if !sys::receive(sealed, &mut [0; 1]) {
                     fail(b"seal process 1 of the pid namespace", b"", 0);
                 }
+                // The end of the pipe: it has closed everything.
+                sys::receive(sealed, &mut [0; 1]);
                 pid
             }
         }
