@@ -102,13 +102,31 @@ impl Streaming {
         let (queue, queued) = unbounded_channel();
         let result = select! {
             biased;
-            result = output(&end, &sender, &flow) => result,
+            result = output(&end, &sender, &flow) => {
+                debug!(id, "stream sent");
+                if result.is_ok() {
+                    self.let_go_later(end);
+                }
+                return result;
+            }
             result = async {
                 tokio::try_join!(receive(receiver, queue, &flow, &self.closed), input(&end, &sender, queued, &flow)).map(drop)
             } => result,
         };
         debug!(id, "stream ended");
         result
+    }
+
+    /// Holds on to a stream whose output is sent until containerd closes the connection, which it does when it has read all of
+    /// it. A process's exit is told only then: containerd drops what it has not read when it hears of it.
+    fn let_go_later(&self, end: StreamEnd) {
+        let closed = self.closed.clone();
+        tokio::spawn(async move {
+            select! {
+                () = closed.cancelled() => {}
+                () = end.superseded() => {}
+            }
+        });
     }
 }
 

@@ -44,7 +44,7 @@ struct Stream {
     /// What was read from the process and not yet taken.
     unsent: tokio::sync::Mutex<Vec<u8>>,
     attachment: Mutex<Attachment>,
-    /// Told when an attachment ends or the last output was taken.
+    /// Told when an attachment ends.
     changed: Notify,
 }
 
@@ -64,8 +64,6 @@ struct Attachment {
     current: Option<CancellationToken>,
     /// CloseIO came: the end of the present attachment is the end of input.
     closing: bool,
-    /// All output was taken.
-    drained: bool,
     /// Writes that are going on, and how many there were.
     writing: (usize, u64),
 }
@@ -168,18 +166,17 @@ impl StreamHub {
         });
     }
 
-    /// Waits until containerd has taken all output of a stream whose process has ended. Returns at once when nobody is
-    /// attached. Unbounded where a descendant of the process holds its end open.
+    /// Waits until containerd has taken all output of a stream whose process has ended and has let go of it. Returns at once
+    /// when nobody is attached. Unbounded where a descendant of the process holds its end open.
+    ///
+    /// Having sent the last byte is not enough: once containerd knows of the exit it breaks its own reading off.
     pub async fn drained(&self, id: &str) {
         let Some(stream) = self.get(id) else { return };
         let mut changed = std::pin::pin!(stream.changed.notified());
         loop {
             changed.as_mut().enable();
-            {
-                let attachment = lock(&stream.attachment);
-                if attachment.drained || attachment.current.is_none() {
-                    return;
-                }
+            if lock(&stream.attachment).current.is_none() {
+                return;
             }
             changed.as_mut().await;
             changed.set(stream.changed.notified());
@@ -232,8 +229,6 @@ impl StreamEnd {
             match receiver.try_read_buf(&mut *unsent) {
                 Ok(0) => {
                     *unsent = Vec::new();
-                    lock(&self.stream.attachment).drained = true;
-                    self.stream.changed.notify_waiters();
                     return Ok(None);
                 }
                 Ok(_) => {}
@@ -246,6 +241,11 @@ impl StreamEnd {
             }
         }
         Ok(Some(Chunk { unsent }))
+    }
+
+    /// Waits until another connection has taken over, or the stream is let go.
+    pub async fn superseded(&self) {
+        self.token.cancelled().await;
     }
 
     /// Gives input to the process. Waits until the process exists, and while its pipe is full.
@@ -386,8 +386,9 @@ mod tests {
             async move { hub.drained("s").await }
         });
         assert_eq!(text(&end).await.unwrap(), "last words");
-        assert!(!waiting.is_finished());
         assert_eq!(text(&end).await, None);
+        assert!(!waiting.is_finished());
+        drop(end);
         waiting.await.unwrap();
     }
 
