@@ -14,7 +14,7 @@ use std::{
 
 use futures::FutureExt;
 use kuasar_sandboxers::{Error, Result};
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, debug, debug_span, error};
 
@@ -27,6 +27,7 @@ struct Inner {
     workers: Handle,
     tracker: TaskTracker,
     stopping: CancellationToken,
+    begun: Notify,
     running: Mutex<Running>,
 }
 
@@ -81,6 +82,7 @@ impl Calls {
             workers,
             tracker: TaskTracker::new(),
             stopping: CancellationToken::new(),
+            begun: Notify::new(),
             running: Mutex::default(),
         }))
     }
@@ -100,6 +102,7 @@ impl Calls {
         let subject = subject.to_string();
         let span = debug_span!("call", name, subject);
         let entry = self.0.enter(name, subject.clone());
+        self.0.begun.notify_one();
         let work = async move {
             let result = work.await;
             drop(entry);
@@ -142,6 +145,11 @@ impl Calls {
             result = self.wait(name, subject, work) => result,
             () = self.0.stopping.cancelled() => Err(stopping()),
         }
+    }
+
+    /// Resolves when a call has begun since the last time.
+    pub async fn begun(&self) {
+        self.0.begun.notified().await;
     }
 
     /// Refuses calls from now on.

@@ -21,12 +21,14 @@ use containerd_shim_protos::{
     topics,
 };
 use kuasar_sandboxers::event::{Event, EventKind};
-use protobuf::{MessageField, well_known_types::any::Any};
+use protobuf::{Message, MessageField, well_known_types::any::Any};
 use tokio::{net::UnixStream, select, sync::mpsc::UnboundedReceiver, time};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context};
 
+/// The package of containerd's events.
+const PACKAGE: &str = "containerd.events";
 /// Events that may wait.
 const WAITING: usize = 4096;
 /// How long containerd may take to answer.
@@ -171,18 +173,18 @@ fn message(event: &Event) -> protobuf::Result<Option<(&'static str, Any)>> {
                 pid: *pid,
                 ..Default::default()
             };
-            (topics::TASK_CREATE_EVENT_TOPIC, any(&create)?)
+            (topics::TASK_CREATE_EVENT_TOPIC, pack(PACKAGE, &create)?)
         }
         EventKind::Started { pid } => {
-            (topics::TASK_START_EVENT_TOPIC, any(&TaskStart { container_id, pid: *pid, ..Default::default() })?)
+            (topics::TASK_START_EVENT_TOPIC, pack(PACKAGE, &TaskStart { container_id, pid: *pid, ..Default::default() })?)
         }
         EventKind::ExecAdded { exec } => {
             let added = TaskExecAdded { container_id, exec_id: exec.to_string(), ..Default::default() };
-            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any(&added)?)
+            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, pack(PACKAGE, &added)?)
         }
         EventKind::ExecStarted { exec, pid } => {
             let started = TaskExecStarted { container_id, exec_id: exec.to_string(), pid: *pid, ..Default::default() };
-            (topics::TASK_EXEC_STARTED_EVENT_TOPIC, any(&started)?)
+            (topics::TASK_EXEC_STARTED_EVENT_TOPIC, pack(PACKAGE, &started)?)
         }
         EventKind::Exited { exec, pid, exit } => {
             let exited = TaskExit {
@@ -194,7 +196,7 @@ fn message(event: &Event) -> protobuf::Result<Option<(&'static str, Any)>> {
                 exited_at: MessageField::some(exit.at.into()),
                 ..Default::default()
             };
-            (topics::TASK_EXIT_EVENT_TOPIC, any(&exited)?)
+            (topics::TASK_EXIT_EVENT_TOPIC, pack(PACKAGE, &exited)?)
         }
         // As with runc's shim, the deletion of an exec is not told: containerd would take it for the task's.
         EventKind::Deleted { exec: Some(_), .. } => return Ok(None),
@@ -206,17 +208,27 @@ fn message(event: &Event) -> protobuf::Result<Option<(&'static str, Any)>> {
                 exited_at: MessageField::some(exit.at.into()),
                 ..Default::default()
             };
-            (topics::TASK_DELETE_EVENT_TOPIC, any(&deleted)?)
+            (topics::TASK_DELETE_EVENT_TOPIC, pack(PACKAGE, &deleted)?)
         }
-        EventKind::Paused => (topics::TASK_PAUSED_EVENT_TOPIC, any(&TaskPaused { container_id, ..Default::default() })?),
-        EventKind::Resumed => (topics::TASK_RESUMED_EVENT_TOPIC, any(&TaskResumed { container_id, ..Default::default() })?),
-        EventKind::OutOfMemory => (topics::TASK_OOM_EVENT_TOPIC, any(&TaskOOM { container_id, ..Default::default() })?),
+        EventKind::Paused => {
+            (topics::TASK_PAUSED_EVENT_TOPIC, pack(PACKAGE, &TaskPaused { container_id, ..Default::default() })?)
+        }
+        EventKind::Resumed => {
+            (topics::TASK_RESUMED_EVENT_TOPIC, pack(PACKAGE, &TaskResumed { container_id, ..Default::default() })?)
+        }
+        EventKind::OutOfMemory => {
+            (topics::TASK_OOM_EVENT_TOPIC, pack(PACKAGE, &TaskOOM { container_id, ..Default::default() })?)
+        }
     }))
 }
 
-/// Packs a message as Go's `typeurl` does: the bare name of the type, without a host before it.
-pub(crate) fn any<M: protobuf::MessageFull>(message: &M) -> protobuf::Result<Any> {
-    let type_url = M::descriptor().full_name().to_owned();
+/// Packs a message of a package as Go's `typeurl` does: the bare name of the type, without a host before it. The package is
+/// given, because the library finds it out only by decoding whole descriptors, which it then keeps.
+pub(crate) fn pack(package: &str, message: &impl Message) -> protobuf::Result<Any> {
+    fn name<M: Message>(_: &M) -> &'static str {
+        M::NAME
+    }
+    let type_url = format!("{package}.{}", name(message));
     Ok(Any { type_url, value: message.write_to_bytes()?, ..Default::default() })
 }
 

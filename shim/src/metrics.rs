@@ -9,7 +9,7 @@ use kuasar_sandboxers::{
 };
 use protobuf::{MessageField, well_known_types::any::Any};
 
-use crate::events::any;
+use crate::events::pack;
 
 /// For Task.Stats.
 ///
@@ -17,8 +17,8 @@ use crate::events::any;
 /// When the message cannot be encoded; not expected.
 pub fn ttrpc(stats: &Stats) -> Result<Any> {
     let encoded = match stats {
-        Stats::V1(stats) => any(&stats.wire()),
-        Stats::V2(stats) => any(&stats.wire()),
+        Stats::V1(stats) => pack("io.containerd.cgroups.v1", &stats.wire()),
+        Stats::V2(stats) => pack("io.containerd.cgroups.v2", &stats.wire()),
     };
     encoded.map_err(Error::failed("encode metrics"))
 }

@@ -11,6 +11,7 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -20,7 +21,13 @@ use nix::{
     fcntl::{Flock, FlockArg},
     sys::resource::{Resource, getrlimit},
 };
-use tokio::{net::UnixListener, runtime::Handle, sync::mpsc::UnboundedReceiver, task::yield_now, time::timeout};
+use tokio::{
+    net::UnixListener,
+    runtime::Handle,
+    sync::mpsc::UnboundedReceiver,
+    task::yield_now,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -30,6 +37,7 @@ use crate::{
     controller::Controller,
     events,
     proto::{admin::admin_server::AdminServer, sandbox::controller_server::ControllerServer},
+    sys,
     task::{
         TaskService,
         connection::{self, Acceptor},
@@ -48,13 +56,17 @@ const NEW: &str = ".new";
 const CONTROL_CONNECTIONS: usize = 64;
 /// Task connections at a time are at most half of the descriptors the process may have, within these bounds.
 const TASK_CONNECTIONS: (u64, u64) = (64, 8192);
+/// How often memory is given back at most, while there are calls.
+const TIDY: Duration = Duration::from_secs(2);
 /// How long answers that are ready may take to leave at a shutdown.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// A state directory that is this daemon's alone for as long as this lives.
+/// A state directory that is this daemon's alone for as long as this lives. Its sockets go with it.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
+    /// Names of the sockets that have been bound.
+    bound: Mutex<Vec<&'static str>>,
     _lock: Flock<File>,
 }
 
@@ -113,7 +125,7 @@ impl StateDir {
             writeln!(file, "{}", std::process::id())
         };
         write(&mut lock).map_err(Error::io("write", &name))?;
-        Ok(Self { path, _lock: lock })
+        Ok(Self { path, bound: Mutex::default(), _lock: lock })
     }
 
     /// The directory.
@@ -137,7 +149,7 @@ impl StateDir {
         Ok(sockets)
     }
 
-    fn bind_one(&self, new: &Path, name: &str) -> Result<UnixListener> {
+    fn bind_one(&self, new: &Path, name: &'static str) -> Result<UnixListener> {
         let (made, path) = (new.join(name), self.path.join(name));
         if fs::symlink_metadata(&path).is_ok_and(|found| !found.file_type().is_socket()) {
             return Err(Error::invalid(
@@ -153,11 +165,17 @@ impl StateDir {
         let listener = UnixListener::bind(&made).map_err(Error::io("bind", &made))?;
         fs::set_permissions(&made, fs::Permissions::from_mode(0o600)).map_err(Error::io("change the mode of", &made))?;
         fs::rename(&made, &path).map_err(Error::io("rename a socket to", &path))?;
+        self.bound.lock().unwrap_or_else(PoisonError::into_inner).push(name);
         Ok(listener)
     }
+}
 
-    fn unlink(&self) {
-        for name in [CONTROL_SOCKET, TASK_SOCKET] {
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        let mut bound = std::mem::take(self.bound.get_mut().unwrap_or_else(PoisonError::into_inner));
+        bound.sort_unstable();
+        bound.dedup();
+        for name in bound {
             let path = self.path.join(name);
             if let Err(error) = fs::remove_file(&path) {
                 warn!(path = %path.display(), %error, "cannot remove a socket");
@@ -177,6 +195,8 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let calls = Calls::new(workers);
     let silence = CancellationToken::new();
     let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
+
+    let tidier = tokio::spawn(tidy(calls.clone()));
 
     let task = TaskService::new(registry.clone(), calls.clone());
     let task_limit = task_connections();
@@ -207,6 +227,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     for sandbox in registry.drain(grace).await {
         warn!(sandbox_id = %sandbox, "an operation of a sandbox did not finish in time");
     }
+    tidier.abort();
     silence.cancel();
     for (what, task) in [("the publisher of events", publisher), ("the Task socket", tasks)] {
         match timeout(FLUSH, task).await {
@@ -223,11 +244,19 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
         Some(ended) => Some(ended),
         None => timeout(FLUSH, control).await.inspect_err(|_| warn!("the gRPC server did not end in time")).ok(),
     };
-    state.unlink();
     match ended {
         Some(Ok(Err(error))) => Err(Error::failed("serve gRPC")(error)),
         Some(Err(error)) => Err(Error::failed("serve gRPC")(error)),
         Some(Ok(Ok(()))) | None => Ok(()),
+    }
+}
+
+/// Gives back what calls have left free.
+async fn tidy(calls: Calls) {
+    loop {
+        calls.begun().await;
+        sleep(TIDY).await;
+        sys::give_memory_back();
     }
 }
 

@@ -58,6 +58,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    sys::tune_allocator();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -68,7 +69,6 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    sys::limit_arenas();
     let path = args.config.clone().unwrap_or_else(Config::default_path);
     let state = std::path::absolute(&args.state).with_context(|| format!("cannot use --state {}", args.state.display()))?;
     let config = Config::load(&path, &state)?;

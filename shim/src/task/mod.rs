@@ -124,7 +124,7 @@ fn process(info: kuasar_sandboxers::types::ProcessInfo) -> Result<ProcessInfo> {
         None => None,
         Some(exec) => {
             let details = ProcessDetails { exec_id: exec.to_string(), ..Default::default() };
-            Some(events::any(&details).map_err(Error::failed("encode a process's details"))?)
+            Some(events::pack("containerd.runc.v1", &details).map_err(Error::failed("encode a process's details"))?)
         }
     };
     Ok(ProcessInfo { pid: info.pid, info: details.into(), ..Default::default() })
@@ -303,12 +303,6 @@ mod tests {
     use kuasar_sandboxers::Code;
 
     use super::*;
-
-    #[test]
-    fn both_names_have_every_method() {
-        let any = |name: &str| format!("containerd.task.{name}.Task");
-        assert_eq!(NAMES.map(str::to_owned), [any("v3"), any("v2")]);
-    }
 
     #[test]
     fn values_out_of_range_are_refused() {
