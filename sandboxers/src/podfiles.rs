@@ -101,8 +101,10 @@ impl PodFiles {
     #[must_use]
     pub fn mounts(&self, readonly: bool) -> Vec<Value> {
         let access = if readonly { "ro" } else { "rw" };
-        let mut mounts: Vec<_> = FILES.iter().map(|(name, target)| bind(&self.dir.join(name), target, access)).collect();
-        mounts.push(bind(&self.shm(), SHM.1, "rw"));
+        let mut mounts: Vec<_> = FILES.iter().map(|(name, target)| bind(&self.dir.join(name), target, &[access])).collect();
+        // Without these the OCI runtime would clear them on the bind mount. Programs of the node run from its own.
+        let flags: &[&str] = if self.host_ipc { &["rw", "nosuid", "nodev"] } else { &["rw", "nosuid", "nodev", "noexec"] };
+        mounts.push(bind(&self.shm(), SHM.1, flags));
         mounts
     }
 
@@ -216,12 +218,13 @@ fn resolv_conf(dns: &DnsConfig) -> String {
     text
 }
 
-fn bind(source: &Path, target: &str, access: &str) -> Value {
+fn bind(source: &Path, target: &str, flags: &[&str]) -> Value {
+    let options: Vec<&str> = ["rbind", "rprivate"].iter().chain(flags).copied().collect();
     json!({
         "destination": target,
         "type": "bind",
         "source": source.to_string_lossy(),
-        "options": ["rbind", "rprivate", access],
+        "options": options,
     })
 }
 
