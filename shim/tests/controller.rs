@@ -214,6 +214,26 @@ async fn garbage_on_the_sockets_harms_nobody() {
 }
 
 #[tokio::test]
+async fn a_wait_for_each_of_many_pods_blocks_nothing() {
+    let daemon = Daemon::start().await;
+    let mut controller = daemon.pod("p1").await;
+    // containerd has one connection, and HTTP/2 servers like to limit the requests on one to a few hundred.
+    let waits: Vec<_> = (0..500)
+        .map(|_| {
+            let mut waiter = controller.clone();
+            let wait = ControllerWaitRequest { sandbox_id: "p1".into(), ..Default::default() };
+            tokio::spawn(async move { waiter.wait(request(wait)).await })
+        })
+        .collect();
+    let ready = timeout(LONG, controller.status(request(status("p1", false)))).await.unwrap().unwrap().into_inner();
+    assert_eq!(ready.state, "SANDBOX_READY");
+    controller.shutdown(request(shutdown("p1"))).await.unwrap();
+    for wait in waits {
+        timeout(LONG, wait).await.unwrap().unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_stop_lets_calls_finish_and_refuses_new_ones() {
     let daemon = Daemon::start().await;
     let mut controller = daemon.pod("p1").await;

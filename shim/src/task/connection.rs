@@ -146,3 +146,46 @@ async fn serve_one(mut connection: Connection, task: TaskService, hub: StreamHub
         Err(error) => debug!(%error, "cannot serve a connection"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use futures::FutureExt;
+    use tokio::{io::AsyncReadExt, time::timeout};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn acceptor(path: &Path, limit: usize) -> Acceptor {
+        Acceptor::new(UnixListener::bind(path).unwrap(), limit)
+    }
+
+    #[tokio::test]
+    async fn connections_beyond_the_limit_wait_for_a_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let acceptor = acceptor(&path, 2);
+        let _clients = [(); 3].map(|()| std::os::unix::net::UnixStream::connect(&path).unwrap());
+        let first = acceptor.accept().await;
+        let _second = acceptor.accept().await;
+        assert!(acceptor.accept().now_or_never().is_none());
+        drop(first);
+        timeout(LONG, acceptor.accept()).await.expect("a place");
+    }
+
+    #[tokio::test]
+    async fn a_connection_tells_when_it_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let acceptor = acceptor(&path, 1);
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        let mut connection = acceptor.accept().await;
+        let closed = connection.closed();
+        assert!(!closed.is_cancelled());
+        drop(connection);
+        timeout(LONG, closed.cancelled()).await.expect("the end");
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    }
+}
