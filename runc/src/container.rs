@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use futures::{FutureExt, future::join_all};
 use kuasar_sandboxers::{
     Container, Error, Process, Result,
-    cgroup::{Cgroup, OomWatch, Stats},
+    cgroup::{Cgroup, OomWatch, Stats, expect_move},
     event::EventKind,
     id::{ContainerId, ExecId},
     mount,
@@ -133,6 +133,7 @@ impl RuncContainer {
 
 async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<Arc<Contained>> {
     let ContainerSpec { id, bundle, spec: mut oci, rootfs, stdio } = spec;
+    expect_move();
     let systemd = pod.spec.options.systemd_cgroup || rewrite::wants_systemd(&oci);
     let driver = pod.driver.with_systemd(systemd);
     let target = bundle.join("rootfs");

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use futures::FutureExt;
 use kuasar_sandboxers::{
     Error, Process, Result,
+    cgroup::expect_move,
     id::ExecId,
     stdio::Stdio,
     types::{ExecSpec, Exit, WindowSize},
@@ -50,6 +51,8 @@ pub(crate) struct RuncExec(Arc<Executed>);
 impl RuncExec {
     pub(crate) fn prepare(container: Arc<Contained>, spec: ExecSpec) -> Result<Self> {
         let ExecSpec { id, mut process, stdio } = spec;
+        // Its start is a call of containerd's away.
+        expect_move();
         let Some(document) = process.as_object_mut() else {
             return Err(Error::invalid("exec spec", "the process is not a JSON object"));
         };

@@ -9,6 +9,7 @@
 
 mod files;
 mod hierarchy;
+mod moving;
 mod oom;
 pub mod v1;
 pub mod v2;
@@ -31,6 +32,7 @@ use tracing::debug;
 
 pub use self::{
     hierarchy::{Hierarchy, Tree, Version},
+    moving::expect_move,
     oom::OomWatch,
 };
 use crate::error::{Error, Result};
