@@ -391,12 +391,9 @@ pub(crate) mod tests {
             ("net/ipv4/ip_unprivileged_port_start", "99"),
             ("net/ipv4/ping_group_range", "0\t2147483647"),
         ] {
-            let said = host
-                .reaper
-                .run(&mut inside("cat", &[&format!("/proc/sys/{path}")]), std::time::Duration::from_secs(10))
-                .await
-                .unwrap();
-            assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), value, "{path}");
+            let mut command = inside("cat", &[&format!("/proc/sys/{path}")]);
+            let said = crate::runtime::listen(&host.reaper, &mut command, std::time::Duration::from_secs(10)).await.unwrap();
+            assert_eq!(said.stdout.trim(), value, "{path}");
         }
         // Found again without any record; and nobody's else.
         let found = inits(host.dir.path()).unwrap();

@@ -376,14 +376,11 @@ async fn a_stop_with_grace(node: &mut Node) {
         .await;
     let deaf = node.run(&pod, node.spec("deaf", &["sleep", "1006"], None)).await;
     // The trap has to be set first.
-    let stat = format!("/proc/{}/status", polite.pid().unwrap());
-    until("the trap", || {
-        fs::read_to_string(&stat).unwrap().lines().any(|line| {
-            line.starts_with("SigCgt:") && line.ends_with("4002")
-                || line.starts_with("SigCgt:") && u64::from_str_radix(line[7..].trim(), 16).is_ok_and(|set| set & 1 << 14 != 0)
-        })
-    })
-    .await;
+    let status = format!("/proc/{}/status", polite.pid().unwrap());
+    let caught = |status: &str| {
+        u64::from_str_radix(status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim(), 16).unwrap()
+    };
+    until("the trap", || caught(&fs::read_to_string(&status).unwrap()) & 1 << (libc::SIGTERM - 1) != 0).await;
     let begun = Instant::now();
     pod.stop(Duration::from_millis(500)).await.unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(400), "it did not wait for the deaf one");
@@ -443,12 +440,22 @@ async fn resources_and_freezing(node: &mut Node) {
 
 async fn signals_to_all(node: &mut Node) {
     let pod = node.pod(NamespaceMode::Container).await;
-    let container = node.run(&pod, node.spec("main", &["sh", "-c", "trap '' TERM; sleep 1009; sleep 1010"], None)).await;
-    until("the second process", || host::held(node.dir.path(), MARK).iter().any(|what| what.contains("sleep 1009"))).await;
+    let script = "trap : TERM; while :; do sleep 1009; done";
+    let container = node.run(&pod, node.spec("main", &["sh", "-c", script], None)).await;
+    let shell = container.pid().unwrap();
+    let sleeper = || {
+        let pids = host::processes_of(shell);
+        pids.into_iter()
+            .find(|pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("1009\0")))
+    };
+    until("the second process", || sleeper().is_some()).await;
+    let first = sleeper().unwrap();
+    assert!(container.pids().await.unwrap().iter().any(|process| process.pid == first));
     container.kill(libc::SIGTERM, true).await.unwrap();
-    // The shell ignores it and goes on, what it had started does not... unless it inherited that.
+    // It reaches both: the one ends, the other has a trap and starts another.
+    until("the end of the second process", || sleeper().is_some_and(|pid| pid != first)).await;
+    assert!(alive(shell));
     assert!(matches!(container.kill(1000, false).await, Err(Error::Invalid { .. })));
-    assert!(alive(container.pid().unwrap()));
     container.kill(libc::SIGKILL, true).await.unwrap();
     assert_eq!(within(container.exited()).await.status, 137);
     container.delete().await.unwrap();

@@ -6,7 +6,6 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -192,9 +191,8 @@ pub fn remove_groups(mark: &str) {
     }
 }
 
-/// A command of the node.
-pub fn command(program: &str, arguments: &[&str]) -> Command {
-    let mut command = Command::new(program);
-    command.args(arguments);
-    command
+/// The children of a process.
+pub fn processes_of(parent: u32) -> Vec<u32> {
+    let list = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+    list.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
 }
