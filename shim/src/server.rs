@@ -23,7 +23,7 @@ use nix::{
 };
 use tokio::{
     net::UnixListener,
-    runtime::Handle,
+    runtime::{Handle, RuntimeFlavor},
     sync::mpsc::UnboundedReceiver,
     task::yield_now,
     time::{sleep, timeout},
@@ -186,11 +186,13 @@ impl Drop for StateDir {
 
 /// Serves until `stop`, then lets operations finish, and says in the log which did not.
 ///
-/// To be run on a current-thread runtime: see [`connection`].
-///
 /// # Errors
+/// [`Error::Invalid`] on any but a current-thread runtime, where streams would lose their order (see [`connection`]);
 /// [`Error::Failed`] when the gRPC server breaks down.
 pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: CancellationToken) -> Result<()> {
+    if Handle::current().runtime_flavor() != RuntimeFlavor::CurrentThread {
+        return Err(Error::invalid("runtime", "sockets are to be served on a current-thread runtime"));
+    }
     let Parts { registry, hub, events, workers, containerd, grace } = parts;
     let calls = Calls::new(workers);
     let silence = CancellationToken::new();

@@ -40,8 +40,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
     net::{UnixListener, UnixStream},
-    runtime::Handle,
-    sync::{Notify, Semaphore},
+    runtime::{Builder, Handle},
+    sync::{Notify, Semaphore, oneshot},
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -154,7 +154,6 @@ impl Daemon {
         server.start().await.unwrap();
 
         let state = StateDir::claim(&dir.path().join("state")).unwrap();
-        let sockets = state.bind().unwrap();
         let hub = StreamHub::default();
         let (sink, events) = EventSink::channel();
         let sandboxers: BTreeMap<String, Arc<dyn Sandboxer>> = [("fake".to_owned(), Arc::new(gated.clone()) as _)].into();
@@ -165,7 +164,20 @@ impl Daemon {
             Parts { registry, hub: hub.clone(), events, workers: Handle::current(), containerd, grace: Duration::from_secs(2) };
         let stop = CancellationToken::new();
         let stopped = stop.clone();
-        let served = tokio::spawn(async move { serve(&state, sockets, parts, stopped).await });
+        let (ready, bound) = oneshot::channel();
+        let (tell, ended) = oneshot::channel();
+        // As in the daemon: the sockets have a thread of their own, whatever the test runs on.
+        std::thread::spawn(move || {
+            let result = Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+                let sockets = state.bind().unwrap();
+                ready.send(()).unwrap();
+                serve(&state, sockets, parts, stopped).await
+            });
+            drop(state);
+            let _ = tell.send(result);
+        });
+        bound.await.unwrap();
+        let served = tokio::spawn(async move { ended.await.unwrap() });
         Self { dir, gated, hub, inbox, stop, served, _containerd: server }
     }
 
