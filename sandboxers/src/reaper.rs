@@ -10,8 +10,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     pin::Pin,
     process::{ChildStdin, Command, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -26,7 +25,7 @@ use nix::{
         signal::{Signal, kill},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::Pid,
+    unistd::{self, Pid},
 };
 use tokio::{
     io::AsyncReadExt,
@@ -263,16 +262,16 @@ impl Captured {
         }
     }
 
+    /// Takes what is in the pipe now. Not through tokio, which may not have noticed yet that there is something.
     fn drain(&mut self) {
         let mut chunk = [0; 4096];
         while let Some(pipe) = &self.pipe {
-            match pipe.try_read(&mut chunk) {
+            match unistd::read(pipe.as_fd(), &mut chunk) {
                 Ok(length) if length > 0 => self.keep(&chunk[..length]),
-                Ok(_) => self.pipe = None,
+                Err(Errno::EINTR) => {}
+                Ok(_) | Err(Errno::EAGAIN) => self.pipe = None,
                 Err(error) => {
-                    if error.kind() != io::ErrorKind::WouldBlock {
-                        warn!(%error, "cannot read a program's output");
-                    }
+                    warn!(%error, "cannot read a program's output");
                     self.pipe = None;
                 }
             }

@@ -18,6 +18,12 @@ async fn runs_programs() {
     let output = reaper.run(Command::new("sh").args(["-c", "kill -9 $$"]), limit).await.unwrap();
     assert_eq!(output.status, 137);
 
+    // However fast a program is, nothing it says is lost.
+    for _ in 0..200 {
+        let output = reaper.run(Command::new("echo").arg("fast"), limit).await.unwrap();
+        assert_eq!(output.stdout, b"fast\n");
+    }
+
     // The grandchild keeps the pipe open and must not be waited for, and becomes ours when its parent ends.
     let mark = reaper.mark();
     let output = reaper.run(Command::new("sh").args(["-c", "sleep 0.2 & echo $!"]), limit).await.unwrap();
