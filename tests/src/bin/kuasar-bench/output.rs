@@ -77,6 +77,8 @@ async fn rate(node: &Node, side: &Side, dir: &Path, plan: &Plan) -> Result<f64> 
     })
     .await?;
     let rate = ((plan.output_mib << 20) as f64) / 1e6 / begun.elapsed().as_secs_f64();
+    // While containerd takes note of an exit, a pod can be stopped and yet not be removed.
+    container.wait_exit().await?;
     pod.remove_all().await?;
     fs::remove_file(&log).with_context(|| format!("remove {}", log.display()))?;
     Ok(rate)
