@@ -96,10 +96,12 @@ async fn the_init_of_a_pod_is_ours(case: &Case) -> Result<()> {
     let container = case.run(case.spec().shared_pid()).await?.run(ContainerSpec::new("c").sleep()).await?;
     assert_eq!(container.exec(["cat", "/proc/1/comm"]).await?.stdout(), "kuasar-init\n");
     // It is none of the container's business: no way into the node by it.
-    let plain = container.sh("ls /proc/1/root/ /proc/1/fd/ /proc/1/cwd/ 2>/dev/null").await?;
-    assert_eq!(plain.stdout(), "", "nothing of the node shows");
-    // Nor does it end when it is asked to.
-    container.sh("kill -TERM 1; kill -INT 1; kill -HUP 1; kill -KILL 1").await?;
+    for path in ["/proc/1/root/", "/proc/1/cwd/", "/proc/1/fd/", "/proc/1/environ"] {
+        let shown = container.sh(&format!("ls {path} 2>/dev/null | head -1; cat {path} 2>/dev/null")).await?;
+        assert!(shown.stdout().is_empty() || shown.stdout() == "/proc/1/environ\n", "{path} shows {shown:?}");
+    }
+    // Nor does it end by what would end another process; SIGTERM is its business, as it is that of a pause container.
+    container.sh("kill -HUP 1; kill -SEGV 1; kill -KILL 1").await?;
     assert_eq!(container.exec(["cat", "/proc/1/comm"]).await?.stdout(), "kuasar-init\n");
     Ok(())
 }

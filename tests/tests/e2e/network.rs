@@ -93,8 +93,8 @@ async fn ports_of_the_node(lone: &Lone) -> Result<()> {
     if kuasar_tests::process::run(std::process::Command::new("iptables").args(["-t", "nat", "-S", "POSTROUTING"])).is_err() {
         return lone.skip("iptables does not work here: ports of the node cannot be mapped");
     }
-    let node: Node = Node::start(lone.options().host_ports()).await?;
-    let before = node.snapshot()?;
+    let node = Node::start(lone.options().host_ports()).await?;
+    let before = lone.baseline(&node).await?;
     let port = free_port()?;
     let pod = node.run_pod(lone.pod().port(i32::from(port), 80)).await?;
     let web = pod.run(ContainerSpec::new("web").image(recipes::WEB)).await?;

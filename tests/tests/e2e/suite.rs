@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use futures::FutureExt as _;
 use kuasar_tests::cri::k8s_cri::v1::{RemovePodSandboxRequest, RuntimeHandlerFeatures, StopPodSandboxRequest};
 use kuasar_tests::leak::Snapshot;
-use kuasar_tests::{Container, ContainerSpec, Cri, Node, NodeOptions, Pod, PodSpec, skip, tools, wait};
+use kuasar_tests::{Container, ContainerSpec, Cri, Node, NodeOptions, Pod, PodSpec, hybrid, skip, tools, wait};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -26,7 +26,7 @@ const AT_A_TIME: usize = 8;
 /// The handlers of our own sandboxers begin so.
 const OURS: &str = "kuasar-";
 /// Lines of a log shown with a failure.
-const EVIDENCE: usize = 12;
+const EVIDENCE: usize = 8;
 
 /// For which handlers a case runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +96,11 @@ impl Lone {
         PodSpec::new("pod").handler(&self.handler)
     }
 
+    /// What the node has after its first pod, and before the next.
+    pub(crate) async fn baseline(&self, node: &Node) -> Result<Snapshot> {
+        baseline(node, std::slice::from_ref(&self.handler)).await
+    }
+
     /// Whether the handler is a sandboxer of ours.
     pub(crate) fn is_ours(&self) -> bool {
         self.handler.starts_with(OURS)
@@ -106,6 +111,28 @@ impl Lone {
         skip::record(&self.name, missing);
         Ok(())
     }
+}
+
+/// What a node has after its first pod: connections are made and directories created when they are first needed.
+async fn baseline(node: &Node, handlers: &[String]) -> Result<Snapshot> {
+    let before = node.snapshot()?;
+    for handler in handlers {
+        let pod = node.run_pod(PodSpec::new("first").handler(handler).shared_pid()).await?;
+        let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+        ensure!(container.exec(["true"]).await?.exit_code == 0, "the first exec with {handler} fails");
+        pod.remove_all().await?;
+        wait::until("the first pod to be gone", SETTLE, || async {
+            let ids = node.cri.ids();
+            Ok(node.snapshot()?.naming(&ids).is_empty().then_some(()))
+        })
+        .await?;
+    }
+    // Of what is counted by kind there must not be more than a first pod makes.
+    let after = node.snapshot()?;
+    for line in after.beyond(&before) {
+        ensure!(line.starts_with("fd of kuasard") || line.starts_with("state: "), "the first pod has left {line}");
+    }
+    Ok(after)
 }
 
 fn with_handler(options: NodeOptions, handler: &str) -> NodeOptions {
@@ -226,7 +253,11 @@ impl Case {
         for log in [self.node.containerd.paths().log.clone(), self.node.dir().join("kuasard.log")] {
             let Ok(text) = std::fs::read(&log) else { continue };
             let text = String::from_utf8_lossy(&text);
-            let lines: Vec<&str> = text.lines().filter(|line| ids.iter().any(|id| line.contains(id.as_str()))).collect();
+            let lines: Vec<&str> = text
+                .lines()
+                // containerd kills each exec once more after its end.
+                .filter(|line| !line.contains("already finished") && ids.iter().any(|id| line.contains(id.as_str())))
+                .collect();
             evidence.push_str(&format!("\n{}:", log.file_name().unwrap_or_default().to_string_lossy()));
             for line in &lines[lines.len().saturating_sub(EVIDENCE)..] {
                 evidence.push_str("\n  ");
@@ -263,7 +294,8 @@ impl Shared {
             Ok(node) => {
                 std::fs::create_dir_all(node.dir().join("run/cases"))?;
                 let node = Arc::new(node);
-                *slot = Some((Arc::clone(&node), node.snapshot()?));
+                let before = baseline(&node, &self.handlers).await?;
+                *slot = Some((Arc::clone(&node), before));
                 Ok(node)
             }
             Err(error) => {
@@ -333,10 +365,11 @@ fn handlers() -> Vec<String> {
 pub(crate) fn run(entries: Vec<Entry>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(AT_A_TIME);
-    let runtime = match Runtime::new() {
+    // While there is one thread.
+    let runtime = match hybrid::hide_controllers().and_then(|()| Ok(Runtime::new()?)) {
         Ok(runtime) => Arc::new(runtime),
         Err(error) => {
-            eprintln!("start a tokio runtime: {error}");
+            eprintln!("error: {error:#}");
             return ExitCode::FAILURE;
         }
     };
