@@ -67,7 +67,10 @@ impl Scratch {
         }
         let base = base();
         fs::create_dir_all(&base).with_context(|| format!("create {}", base.display()))?;
-        sweep(false)?;
+        // What another test could not be rid of is no fault of this one.
+        if let Err(error) = sweep(false) {
+            eprintln!("cannot sweep: {error:#}");
+        }
         let (slot, slot_lock) = take_slot(&base)?;
         // Locked before it gets the name that a sweep looks for, or a sweep would take it for abandoned.
         let unnamed = tempfile::Builder::new()
@@ -226,6 +229,7 @@ fn remove(dir: &Path) -> Result<()> {
     let bridge = fs::read_to_string(dir.join("slot")).ok().and_then(|slot| slot.parse().ok()).map(bridge_of);
     let mut faults = Vec::new();
 
+    thaw(&owner, &mut faults);
     // Killing containerd's children may start others (a shim's delete), so look again until there are none.
     let gone = wait::until_sync(CLEANUP, || match census::processes(&owner) {
         Ok(processes) => {
@@ -272,7 +276,10 @@ fn remove(dir: &Path) -> Result<()> {
         faults.push(format!("{error:#}"));
     }
 
-    if let Err(error) = fs::remove_dir_all(dir) {
+    // With the directory its name would be lost, and nobody could try again.
+    if faults.is_empty()
+        && let Err(error) = fs::remove_dir_all(dir)
+    {
         faults.push(format!("remove {}: {error}", dir.display()));
     }
     if !faults.is_empty() {
@@ -280,6 +287,23 @@ fn remove(dir: &Path) -> Result<()> {
         bail!("{} could not be removed entirely: {}", dir.display(), faults.join("; "));
     }
     Ok(())
+}
+
+/// Lets paused containers go on: in a frozen cgroup of version 1 not even SIGKILL takes effect.
+fn thaw(owner: &Owner, faults: &mut Vec<String>) {
+    let cgroups = census::cgroups(owner).unwrap_or_else(|error| {
+        faults.push(format!("{error:#}"));
+        Vec::new()
+    });
+    for cgroup in cgroups {
+        let state = cgroup.join("freezer.state");
+        // The others are no freezer's, or are gone by now.
+        if fs::read_to_string(&state).is_ok_and(|state| state.trim() != "THAWED")
+            && let Err(error) = fs::write(&state, "THAWED")
+        {
+            faults.push(format!("thaw {}: {error}", cgroup.display()));
+        }
+    }
 }
 
 /// Ids of the tasks whose bundles lie in the scratch directory: they name cgroups that do not carry the tag.

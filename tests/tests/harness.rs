@@ -93,7 +93,9 @@ async fn a_failed_test_leaves_nothing_either() -> Result<()> {
     require!(tools::Containerd::find());
     let node = Node::start(NodeOptions::new("dropped")).await?;
     let pod = node.run_pod(PodSpec::new("pod").handler("runc")).await?;
-    pod.run(ContainerSpec::new("c").sleep()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    // Paused: nothing in a frozen cgroup dies.
+    node.containerd.ctr(&["task", "pause", &container.id])?;
     let dir = node.dir().to_path_buf();
     drop(node);
     assert!(!dir.exists());
