@@ -412,7 +412,7 @@ async fn many_containers_at_once(daemon: &mut Daemon<'_>) -> Outcome {
 
 async fn pause_and_resume(daemon: &mut Daemon<'_>) -> Outcome {
     let name = daemon.fixture.sandbox("name").sandboxer;
-    let can = daemon.registry.capabilities(&name).map_err(|error| error.report())?.pause;
+    let can = daemon.registry.capabilities(&name).map_err(|error| error.report())?.pause.clone();
     let pod = daemon.pod("pod").await?;
     let container = daemon.container(&pod, "main", Behaviour::Run).await?;
     fails(

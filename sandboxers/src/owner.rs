@@ -77,7 +77,7 @@ pub(crate) struct ContainerEntry {
 /// The state of one sandbox. Only its task touches it.
 pub(crate) struct Owner {
     pub(crate) spec: Arc<SandboxSpec>,
-    pub(crate) capabilities: Capabilities,
+    pub(crate) capabilities: Arc<Capabilities>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
     pub(crate) context: SandboxContext,
     pub(crate) registry: Registry,
@@ -101,7 +101,7 @@ pub(crate) struct Owner {
 impl Owner {
     pub(crate) fn new(
         spec: Arc<SandboxSpec>,
-        capabilities: Capabilities,
+        capabilities: Arc<Capabilities>,
         sandbox: Arc<dyn Sandbox>,
         context: SandboxContext,
         registry: Registry,

@@ -31,12 +31,18 @@ use crate::{
 pub struct Registry(Arc<Inner>);
 
 struct Inner {
-    sandboxers: BTreeMap<String, Arc<dyn Sandboxer>>,
+    sandboxers: BTreeMap<String, Entry>,
     store: Store,
     events: EventSink,
     streams: StreamHub,
     reaper: Reaper,
     index: Mutex<Index>,
+}
+
+/// A configured sandboxer, and what it can do: asked once, for every sandbox keeps it.
+struct Entry {
+    sandboxer: Arc<dyn Sandboxer>,
+    capabilities: Arc<Capabilities>,
 }
 
 #[derive(Default)]
@@ -59,6 +65,8 @@ impl Registry {
         reaper: Reaper,
     ) -> Result<Self> {
         let store = Store::open(state)?;
+        let entry = |sandboxer: Arc<dyn Sandboxer>| Entry { capabilities: Arc::new(sandboxer.capabilities()), sandboxer };
+        let sandboxers = sandboxers.into_iter().map(|(name, sandboxer)| (name, entry(sandboxer))).collect();
         Ok(Self(Arc::new(Inner { sandboxers, store, events, streams, reaper, index: Mutex::default() })))
     }
 
@@ -77,7 +85,7 @@ impl Registry {
         self.0.sandboxers.keys().cloned().collect()
     }
 
-    fn sandboxer(&self, name: &str) -> Result<&Arc<dyn Sandboxer>> {
+    fn entry(&self, name: &str) -> Result<&Entry> {
         self.0.sandboxers.get(name).ok_or_else(|| {
             let known = self.sandboxers().join(", ");
             Error::invalid(
@@ -91,8 +99,8 @@ impl Registry {
     ///
     /// # Errors
     /// [`Error::Invalid`] when there is none of that name.
-    pub fn capabilities(&self, sandboxer: &str) -> Result<Capabilities> {
-        Ok(self.sandboxer(sandboxer)?.capabilities())
+    pub fn capabilities(&self, sandboxer: &str) -> Result<Arc<Capabilities>> {
+        Ok(self.entry(sandboxer)?.capabilities.clone())
     }
 
     /// All sandboxes, in no order.
@@ -125,7 +133,7 @@ impl Registry {
     /// # Errors
     /// [`Error::Invalid`] for an unknown sandboxer, [`Error::AlreadyExists`], or what the backend says; nothing is left then.
     pub async fn create(&self, spec: SandboxSpec) -> Result<()> {
-        let sandboxer = self.sandboxer(&spec.sandboxer)?.clone();
+        self.entry(&spec.sandboxer)?;
         let key = (spec.namespace.clone(), spec.id.clone());
         if self.index().sandboxes.contains_key(&key) {
             return Err(Error::AlreadyExists { kind: "sandbox", id: spec.id.to_string() });
@@ -134,7 +142,7 @@ impl Registry {
         let registry = self.clone();
         let work = async move {
             let mut undo = Undo::new("create sandbox");
-            let created = registry.create_now(sandboxer, spec, &mut undo).await;
+            let created = registry.create_now(spec, &mut undo).await;
             let created = undo.settle(created).await;
             if created.is_err() {
                 registry.index().sandboxes.remove(&key);
@@ -144,7 +152,8 @@ impl Registry {
         tokio::spawn(work).await.map_err(Error::failed("create the sandbox"))?
     }
 
-    async fn create_now(&self, sandboxer: Arc<dyn Sandboxer>, spec: SandboxSpec, undo: &mut Undo) -> Result<()> {
+    async fn create_now(&self, spec: SandboxSpec, undo: &mut Undo) -> Result<()> {
+        let Entry { sandboxer, capabilities } = self.entry(&spec.sandboxer)?;
         let context = self.context(self.store().make(&spec.namespace, &spec.id)?);
         let (store, namespace, id) = (self.store().clone(), spec.namespace.clone(), spec.id.clone());
         undo.push("remove the sandbox's directory", async move { store.remove(&namespace, &id) });
@@ -152,15 +161,8 @@ impl Registry {
         let sandbox = sandboxer.create(spec.clone(), context.clone()).await?;
         let made = sandbox.clone();
         undo.push("delete the sandbox", async move { made.delete().await });
-        let owner = Owner::new(
-            spec,
-            sandboxer.capabilities(),
-            sandbox,
-            context,
-            self.clone(),
-            SandboxState::Created,
-            SystemTime::now(),
-        );
+        let owner =
+            Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), SandboxState::Created, SystemTime::now());
         let (store, record) = (self.store().clone(), owner.record());
         let saved = tokio::task::spawn_blocking(move || store.save(&record)).await;
         saved.map_err(Error::failed("save the sandbox's state"))??;
@@ -229,7 +231,7 @@ impl Registry {
                 Err(error) => error!(sandbox_id = %id, error = error.report(), "failed to recover a sandbox; it is left alone"),
             }
         }
-        for (name, sandboxer) in &self.0.sandboxers {
+        for (name, Entry { sandboxer, .. }) in &self.0.sandboxers {
             match sandboxer.collect(&known).await {
                 Ok(removed) => removed.iter().for_each(|what| info!(sandboxer = name, what, "removed a leftover")),
                 Err(error) => error!(sandboxer = name, error = error.report(), "failed to collect leftovers"),
@@ -239,12 +241,11 @@ impl Registry {
     }
 
     async fn recover_sandbox(&self, record: SandboxRecord) -> Result<()> {
-        let sandboxer = self.sandboxer(&record.spec.sandboxer)?;
+        let Entry { sandboxer, capabilities } = self.entry(&record.spec.sandboxer)?;
         let spec = Arc::new(record.spec);
         let context = self.context(self.store().dir(&spec.namespace, &spec.id));
         let sandbox = sandboxer.recover(spec.clone(), context.clone(), record.backend).await?;
-        let capabilities = sandboxer.capabilities();
-        let mut owner = Owner::new(spec, capabilities, sandbox, context, self.clone(), record.state, record.created_at);
+        let mut owner = Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), record.state, record.created_at);
         let mut watched = Vec::new();
         for container in record.containers {
             let id = container.head.id.clone();

@@ -116,17 +116,25 @@ impl Cgroup {
         Some(Self { path, except })
     }
 
-    /// Makes the group and those above it that are missing. One that exists is taken as it is.
+    /// The group with this path in every tree, whether it exists or not.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a path that is not absolute, is the root or has `..` in it; else the kernel's refusal.
-    pub fn create(path: &Path) -> Result<Self> {
-        let hierarchy = Hierarchy::of_host()?;
+    /// [`Error::Invalid`] for a path that is not absolute, is the root or has `..` in it.
+    pub fn at(path: &Path) -> Result<Self> {
         let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
         if !path.is_absolute() || path == Path::new("/") || !plain {
             return Err(Error::invalid("control group", format!("{} is not an absolute path below the root", path.display())));
         }
-        let mut group = Self { path: path.to_owned(), except: BTreeMap::new() };
+        Ok(Self { path: path.to_owned(), except: BTreeMap::new() })
+    }
+
+    /// Makes the group and those above it that are missing. One that exists is taken as it is.
+    ///
+    /// # Errors
+    /// As for [`Self::at`]; else the kernel's refusal.
+    pub fn create(path: &Path) -> Result<Self> {
+        let hierarchy = Hierarchy::of_host()?;
+        let mut group = Self::at(path)?;
         for tree in hierarchy.trees() {
             if tree.is_unified() && hierarchy.version() == Version::Hybrid {
                 // No controllers there, and OCI runtimes leave it alone too.
