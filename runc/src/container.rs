@@ -20,6 +20,7 @@ use kuasar_sandboxers::{
     id::{ContainerId, ExecId},
     mount,
     reaper::ExitFuture,
+    spec::OciSpec,
     stdio::{IoContext, Stdio},
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, ProcessInfo, WindowSize},
     undo::Undo,
@@ -159,6 +160,13 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         let target = target.clone();
         undo.push(format!("unmount {}", target.display()), async move { mount::unmount_all(&target).await });
     }
+    if let Some(group) = unmade_group(&oci) {
+        // crun, for one, leaves it behind when it cannot set a limit.
+        undo.push(format!("remove control group {}", group.path().display()), async move {
+            group.kill().await?;
+            group.remove().await
+        });
+    }
     let config = bundle.join("config.json");
     fs::write(&config, oci.as_value().to_string()).map_err(Error::io("write", &config))?;
     let born = give_birth(&pod, &driver, &id, &bundle, &stdio, undo).await?;
@@ -185,6 +193,12 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     });
     contained.clone().begin(Exiting::Ours(born.exit));
     Ok(contained)
+}
+
+/// The control group that the runtime is about to make for the container: `None` where the path is a systemd unit's, which ends by
+/// itself, or is in use already.
+fn unmade_group(oci: &OciSpec) -> Option<Cgroup> {
+    Cgroup::at(Path::new(oci.cgroups_path()?)).ok().filter(|group| !group.exists())
 }
 
 /// Lets the runtime make the container, and takes hold of its first process.
