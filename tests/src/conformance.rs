@@ -173,7 +173,7 @@ pub fn compare(peer: &Run, ours: &Run) -> BTreeMap<String, Verdict> {
                     Verdict::Behind(format!("failed: {reason}"))
                 }
                 (Outcome::Failed(_), Outcome::Failed(reason)) => {
-                    Verdict::Alike(format!("fails with the runc shim too: {reason}"))
+                    Verdict::Alike(format!("fails with the shim too: {reason}"))
                 }
                 (Outcome::Skipped(_), Outcome::Skipped(reason)) => Verdict::Alike(reason.clone()),
             };

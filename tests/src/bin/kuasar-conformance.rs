@@ -16,10 +16,10 @@ struct Arguments {
     /// The sandboxer to test; its name says its kind (kuasar-runc, kuasar-crun).
     #[arg(long, env = "SANDBOXER", default_value = "kuasar-runc")]
     sandboxer: String,
-    /// The OCI runtime behind both: runc, crun, or a path; by default what the sandboxer's name says.
-    #[arg(long)]
+    /// The OCI runtime behind both, runc or crun; by default what the sandboxer's name says.
+    #[arg(long, value_parser = ["runc", "crun"])]
     runtime: Option<String>,
-    /// Only the runc shim, to check the suite itself.
+    /// Only the shim, to check the suite itself.
     #[arg(long)]
     peer_only: bool,
     /// Only specs that match this regular expression.
@@ -36,10 +36,9 @@ struct Arguments {
     results: Option<PathBuf>,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    program::run(async |node| start(arguments, node).await).await
+    program::start(async |node| start(arguments, node).await)
 }
 
 async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
@@ -55,10 +54,13 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
     let peer_only = arguments.peer_only;
     let sandboxer = arguments.sandboxer.clone();
     let mut options = NodeOptions::new("conformance").quiet().registry(recipes::for_critest()?).host_ports();
+    let runtime = match arguments.runtime.as_deref() {
+        Some(runtime) => runtime,
+        None if sandboxer.ends_with("crun") => "crun",
+        None => "runc",
+    };
     if !peer_only {
-        let runtime =
-            arguments.runtime.clone().unwrap_or_else(|| sandboxer.strip_prefix("kuasar-").unwrap_or(&sandboxer).to_owned());
-        options = options.sandboxer(&sandboxer, &runtime);
+        options = options.sandboxer(&sandboxer, runtime);
     }
     let node = slot.insert(Node::start(options).await?);
     let (major, minor, patch) = node.containerd.version();
@@ -72,7 +74,7 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
         focus: arguments.focus.clone(),
         nri_socket: arguments.nri.then(|| node.containerd.paths().nri_socket.clone()),
     };
-    let peer = suite(&critest, "runc").await?;
+    let peer = suite(&critest, runtime).await?;
     let behind = if peer_only {
         0
     } else {
@@ -113,9 +115,9 @@ fn report(arguments: &Arguments, peer: &Run, ours: &Run) -> Result<usize> {
         }
     }
     if behind == 0 {
-        println!("{}: every spec that the runc shim passes passes, none is skipped that it runs", ours.handler);
+        println!("{}: every spec that the shim passes passes, none is skipped that it runs", ours.handler);
     } else {
-        println!("{}: {behind} specs behind the runc shim", ours.handler);
+        println!("{}: {behind} specs behind the shim", ours.handler);
     }
     Ok(behind)
 }
