@@ -282,6 +282,7 @@ impl Node {
         Snapshot::take(&Scope {
             owner,
             kuasard_pid: self.kuasard.as_ref().and_then(Kuasard::pid),
+            daemons: self.kuasard.as_ref().and_then(Kuasard::pid).into_iter().chain(self.containerd.pid()).collect(),
             deep: self
                 .kuasard
                 .iter()

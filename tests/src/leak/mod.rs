@@ -27,6 +27,8 @@ pub struct Scope {
     pub owner: Owner,
     /// kuasard, when it runs.
     pub kuasard_pid: Option<i32>,
+    /// Processes that the harness answers for itself, and restarts.
+    pub daemons: Vec<i32>,
     /// Directories whose whole content counts (kuasard's state and root).
     pub deep: Vec<PathBuf>,
     /// Directories whose entries count (containerd's lists of pods and tasks, network namespaces, leases).
@@ -62,7 +64,8 @@ impl Snapshot {
                 snapshot.count("cgroup", cgroup.display().to_string());
             }
         }
-        for process in census::processes(&scope.owner)? {
+        let processes = census::processes(&scope.owner)?;
+        for process in processes.into_iter().filter(|process| !scope.daemons.contains(&process.pid)) {
             snapshot.count("process", format!("{} {}", process.pid, process.command));
         }
         for dir in &scope.deep {

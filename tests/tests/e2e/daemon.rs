@@ -1,3 +1,264 @@
-pub(crate) fn cases() -> Vec<crate::suite::Entry> {
-    vec![]
+//! Restarts: of containerd with pods running, and of kuasard.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use futures::future::join_all;
+use kuasar_tests::cri::k8s_cri::v1::{ContainerState, PodSandboxState};
+use kuasar_tests::cri::logs::Line;
+use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, tools, wait};
+use nix::sys::signal::Signal;
+use tonic::Code;
+
+use crate::suite::{Entry, Lone, cases};
+
+pub(crate) fn cases() -> Vec<Entry> {
+    let mut cases = cases![Stdio Alone: containerd_restarts];
+    cases.extend(cases![Ours Alone:
+        kuasard_is_away,
+        kuasard_is_killed,
+        kuasard_is_stopped_while_calls_are_in_flight,
+        several_sandboxers,
+    ]);
+    cases
+}
+
+async fn gone(pid: i32) -> Result<()> {
+    wait::until(&format!("process {pid} to be gone"), kuasar_tests::cri::SOON, || async {
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // A zombie has ended, too.
+        Ok((state.is_empty() || state.contains(") Z ")).then_some(()))
+    })
+    .await
+}
+
+fn numbers(lines: &[Line]) -> Result<Vec<u64>> {
+    lines.iter().map(|line| line.text.parse().with_context(|| format!("{:?} is no number", line.text))).collect()
+}
+
+async fn containerd_restarts(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let flags = node.dir().join("run/flags");
+    fs::create_dir(&flags)?;
+    let pod = node.run_pod(lone.pod().shared_pid()).await?;
+    let ip = pod.ip().await?;
+    // One that counts, one that reads, one with a terminal, and for each restart one that ends while nobody looks.
+    let counting = "i=0; while [ ! -e /flags/enough ]; do i=$((i+1)); echo $i; sleep 0.005; done; exec sleep 1000";
+    let counter = pod.run(ContainerSpec::new("counter").sh(counting).mount(&flags, "/flags", true)).await?;
+    let reader = pod.run(ContainerSpec::new("reader").command(&["cat"]).stdin()).await?;
+    let terminal = pod.run(ContainerSpec::new("terminal").command(&["sh"]).tty().stdin()).await?;
+    counter.wait_log("20").await?;
+
+    for (code, abruptly) in [(7, false), (8, true)] {
+        let script = format!("until test -e /flags/{code}; do sleep 0.01; done; exit {code}");
+        let ending = pod.run(ContainerSpec::new("ending").sh(&script).mount(&flags, "/flags", true)).await?;
+        let pid = ending.pid().await?;
+        let count = numbers(&counter.logs()?)?.len();
+        if abruptly { node.containerd.kill()? } else { node.containerd.stop()? }
+        fs::write(flags.join(code.to_string()), "")?;
+        gone(pid).await?;
+        node.containerd.start().await?;
+
+        assert_eq!(pod.state().await?, PodSandboxState::SandboxReady);
+        assert_eq!(pod.ip().await?, ip);
+        for container in [&counter, &reader, &terminal] {
+            assert_eq!(container.state().await?, ContainerState::ContainerRunning, "{}", container.id);
+            assert_eq!(container.sh("echo on; exit 3").await?.exit_code, 3);
+        }
+        assert_eq!(ending.wait_exit().await?.exit_code, code);
+        ending.remove().await?;
+        // The log goes on.
+        wait::until("the log to go on", kuasar_tests::cri::SOON, || async {
+            Ok((counter.logs()?.len() > count + 50).then_some(()))
+        })
+        .await?;
+        let mut session = counter.exec_session(&["sh", "-c", "read x; echo got $x"], false, true).await?;
+        session.write(b"it\n").await?;
+        assert_eq!(session.finish().await?, (0, "got it\n".to_owned()));
+        // What is typed still arrives.
+        let mut attached = reader.attach(false, true).await?;
+        attached.write(b"typed\n").await?;
+        attached.wait_for("typed").await?;
+        attached.close().await?;
+        let mut attached = terminal.attach(true, true).await?;
+        attached.write(b"echo ty'p'ed\n").await?;
+        attached.wait_for("typed\r\n").await?;
+        attached.close().await?;
+        assert_eq!(pod.run(ContainerSpec::new("new").sleep()).await?.sh("echo new").await?.stdout(), "new\n");
+    }
+    fs::write(flags.join("enough"), "")?;
+    wait::until("the counter to end", kuasar_tests::cri::SOON, || async {
+        Ok((counter.sh("pgrep -x sleep").await?.exit_code == 0).then_some(()))
+    })
+    .await?;
+    counter.stop(0).await?;
+    assert_eq!(counter.wait_exit().await?.exit_code, 137);
+    let seen = numbers(&counter.logs()?)?;
+    ensure!(seen.is_sorted_by(|one, next| one < next), "lines were repeated");
+    if !lone.handler.ends_with("-streaming") {
+        // What is on its way over a stream when containerd ends is lost with it: its protocol acknowledges nothing.
+        ensure!(seen.iter().copied().eq(1..=seen.len() as u64), "lines were lost: {:?}", around_the_gap(&seen));
+    }
+    pod.remove_all().await?;
+    fs::remove_dir_all(&flags)?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+fn around_the_gap(numbers: &[u64]) -> &[u64] {
+    let gap = numbers.iter().zip(1..).position(|(seen, expected)| *seen != expected).unwrap_or(0);
+    &numbers[gap.saturating_sub(3)..(gap + 3).min(numbers.len())]
+}
+
+async fn kuasard_is_away(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    kuasard(&mut node)?.stop()?;
+    let error = node.run_pod(lone.pod()).await.map(|pod| pod.id).unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    // containerd itself starts without it, too.
+    node.containerd.stop()?;
+    node.containerd.start().await?;
+    kuasard(&mut node)?.start().await?;
+    let pod = wait::until("pods to run again", kuasar_tests::cri::SOON, || async {
+        match node.run_pod(lone.pod()).await {
+            Ok(pod) => Ok(Some(pod)),
+            // containerd dials again when its backoff has passed.
+            Err(status) if status.code() == Code::Unavailable => Ok(None),
+            Err(status) => Err(status.into()),
+        }
+    })
+    .await?;
+    assert_eq!(pod.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
+    pod.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+fn kuasard(node: &mut Node) -> Result<&mut kuasar_tests::kuasard::Kuasard> {
+    node.kuasard.as_mut().context("the node has no kuasard")
+}
+
+/// Pods of several kinds, one container each.
+async fn some_pods(node: &Node, handler: &str) -> Result<Vec<Pod>> {
+    let specs = [PodSpec::new("a").shared_pid(), PodSpec::new("b"), PodSpec::new("c").host_network()];
+    let mut pods = Vec::new();
+    for spec in specs {
+        let pod = node.run_pod(spec.handler(handler)).await?;
+        pod.run(ContainerSpec::new("c").sleep()).await?;
+        pods.push(pod);
+    }
+    Ok(pods)
+}
+
+async fn kuasard_is_killed(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let pods = some_pods(&node, &lone.handler).await?;
+    kuasard(&mut node)?.kill()?;
+    kuasard(&mut node)?.start().await?;
+    // What becomes of its containers is containerd's word; that they can be removed, wholly, is ours.
+    for pod in pods {
+        wait::until("the pod to be removed", kuasar_tests::cri::SOON, || async {
+            // It takes containerd a moment to notice, and to dial again.
+            Ok(pod.remove_all().await.ok())
+        })
+        .await?;
+    }
+    let pod = node.run_pod(lone.pod()).await?;
+    assert_eq!(pod.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
+    pod.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+async fn kuasard_is_stopped_while_calls_are_in_flight(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let settled = node.run_pod(lone.pod()).await?;
+    let container = settled.run(ContainerSpec::new("c").sleep()).await?;
+    for round in 0..3 {
+        let starts = join_all((0..6).map(|_| async {
+            let pod = node.run_pod(lone.pod()).await?;
+            pod.run(ContainerSpec::new("c").sleep()).await?;
+            Ok::<_, tonic::Status>(())
+        }));
+        let execs = join_all((0..4).map(|_| container.sh("exit 3")));
+        let calls = async { (starts.await, execs.await) };
+        let stop = async {
+            // Each round in another moment of theirs.
+            tokio::time::sleep(Duration::from_millis(40 * (round + 1))).await;
+            node.kuasard.as_ref().and_then(|kuasard| kuasard.pid()).context("kuasard is not running")
+        };
+        let pid = nix::unistd::Pid::from_raw(node.kuasard.as_ref().and_then(|kuasard| kuasard.pid()).unwrap_or_default());
+        let stop = async { stop.await.and_then(|_| Ok(nix::sys::signal::kill(pid, Signal::SIGTERM)?)) };
+        // Whatever becomes of a call, it is answered.
+        let answered = tokio::time::timeout(kuasar_tests::cri::SOON, async { tokio::join!(calls, stop) });
+        let ((_starts, _execs), stopped) = answered.await.context("a call was never answered")?;
+        stopped?;
+        let kuasard = kuasard(&mut node)?;
+        let ended = kuasard.daemon()?.wait_for(kuasar_tests::cri::SOON)?;
+        ensure!(ended.is_some_and(|status| status.success()), "kuasard ended with {ended:?}");
+        kuasard.start().await?;
+        wait::until("pods to run again", kuasar_tests::cri::SOON, || async {
+            match node.run_pod(lone.pod()).await {
+                Ok(_) => Ok(Some(())),
+                Err(status) if status.code() == Code::Unavailable => Ok(None),
+                Err(status) => Err(status.into()),
+            }
+        })
+        .await?;
+    }
+    node.cri.remove_all_pods().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+async fn several_sandboxers(lone: &Lone) -> Result<()> {
+    let mut options = lone.options().sandboxer("kuasar-other", "runc");
+    let mut handlers = vec![lone.handler.as_str(), "kuasar-other"];
+    if tools::crun().is_ok() {
+        options = options.sandboxer("kuasar-third", "crun");
+        handlers.push("kuasar-third");
+    }
+    // And beside them the runc shim, on the same containerd.
+    handlers.push("runc");
+    let node: Node = Node::start(NodeOptions::quiet(options)).await?;
+    let before = node.snapshot()?;
+    let mut pods = Vec::new();
+    for handler in &handlers {
+        let pod = node.run_pod(PodSpec::new("pod").handler(handler)).await?;
+        let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+        pods.push((*handler, pod, container));
+    }
+    for (handler, pod, container) in &pods {
+        assert_eq!(container.sh(&format!("echo {handler}")).await?.stdout(), format!("{handler}\n"));
+        assert_eq!(pod.status().await?.status.unwrap_or_default().runtime_handler, *handler);
+        let state = node.dir().join("run/kuasar");
+        ensure!((*handler == "runc") != below(&state, &pod.id, handler), "the state of a pod of {handler}");
+    }
+    // One of them goes; the others stay.
+    pods.remove(0).1.remove_all().await?;
+    for (_, _, container) in &pods {
+        assert_eq!(container.sh("echo on").await?.stdout(), "on\n");
+    }
+    for (_, pod, _) in pods {
+        pod.remove_all().await?;
+    }
+    let left = node.snapshot()?.beyond(&before);
+    ensure!(left.iter().all(|line| line.starts_with("fd of kuasard") || line.starts_with("state: ")), "{left:?}");
+    node.stop().await
+}
+
+/// Whether a directory named after a pod lies somewhere below one that is named after its sandboxer.
+fn below(dir: &Path, id: &str, sandboxer: &str) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else { return false };
+    entries.flatten().any(|entry| {
+        let path = entry.path();
+        path.to_string_lossy().contains(sandboxer) && entry.file_name().to_string_lossy().contains(id)
+            || path.is_dir() && below(&path, id, sandboxer)
+    })
 }

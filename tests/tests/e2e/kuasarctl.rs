@@ -1,3 +1,108 @@
-pub(crate) fn cases() -> Vec<crate::suite::Entry> {
-    vec![]
+//! kuasarctl beside a containerd that runs pods.
+
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, Result, ensure};
+use kuasar_tests::{ContainerSpec, Node, tools};
+use serde_json::Value;
+
+use crate::suite::{Case, Entry, Lone, cases};
+
+pub(crate) fn cases() -> Vec<Entry> {
+    let mut cases = cases![Ours Alone: containerd_takes_its_drop_in, without_a_daemon];
+    cases.extend(cases![Ours Shared: pods_are_listed_and_inspected, versions_and_check]);
+    cases
+}
+
+fn kuasarctl(node: &Node, args: &[&str]) -> Result<Output> {
+    let kuasard = node.kuasard.as_ref().context("the node has no kuasard")?;
+    let mut command = Command::new(tools::ours("kuasarctl")?);
+    command.arg("--state").arg(kuasard.state()).arg("--config").arg(kuasard.config()).args(args);
+    command.output().context("run kuasarctl")
+}
+
+fn said(node: &Node, args: &[&str]) -> Result<String> {
+    let output = kuasarctl(node, args)?;
+    ensure!(output.status.success(), "kuasarctl {args:?}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn refused(node: &Node, args: &[&str]) -> Result<String> {
+    let output = kuasarctl(node, args)?;
+    ensure!(!output.status.success(), "kuasarctl {args:?} was accepted: {output:?}");
+    Ok(String::from_utf8(output.stderr)?)
+}
+
+async fn pods_are_listed_and_inspected(case: &Case) -> Result<()> {
+    let pod = case.run(case.spec().shared_pid()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let table = said(&case.node, &["ps", "--no-trunc"])?;
+    let line = |id: &str| table.lines().find(|line| line.contains(id)).with_context(|| format!("no {id} in:\n{table}"));
+    assert!(line(&pod.id)?.contains("default/pod") && line(&pod.id)?.contains(&case.handler) && line(&pod.id)?.contains("ready"));
+    assert!(line(&container.id)?.contains("running") && line(&container.id)?.contains(&container.pid().await?.to_string()));
+    assert!(said(&case.node, &["ps"])?.contains(&pod.id[..13]));
+    assert!(!said(&case.node, &["ps", "-n", "another"])?.contains(&pod.id[..13]));
+
+    let list: Value = serde_json::from_str(&said(&case.node, &["ps", "--json"])?)?;
+    let of = |list: &Value| list.as_array().into_iter().flatten().find(|entry| entry["spec"]["id"] == pod.id.as_str()).cloned();
+    let listed = of(&list).context("ps --json does not list the pod")?;
+    assert_eq!(listed["spec"]["sandboxer"], case.handler.as_str());
+    assert_eq!(listed["containers"][0]["id"], container.id.as_str());
+    // By the pod's id, the beginning of it, or the container's.
+    for id in [pod.id.as_str(), &pod.id[..20], container.id.as_str()] {
+        let inspected: Value = serde_json::from_str(&said(&case.node, &["inspect", id])?)?;
+        assert_eq!(inspected["spec"]["id"], pod.id.as_str());
+    }
+    assert!(refused(&case.node, &["inspect", "no-such-pod"])?.contains("no-such-pod"));
+    pod.remove_all().await?;
+    assert!(!said(&case.node, &["ps", "--no-trunc"])?.contains(&pod.id));
+    refused(&case.node, &["inspect", &pod.id])?;
+    Ok(())
+}
+
+async fn versions_and_check(case: &Case) -> Result<()> {
+    let version: Value = serde_json::from_str(&said(&case.node, &["version", "--json"])?)?;
+    assert!(version.to_string().contains(&case.handler), "{version}");
+    let check: Value = serde_json::from_str(&String::from_utf8(kuasarctl(&case.node, &["check", "--json"])?.stdout)?)?;
+    let subjects: Vec<&str> = check.as_array().into_iter().flatten().filter_map(|entry| entry["subject"].as_str()).collect();
+    assert!(subjects.contains(&"kernel") && subjects.contains(&"cgroups"), "{subjects:?}");
+    Ok(())
+}
+
+async fn without_a_daemon(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    node.kuasard.as_mut().context("the node has no kuasard")?.stop()?;
+    for args in [&["ps"][..], &["inspect", "x"]] {
+        let error = refused(&node, args)?;
+        assert!(error.contains("kuasard.sock") && error.contains("not running"), "{error}");
+    }
+    node.stop().await
+}
+
+async fn containerd_takes_its_drop_in(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let (major, minor, patch) = node.containerd.version();
+    let drop_in = said(&node, &["containerd-config", "--containerd-version", &format!("{major}.{minor}.{patch}")])?;
+    let path = node.dir().join("drop-in.toml");
+    std::fs::write(&path, &drop_in)?;
+    // All that the harness had said about sandboxers goes; the drop-in is to say it.
+    node.containerd.stop()?;
+    let file = node.containerd.paths().config.clone();
+    let mut config: toml::Table = std::fs::read_to_string(&file)?.parse()?;
+    config.remove("proxy_plugins");
+    config["imports"] = toml::Value::Array(vec![path.display().to_string().into()]);
+    let runtimes = config["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"].as_table_mut();
+    let runtimes = runtimes.context("the harness configures no runtimes")?;
+    runtimes.retain(|name, _| name == "runc");
+    std::fs::write(&file, toml::to_string(&config)?)?;
+    node.containerd.start().await?;
+
+    let handlers: Vec<String> = node.cri.handlers().await?.into_iter().map(|handler| handler.name).collect();
+    ensure!(handlers.contains(&lone.handler), "{handlers:?} after\n{drop_in}");
+    let pod = node.run_pod(lone.pod()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    assert_eq!(container.sh("echo on").await?.stdout(), "on\n");
+    assert!(said(&node, &["ps", "--no-trunc"])?.contains(&pod.id), "it runs in kuasard");
+    pod.remove_all().await?;
+    node.stop().await
 }
