@@ -293,6 +293,10 @@ mod tests {
         let failure = mount_all(&mounts, &target).await.unwrap_err();
         assert!(failure.report().starts_with("failed to mount ext4 /nonexistent on "), "{}", failure.report());
         assert!(mounted_under(&target).unwrap().is_empty());
+        let layers = format!("lowerdir={}:/no/such/layer", source.display());
+        let overlay = entry("overlay", Path::new("overlay"), "", &words(&[&layers]));
+        let failure = mount_all(&[overlay], &target).await.unwrap_err();
+        assert!(failure.report().contains("/no/such/layer does not exist"), "{}", failure.report());
         unmount_all(&target).await.unwrap();
         unmount_all(&target.join("missing/very")).await.unwrap();
     }

@@ -27,6 +27,25 @@ const LOWER: &str = "lowerdir=";
 
 /// Mounts an overlay on `target`; with `namespace`, the lower directories show ids mapped through that user namespace.
 pub(super) fn mount(entry: &Mount, options: &Options, target: &Path, namespace: Option<&OwnedFd>) -> Result<()> {
+    mount_layers(entry, options, target, namespace).map_err(|error| match missing(options) {
+        // The kernel says that something is missing, not what.
+        Some(directory) => Error::failed(format!("mount an overlay on {}", target.display()))(format!(
+            "its directory {} does not exist; was the image removed? pull it again",
+            directory.display()
+        )),
+        None => error,
+    })
+}
+
+/// The first directory among the options that is not there.
+fn missing(options: &Options) -> Option<PathBuf> {
+    let one = |key: &str| options.data.iter().find_map(|option| option.strip_prefix(key)).map(str::to_owned);
+    let lower = one(LOWER).map(|value| Layers::parse(&value).0).unwrap_or_default();
+    let named = lower.into_iter().chain(one("upperdir=")).chain(one("workdir=")).filter(|directory| !directory.is_empty());
+    named.map(|directory| PathBuf::from(unescape(&directory))).find(|directory| !directory.exists())
+}
+
+fn mount_layers(entry: &Mount, options: &Options, target: &Path, namespace: Option<&OwnedFd>) -> Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix(LOWER));
     let rest: Vec<&str> = options.data.iter().map(String::as_str).filter(|option| !option.starts_with(LOWER)).collect();
     let layers = lower.map(Layers::parse);
