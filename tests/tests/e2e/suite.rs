@@ -1,5 +1,6 @@
 //! How cases are run: their scopes, the shared node, the clean-up and the search for what they left.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -158,6 +159,8 @@ pub(crate) struct Case {
     pub(crate) handler: String,
     name: String,
     dir: PathBuf,
+    /// Further ids that must leave no trace.
+    others: Mutex<BTreeSet<String>>,
 }
 
 impl Case {
@@ -165,7 +168,17 @@ impl Case {
         let cri = Cri::connect(&node.containerd.paths().socket).await?;
         let dir = node.dir().join("run/cases").join(name.replace(['/', ':'], "."));
         std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        Ok(Self { node, cri, handler: handler.to_owned(), name: name.to_owned(), dir })
+        Ok(Self { node, cri, handler: handler.to_owned(), name: name.to_owned(), dir, others: Mutex::default() })
+    }
+
+    /// Also looks for this id when the case is done.
+    pub(crate) fn remember(&self, id: &str) {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+    }
+
+    fn ids(&self) -> BTreeSet<String> {
+        let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        self.cri.ids().union(&others).cloned().collect()
     }
 
     /// A directory of the case's own, below a mount that is shared with other mount namespaces.
@@ -234,7 +247,7 @@ impl Case {
 
     /// Fails when something on the machine carries the id of a pod or container of this case.
     async fn assert_nothing_left(&self) -> Result<()> {
-        let ids = self.cri.ids();
+        let ids = self.ids();
         let end = Instant::now() + SETTLE;
         loop {
             let left = self.node.snapshot()?.naming(&ids);
@@ -248,7 +261,7 @@ impl Case {
 
     /// The last lines of the daemons' logs that name a pod or container of this case.
     fn evidence(&self) -> String {
-        let ids = self.cri.ids();
+        let ids = self.ids();
         let mut evidence = String::new();
         for log in [self.node.containerd.paths().log.clone(), self.node.dir().join("kuasard.log")] {
             let Ok(text) = std::fs::read(&log) else { continue };
