@@ -73,7 +73,7 @@ conformance_of() {
 }
 
 check() {
-    stage fmt cargo fmt --all --check
+    stage fmt cargo fmt --all --check -- --color never
     stage clippy cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
     stage unit unit_tests
     stage deny deny

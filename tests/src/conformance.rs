@@ -172,9 +172,7 @@ pub fn compare(peer: &Run, ours: &Run) -> BTreeMap<String, Verdict> {
                 (Outcome::Passed | Outcome::Skipped(_), Outcome::Failed(reason)) => {
                     Verdict::Behind(format!("failed: {reason}"))
                 }
-                (Outcome::Failed(_), Outcome::Failed(reason)) => {
-                    Verdict::Alike(format!("fails with the shim too: {reason}"))
-                }
+                (Outcome::Failed(_), Outcome::Failed(reason)) => Verdict::Alike(format!("fails with the shim too: {reason}")),
                 (Outcome::Skipped(_), Outcome::Skipped(reason)) => Verdict::Alike(reason.clone()),
             };
             (name.clone(), verdict)
