@@ -93,21 +93,26 @@ fn run(args: &Args) -> Result<()> {
 
 async fn daemon(config: Config, state: &StateDir, workers: &Runtime) -> Result<()> {
     let stop = stop_on_signals()?;
-    let sockets = state.bind().map_err(report)?;
     let hub = StreamHub::default();
     let (sink, events) = EventSink::channel();
     // Among the workers, because owner tasks live where they are made.
     let registry = {
         let (dir, hub, sandboxers) = (state.path().to_owned(), hub.clone(), config.sandboxers);
-        let start = async move {
+        let build = async move {
             let reaper = Reaper::install().map_err(report)?;
             let sandboxers = backends::build(sandboxers, &reaper).await.map_err(report)?;
-            let registry = Registry::new(&dir, sandboxers, sink, hub, reaper).map_err(report)?;
-            registry.recover().await.map_err(report)?;
-            anyhow::Ok(registry)
+            Registry::new(&dir, sandboxers, sink, hub, reaper).map_err(report)
         };
-        workers.spawn(start).await.context("the start broke off")??
+        workers.spawn(build).await.context("the start broke off")??
     };
+    // A socket that accepts means that there will be answers: nothing of the configuration is in doubt any more. Calls wait in
+    // the socket while what ran before is found again, which is sooner than containerd would dial again.
+    let sockets = state.bind().map_err(report)?;
+    let recovered = {
+        let registry = registry.clone();
+        workers.spawn(async move { registry.recover().await })
+    };
+    recovered.await.context("the recovery broke off")?.map_err(report)?;
     let parts =
         Parts { registry, hub, events, workers: workers.handle().clone(), containerd: config.containerd.address, grace: GRACE };
     info!(state = %state.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
