@@ -1,3 +1,186 @@
-pub(crate) fn cases() -> Vec<crate::suite::Entry> {
-    vec![]
+//! What goes wrong around a pod: the OCI runtime, the configuration, the disk, the caller.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kuasar_tests::kuasard::Kuasard;
+use kuasar_tests::{ContainerSpec, Node, tools, wait};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tonic::Code;
+
+use crate::suite::{Entry, Lone, cases, refused};
+
+pub(crate) fn cases() -> Vec<Entry> {
+    let mut cases = cases![Ours Alone:
+        an_oci_runtime_that_is_too_old,
+        an_oci_runtime_that_disappears,
+        a_sandboxer_that_is_not_configured,
+        a_full_disk,
+    ];
+    cases.extend(cases![Handlers Alone: callers_that_give_up]);
+    cases
+}
+
+fn script(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, format!("#!/bin/sh\n{text}\n"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+async fn an_oci_runtime_that_is_too_old(lone: &Lone) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let old = dir.path().join("runc");
+    script(&old, "echo 'runc version 1.0.0-rc5'")?;
+    let error = Node::start(lone.options().sandboxer("kuasar-old", &old.display().to_string())).await.map(drop).unwrap_err();
+    let text = format!("{error:#}");
+    for word in ["kuasar-old", &old.display().to_string(), "1.0.0", "1.1.0"] {
+        ensure!(text.contains(word), "no {word:?} in {text}");
+    }
+    // Nor one that is no OCI runtime at all.
+    script(&old, "echo hello")?;
+    let error = Node::start(lone.options().sandboxer("kuasar-odd", &old.display().to_string())).await.map(drop).unwrap_err();
+    let text = format!("{error:#}");
+    for word in ["kuasar-odd", &old.display().to_string()] {
+        ensure!(text.contains(word), "no {word:?} in {text}");
+    }
+    Ok(())
+}
+
+async fn an_oci_runtime_that_disappears(lone: &Lone) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let original = if lone.handler.contains("crun") { tools::crun()? } else { tools::runc()? };
+    let path = dir.path().join("runtime");
+    fs::copy(&original, &path)?;
+    let handler = lone.handler.clone();
+    let moved = path.clone();
+    let options = lone.options().patch_kuasard(move |config| {
+        config["sandboxer"][&handler]["runtime"] = moved.display().to_string().into();
+    });
+    let node = Node::start(options).await?;
+    let before = lone.baseline(&node).await?;
+    let pod = node.run_pod(lone.pod()).await?;
+    let container = pod.create(ContainerSpec::new("c").sleep()).await?;
+    fs::remove_file(&path)?;
+    let error = refused(container.start().await, &[&path.display().to_string()])?;
+    assert_ne!(error.code(), Code::Unknown, "{error}");
+    container.remove().await?;
+    // It comes back, and so does the pod.
+    fs::copy(&original, &path)?;
+    assert_eq!(pod.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
+    pod.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+async fn a_sandboxer_that_is_not_configured(lone: &Lone) -> Result<()> {
+    // containerd's configuration has the name, kuasard's has not.
+    let options = lone.options().sandboxer("kuasar-forgotten", "runc").patch_kuasard(|config| {
+        if let Some(tables) = config["sandboxer"].as_object_mut() {
+            tables.remove("kuasar-forgotten");
+        }
+    });
+    let node = Node::start(options).await?;
+    let before = lone.baseline(&node).await?;
+    let error = refused(node.run_pod(lone.pod().handler("kuasar-forgotten")).await, &["kuasar-forgotten", &lone.handler])?;
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+/// A small file system mounted over a directory.
+struct Small(PathBuf);
+
+impl Small {
+    fn over(path: &Path) -> Result<Self> {
+        mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))
+            .with_context(|| format!("mount a tmpfs on {}", path.display()))?;
+        Ok(Self(path.to_path_buf()))
+    }
+
+    /// Leaves no room.
+    fn fill(&self) -> Result<()> {
+        let full = fs::write(self.0.join("filler"), vec![0; 2 << 20]);
+        ensure!(full.is_err_and(|error| error.raw_os_error() == Some(libc::ENOSPC)), "the small file system is not full");
+        Ok(())
+    }
+
+    fn empty(&self) -> Result<()> {
+        Ok(fs::remove_file(self.0.join("filler"))?)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        if let Err(errno) = umount2(&self.0, MntFlags::MNT_DETACH) {
+            eprintln!("unmount {}: {errno}", self.0.display());
+        }
+    }
+}
+
+async fn a_full_disk(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let kuasard = |node: &mut Node| node.kuasard.take().context("the node has no kuasard");
+    let mut daemon: Kuasard = kuasard(&mut node)?;
+    daemon.stop()?;
+    let disk = Small::over(daemon.state())?;
+    daemon.start().await?;
+    node.kuasard = Some(daemon);
+    wait::until("pods to run again", kuasar_tests::cri::SOON, || async {
+        match node.run_pod(lone.pod()).await {
+            Ok(pod) => Ok(Some(pod.remove_all().await?)),
+            Err(status) if status.code() == Code::Unavailable => Ok(None),
+            Err(status) => Err(status.into()),
+        }
+    })
+    .await?;
+    let before = lone.baseline(&node).await?;
+
+    let pod = node.run_pod(lone.pod()).await?;
+    let running = pod.run(ContainerSpec::new("running").sleep()).await?;
+    let waiting = pod.create(ContainerSpec::new("waiting").sleep()).await?;
+    disk.fill()?;
+    let error = refused(node.run_pod(lone.pod()).await, &["No space left on device"])?;
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    // Here it may be the OCI runtime that finds no room, and says so in its own words.
+    let error = refused(waiting.start().await, &["o space left on device"])?;
+    assert!([Code::ResourceExhausted, Code::Internal].contains(&error.code()), "{error}");
+    // What runs, runs on; what is to go, goes.
+    assert_eq!(running.state().await?, kuasar_tests::cri::k8s_cri::v1::ContainerState::ContainerRunning);
+    running.stop(0).await?;
+    assert_eq!(running.wait_exit().await?.exit_code, 137);
+    disk.empty()?;
+    let next = node.run_pod(lone.pod()).await?;
+    assert_eq!(next.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
+    pod.remove_all().await?;
+    next.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    drop(disk);
+    node.stop().await
+}
+
+async fn callers_that_give_up(lone: &Lone) -> Result<()> {
+    let node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    for round in 0..12_u64 {
+        // Each round in another moment: the pod's creation, the container's, the exec.
+        let work = async {
+            let pod = node.run_pod(lone.pod()).await?;
+            let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+            container.exec(["sleep", "1000"]).await?;
+            Ok::<_, tonic::Status>(())
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(15 + 30 * round), work).await;
+    }
+    // As kubelet does: what containerd still lists is stopped and removed.
+    wait::until("all pods to be removed", kuasar_tests::cri::SOON, || async {
+        Ok((node.cri.remove_all_pods().await.is_ok() && node.cri.pods().await?.is_empty()).then_some(()))
+    })
+    .await?;
+    node.assert_no_leak(&before).await?;
+    let pod = node.run_pod(lone.pod()).await?;
+    assert_eq!(pod.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
+    node.stop().await
 }

@@ -45,7 +45,7 @@ pub(crate) fn cases() -> Vec<Entry> {
     ]
 }
 
-const NAMESPACE: &str = "e2e";
+const NAMESPACE: &str = "k8s.io";
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// A client of kuasard that speaks as containerd does.
