@@ -21,6 +21,7 @@ pub mod check;
 pub mod config;
 pub mod controller;
 pub mod events;
+pub mod forgotten;
 pub mod metrics;
 pub mod options;
 pub mod pod;

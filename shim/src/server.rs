@@ -35,7 +35,7 @@ use crate::{
     admin::Admin,
     calls::Calls,
     controller::Controller,
-    events,
+    events, forgotten,
     proto::{admin::admin_server::AdminServer, sandbox::controller_server::ControllerServer},
     sys,
     task::{
@@ -91,6 +91,8 @@ pub struct Parts {
     pub containerd: PathBuf,
     /// How long operations may take to finish after a stop.
     pub grace: Duration,
+    /// How often to look for sandboxes that containerd has forgotten.
+    pub look_interval: Duration,
 }
 
 impl StateDir {
@@ -193,12 +195,13 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     if Handle::current().runtime_flavor() != RuntimeFlavor::CurrentThread {
         return Err(Error::invalid("runtime", "sockets are to be served on a current-thread runtime"));
     }
-    let Parts { registry, hub, events, workers, containerd, grace } = parts;
+    let Parts { registry, hub, events, workers, containerd, grace, look_interval } = parts;
     let calls = Calls::new(workers);
     let silence = CancellationToken::new();
     let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
 
     let tidier = tokio::spawn(tidy(calls.clone()));
+    let collector = tokio::spawn(forgotten::collect(containerd, registry.clone(), calls.clone(), look_interval));
 
     let task = TaskService::new(registry.clone(), calls.clone());
     let task_limit = task_connections();
@@ -230,6 +233,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
         warn!(sandbox_id = %sandbox, "an operation of a sandbox did not finish in time");
     }
     tidier.abort();
+    collector.abort();
     silence.cancel();
     for (what, task) in [("the publisher of events", publisher), ("the Task socket", tasks)] {
         match timeout(FLUSH, task).await {

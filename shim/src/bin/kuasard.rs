@@ -36,6 +36,9 @@ use tracing_subscriber::{
 /// How long operations may take to finish after SIGTERM, below systemd's default of 90 s before it kills.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// How often to look for sandboxes that containerd has forgotten; one is removed at the second look.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Threads for what blocks: saving state, mounting, cgroups. Requests beyond wait.
 const BLOCKING_THREADS: usize = 16;
 
@@ -113,8 +116,15 @@ async fn daemon(config: Config, state: &StateDir, workers: &Runtime) -> Result<(
         workers.spawn(async move { registry.recover().await })
     };
     recovered.await.context("the recovery broke off")?.map_err(report)?;
-    let parts =
-        Parts { registry, hub, events, workers: workers.handle().clone(), containerd: config.containerd.address, grace: GRACE };
+    let parts = Parts {
+        registry,
+        hub,
+        events,
+        workers: workers.handle().clone(),
+        containerd: config.containerd.address,
+        grace: GRACE,
+        look_interval: LOOK_INTERVAL,
+    };
     info!(state = %state.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
     serve(state, sockets, parts, stop).await.map_err(report)
 }

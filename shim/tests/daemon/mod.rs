@@ -58,6 +58,9 @@ pub const NAMESPACE: &str = "k8s.io";
 /// No condition these tests wait for takes this long.
 pub const LONG: Duration = Duration::from_secs(20);
 
+/// How often these daemons look for what containerd has forgotten.
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
 /// The fake, but a sandbox with the annotation `test/gate` is made only when the gate opens.
 #[derive(Clone)]
 pub struct Gated {
@@ -160,8 +163,15 @@ impl Daemon {
         let reaper = Reaper::install().unwrap();
         let registry = Registry::new(state.path(), sandboxers, sink, hub.clone(), reaper).unwrap();
         registry.recover().await.unwrap();
-        let parts =
-            Parts { registry, hub: hub.clone(), events, workers: Handle::current(), containerd, grace: Duration::from_secs(2) };
+        let parts = Parts {
+            registry,
+            hub: hub.clone(),
+            events,
+            workers: Handle::current(),
+            containerd,
+            grace: Duration::from_secs(2),
+            look_interval: LOOK_INTERVAL,
+        };
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let (ready, bound) = oneshot::channel();
