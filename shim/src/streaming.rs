@@ -19,8 +19,9 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -36,7 +37,9 @@ use tokio::{
     sync::{
         Semaphore,
         mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+        watch,
     },
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -64,6 +67,10 @@ const WINDOW_UPDATE: &str = "containerd.types.transfer.WindowUpdate";
 
 /// Input that may be on its way to us, in bytes: containerd's own window.
 const WINDOW: i64 = 64 << 10;
+/// How long containerd may take to read the rest of a stream before its connection is closed all the same.
+const UNREAD: Duration = Duration::from_secs(5);
+/// How long containerd is silent when it has read a stream to its end.
+const SILENCE: Duration = Duration::from_millis(200);
 /// The longest stream id, in bytes.
 const ID_LIMIT: usize = 512;
 /// Output that a client may ask for at once, in bytes; more is a defect of the client.
@@ -73,15 +80,19 @@ const CREDIT_LIMIT: usize = 1 << 40;
 #[derive(Clone)]
 pub struct Streaming {
     hub: StreamHub,
-    /// Cancelled when the connection is gone: ttrpc does not tell a stream's handler.
+    /// Cancelled when the connection is gone: ttrpc does not tell a stream's handler. Cancelling it ends the connection.
     closed: CancellationToken,
+    /// Changes whenever containerd has sent something on the connection.
+    heard: watch::Receiver<()>,
+    /// Streams on the connection that have not been let go.
+    open: Arc<AtomicUsize>,
 }
 
 impl Streaming {
-    /// A service over `hub` for the connection that ends with `closed`.
+    /// A service over `hub` for the connection that ends with `closed` and is `heard` from.
     #[must_use]
-    pub fn new(hub: StreamHub, closed: CancellationToken) -> Self {
-        Self { hub, closed }
+    pub fn new(hub: StreamHub, closed: CancellationToken, heard: watch::Receiver<()>) -> Self {
+        Self { hub, closed, heard, open: Arc::default() }
     }
 
     /// The service under its name.
@@ -96,38 +107,56 @@ impl Streaming {
         let (sender, mut receiver) = ServerStream::<Any, Any>::new(stream).split();
         let Some(id) = init(&mut receiver, &self.closed).await? else { return Ok(()) };
         let end = self.hub.attach(&id);
+        self.open.fetch_add(1, Ordering::Relaxed);
         send(&sender, ACKNOWLEDGEMENT, Vec::new()).await?;
         debug!(id, "stream opened");
         let flow = Flow::default();
         let (queue, queued) = unbounded_channel();
-        let result = select! {
+        let (sent, result) = select! {
             biased;
-            result = output(&end, &sender, &flow) => {
-                debug!(id, "stream sent");
-                if result.is_ok() {
-                    self.let_go_later(end);
-                }
-                return result;
-            }
+            result = output(&end, &sender, &flow) => (result.is_ok(), result),
             result = async {
                 tokio::try_join!(receive(receiver, queue, &flow, &self.closed), input(&end, &sender, queued, &flow)).map(drop)
-            } => result,
+            } => (false, result),
         };
-        debug!(id, "stream ended");
+        debug!(id, sent, "stream ended");
+        // Input is let go at once, for that tells the process that there is no more.
+        self.let_go_later(Some(end).filter(|_| sent));
         result
     }
 
-    /// Holds on to a stream whose output is sent until containerd closes the connection, which it does when it has read all of
+    /// Ends the connection of a stream that has ended, and before that holds on to sent output until containerd has read all of
     /// it. A process's exit is told only then: containerd drops what it has not read when it hears of it.
-    fn let_go_later(&self, end: StreamEnd) {
-        let closed = self.closed.clone();
+    ///
+    /// containerd 2.4 closes the connection then. Earlier ones only close their side of the stream, with the last frame they send
+    /// on the connection, and would keep it for ever: so silence after something was heard ends it, and a daemon that serves
+    /// thousands of processes does not keep two descriptors for each.
+    fn let_go_later(&self, output: Option<StreamEnd>) {
+        let Self { closed, mut heard, open, .. } = self.clone();
+        heard.mark_unchanged();
         tokio::spawn(async move {
+            if let Some(end) = output {
+                select! {
+                    () = closed.cancelled() => {}
+                    () = end.superseded() => {}
+                    _ = timeout(UNREAD, heard.changed()) => silence(&mut heard).await,
+                }
+            }
+            // The last answer may still be on its way out.
             select! {
                 () = closed.cancelled() => {}
-                () = end.superseded() => {}
+                () = silence(&mut heard) => {}
+            }
+            if open.fetch_sub(1, Ordering::Relaxed) == 1 {
+                closed.cancel();
             }
         });
     }
+}
+
+/// Waits until the peer has sent nothing for a while.
+async fn silence(heard: &mut watch::Receiver<()>) {
+    while timeout(SILENCE, heard.changed()).await.is_ok_and(|heard| heard.is_ok()) {}
 }
 
 #[async_trait]

@@ -21,7 +21,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
     select,
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, warn};
@@ -59,7 +59,7 @@ impl Acceptor {
         let place = self.places.clone().acquire_owned().await.ok();
         loop {
             match self.listener.accept().await {
-                Ok((stream, _)) => return Connection { stream, _place: place, _guard: None },
+                Ok((stream, _)) => return Connection { stream, heard: None, _place: place, _guard: None },
                 Err(error) => {
                     warn!(%error, "cannot accept a connection; trying again");
                     tokio::time::sleep(PAUSE).await;
@@ -73,6 +73,8 @@ impl Acceptor {
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    /// Told whenever the peer has sent something.
+    heard: Option<watch::Sender<()>>,
     _place: Option<OwnedSemaphorePermit>,
     _guard: Option<DropGuard>,
 }
@@ -84,11 +86,23 @@ impl Connection {
         self._guard = Some(token.clone().drop_guard());
         token
     }
+
+    /// Changes whenever the peer has sent something.
+    fn heard(&mut self) -> watch::Receiver<()> {
+        self.heard.get_or_insert_with(|| watch::channel(()).0).subscribe()
+    }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before
+            && let Some(heard) = &self.heard
+        {
+            heard.send_replace(());
+        }
+        polled
     }
 }
 
@@ -135,9 +149,9 @@ pub async fn serve(acceptor: Acceptor, task: TaskService, hub: StreamHub, stop: 
 }
 
 async fn serve_one(mut connection: Connection, task: TaskService, hub: StreamHub) {
-    let closed = connection.closed();
-    let services: HashMap<String, Service> =
-        task.services().into_iter().chain(Streaming::new(hub, closed.clone()).services()).collect();
+    let (closed, heard) = (connection.closed(), connection.heard());
+    let streaming = Streaming::new(hub, closed.clone(), heard);
+    let services: HashMap<String, Service> = task.services().into_iter().chain(streaming.services()).collect();
     let only = futures::stream::once(async { Ok(connection) });
     let mut server = Server::new().add_listener(Listener::new(only)).register_service(services);
     match server.start().await {
