@@ -100,7 +100,8 @@ impl Snapshot {
             self.threads += entries(Path::new(&format!("/proc/{pid}/task"))).len();
             let ns = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
             if ns(pid) != ns(own_pid) {
-                for point in census::mounts_below(dir, pid)? {
+                // It cannot be read of a process that is about to end.
+                for point in census::mounts_below(dir, pid).unwrap_or_default() {
                     self.count("mount of kuasard", point.display().to_string());
                 }
             }

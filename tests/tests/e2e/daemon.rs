@@ -12,7 +12,7 @@ use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, tools, wait};
 use nix::sys::signal::Signal;
 use tonic::Code;
 
-use crate::suite::{Entry, Lone, cases};
+use crate::suite::{Entry, Lone, agree, cases};
 
 pub(crate) fn cases() -> Vec<Entry> {
     let mut cases = cases![Stdio Alone: containerd_restarts];
@@ -212,6 +212,7 @@ async fn kuasard_is_stopped_while_calls_are_in_flight(lone: &Lone) -> Result<()>
         })
         .await?;
     }
+    agree(&node).await?;
     node.cri.remove_all_pods().await?;
     node.assert_no_leak(&before).await?;
     node.stop().await

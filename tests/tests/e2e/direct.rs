@@ -20,8 +20,8 @@ use kuasar_shim::proto::sandbox::{
     ControllerCreateRequest, ControllerShutdownRequest, ControllerStartRequest, ControllerStatusRequest, ControllerStopRequest,
 };
 use kuasar_shim::server::{CONTROL_SOCKET, TASK_SOCKET};
-use kuasar_tests::cri::k8s_cri::v1::{NamespaceMode, PodSandboxConfig};
-use kuasar_tests::tools;
+use kuasar_tests::cri::k8s_cri::v1::PodSandboxConfig;
+use kuasar_tests::{Node, PodSpec, tools};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
@@ -45,7 +45,8 @@ pub(crate) fn cases() -> Vec<Entry> {
     ]
 }
 
-const NAMESPACE: &str = "k8s.io";
+/// Not CRI's: there a sandbox that containerd's store does not have would be taken for forgotten.
+const NAMESPACE: &str = "e2e";
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// A client of kuasard that speaks as containerd does.
@@ -94,17 +95,45 @@ async fn connect(state: &Path) -> Result<TaskClient> {
     Ok(TaskClient::new(Client::new(Socket::new(stream))))
 }
 
+async fn dial(state: &Path) -> Result<ControllerClient<Channel>> {
+    let socket = state.join(CONTROL_SOCKET);
+    let dial = move |_: Uri| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    };
+    let channel = Endpoint::from_static("http://kuasard").connect_with_connector(tower::service_fn(dial)).await?;
+    Ok(ControllerClient::new(channel))
+}
+
+/// A Create request for a pod.
+fn wanted(id: &str, sandboxer: &str, config: &PodSandboxConfig) -> ControllerCreateRequest {
+    let options = prost_types::Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: config.encode_to_vec() };
+    ControllerCreateRequest {
+        sandbox_id: id.to_owned(),
+        options: Some(options),
+        sandboxer: sandboxer.to_owned(),
+        ..Default::default()
+    }
+}
+
+/// Makes and removes a pod in the namespace of these cases, whose directories kuasard keeps from then on.
+pub(crate) async fn first(node: &Node, handler: &str) -> Result<()> {
+    let state = node.kuasard.as_ref().context("the node has no kuasard")?.state();
+    let mut controller = dial(state).await?;
+    let id = format!("first-{handler}");
+    controller.create(request(wanted(&id, handler, &PodSpec::new("first").host_network().config))).await?;
+    controller.start(request(ControllerStartRequest { sandbox_id: id.clone(), ..Default::default() })).await?;
+    controller.stop(request(ControllerStopRequest { sandbox_id: id.clone(), ..Default::default() })).await?;
+    controller.shutdown(request(ControllerShutdownRequest { sandbox_id: id, ..Default::default() })).await?;
+    Ok(())
+}
+
 impl<'a> Direct<'a> {
     async fn new(case: &'a Case) -> Result<Self> {
         let state = case.node.kuasard.as_ref().context("the node has no kuasard")?.state().to_path_buf();
-        let socket = state.join(CONTROL_SOCKET);
-        let dial = move |_: Uri| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        };
-        let channel = Endpoint::from_static("http://kuasard").connect_with_connector(tower::service_fn(dial)).await?;
+        let controller = dial(&state).await?;
         let task = connect(&state).await?;
-        Ok(Self { case, state, controller: ControllerClient::new(channel), task, pods: Mutex::default() })
+        Ok(Self { case, state, controller, task, pods: Mutex::default() })
     }
 
     /// An id of this case, which is looked for afterwards.
@@ -120,19 +149,11 @@ impl<'a> Direct<'a> {
 
     /// A Create request for a pod with the node's network.
     fn wanted(&self, id: &str) -> ControllerCreateRequest {
-        let mut spec = self.case.spec();
-        spec.namespaces().network = NamespaceMode::Node.into();
-        self.wanted_as(id, spec.config)
+        self.wanted_as(id, self.case.spec().host_network().config)
     }
 
     fn wanted_as(&self, id: &str, config: PodSandboxConfig) -> ControllerCreateRequest {
-        let options = prost_types::Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: config.encode_to_vec() };
-        ControllerCreateRequest {
-            sandbox_id: id.to_owned(),
-            options: Some(options),
-            sandboxer: self.case.handler.clone(),
-            ..Default::default()
-        }
+        wanted(id, &self.case.handler, &config)
     }
 
     async fn start(&self, id: &str) -> Result<(), tonic::Status> {

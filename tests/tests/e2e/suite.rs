@@ -118,6 +118,9 @@ impl Lone {
 async fn baseline(node: &Node, handlers: &[String]) -> Result<Snapshot> {
     let before = node.snapshot()?;
     for handler in handlers {
+        if let Some((name, _)) = sandboxer(handler) {
+            crate::direct::first(node, name).await?;
+        }
         let pod = node.run_pod(PodSpec::new("first").handler(handler).shared_pid()).await?;
         let container = pod.run(ContainerSpec::new("c").sleep()).await?;
         ensure!(container.exec(["true"]).await?.exit_code == 0, "the first exec with {handler} fails");
@@ -426,6 +429,17 @@ fn trial(runtime: &Arc<Runtime>, all: &Arc<Shared>, entry: Entry, handler: &str)
             result.map_err(|error| Failed::from(format!("{error:#}")))
         })
     })
+}
+
+/// Waits until kuasard has as many sandboxes as CRI has pods of its handlers: those that containerd has forgotten have to be found
+/// out.
+pub(crate) async fn agree(node: &Node) -> Result<()> {
+    let dir = node.kuasard.as_ref().context("the node has no kuasard")?.state().join("sandboxes/k8s.io");
+    wait::until("kuasard to have the sandboxes that containerd has", kuasar_tests::cri::SOON, || async {
+        let pods = node.cri.pods().await?.into_iter().filter(|pod| pod.runtime_handler.starts_with(OURS)).count();
+        Ok((std::fs::read_dir(&dir)?.count() == pods).then_some(()))
+    })
+    .await
 }
 
 /// Polls until `condition` holds.
