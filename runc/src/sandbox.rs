@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use futures::future::join_all;
 use kuasar_sandboxers::{
     Container, Error, Result, Sandbox, SandboxContext,
-    cgroup::{Cgroup, Stats, expect_move, parent_path},
+    cgroup::{Cgroup, Stats, parent_path},
     id::ContainerId,
     mount,
     podfiles::PodFiles,
@@ -176,8 +176,6 @@ impl Pod {
     }
 
     async fn start_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
-        // Containers tend to follow at once.
-        expect_move();
         let reaper = &self.context.reaper;
         let made = namespaces::make(&self.spec, &self.dir, &self.program, reaper, undo).await?;
         let mut state = State { namespaces: Some(made.namespaces), ..State::default() };

@@ -12,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 use kuasar_sandboxers::{
     Error, Result, Sandbox, SandboxContext, Sandboxer,
-    cgroup::Cgroup,
+    cgroup::{Cgroup, expect_move},
     id::{Namespace, SandboxId},
     mount,
     reaper::Reaper,
@@ -145,6 +145,8 @@ impl Sandboxer for RuncSandboxer {
     }
 
     async fn create(&self, spec: Arc<SandboxSpec>, context: SandboxContext) -> Result<Arc<dyn Sandbox>> {
+        // Its start and its first container tend to follow at once.
+        expect_move();
         namespaces::check(&spec)?;
         let pod = self.pod(spec, context).await?;
         if pod.dir.exists() {
