@@ -288,6 +288,14 @@ impl Owner {
     }
 
     pub(crate) fn kill(&mut self, key: Key, signal: i32, all: bool, reply: Reply<()>) {
+        // containerd deletes what has ended while another of its callers may still try to kill it, and closes the connection when
+        // Delete is answered: this answer must not wait for that one.
+        if let Ok(process) = self.process(&key)
+            && matches!(process.state, ProcessState::Stopped { .. })
+        {
+            let refused = self.admit(&key, ProcessRequest::Kill).map(drop);
+            return self.answer(reply, refused);
+        }
         self.in_lane(key, ProcessRequest::Kill, reply, move |process| async move { process.kill(signal, all).await });
     }
 
