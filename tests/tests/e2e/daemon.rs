@@ -57,7 +57,11 @@ async fn containerd_restarts(lone: &Lone) -> Result<()> {
         let ending = pod.run(ContainerSpec::new("ending").sh(&script).mount(&flags, "/flags", true)).await?;
         let pid = ending.pid().await?;
         let count = numbers(&counter.logs()?)?.len();
-        if abruptly { node.containerd.kill()? } else { node.containerd.stop()? }
+        if abruptly {
+            node.containerd.kill()?
+        } else {
+            node.containerd.stop()?
+        }
         fs::write(flags.join(code.to_string()), "")?;
         gone(pid).await?;
         node.containerd.start().await?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CreateTaskRequest, DeleteRequest, KillRequest, Mount, StartRequest, StateRequest, Status as TaskStatus,
-    WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CreateTaskRequest, DeleteRequest, KillRequest, Mount, StartRequest, StateRequest,
+    Status as TaskStatus, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::TaskClient;
 use futures::FutureExt as _;
@@ -27,8 +27,8 @@ use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint, Uri};
-use ttrpc::asynchronous::transport::Socket;
 use ttrpc::r#async::Client;
+use ttrpc::asynchronous::transport::Socket;
 
 use crate::suite::{Case, Entry, cases, eventually};
 
@@ -492,7 +492,8 @@ async fn logs_to_files_and_programs(case: &Case) -> Result<()> {
         async move {
             let pod = direct.pod("logging").await?;
             let run = |id: String, uri: String| async move {
-                let mut wanted = direct.container(&pod_of(direct), &id, "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo $i; done")?;
+                let mut wanted =
+                    direct.container(&pod_of(direct), &id, "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo $i; done")?;
                 wanted.stdout.clone_from(&uri);
                 wanted.stderr = uri;
                 direct.task.create(context(), &wanted).await?;

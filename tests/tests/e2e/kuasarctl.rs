@@ -38,7 +38,9 @@ async fn pods_are_listed_and_inspected(case: &Case) -> Result<()> {
     let container = pod.run(ContainerSpec::new("c").sleep()).await?;
     let table = said(&case.node, &["ps", "--no-trunc"])?;
     let line = |id: &str| table.lines().find(|line| line.contains(id)).with_context(|| format!("no {id} in:\n{table}"));
-    assert!(line(&pod.id)?.contains("default/pod") && line(&pod.id)?.contains(&case.handler) && line(&pod.id)?.contains("ready"));
+    assert!(
+        line(&pod.id)?.contains("default/pod") && line(&pod.id)?.contains(&case.handler) && line(&pod.id)?.contains("ready")
+    );
     assert!(line(&container.id)?.contains("running") && line(&container.id)?.contains(&container.pid().await?.to_string()));
     assert!(said(&case.node, &["ps"])?.contains(&pod.id[..13]));
     assert!(!said(&case.node, &["ps", "-n", "another"])?.contains(&pod.id[..13]));

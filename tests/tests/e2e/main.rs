@@ -13,6 +13,7 @@
 //!
 //! `KUASAR_E2E_HANDLERS` chooses the handlers (`runc`, `kuasar-runc`, `kuasar-crun`, separated by commas), `KUASAR_E2E_TIMES=1`
 //! shows how long each case took; the arguments are libtest's.
+#![allow(clippy::unwrap_used)] // it is all test code, though not in test functions
 
 mod bad;
 mod daemon;

@@ -76,7 +76,8 @@ async fn two_hundred_pods(lone: &Lone) -> Result<()> {
         }
         Ok::<_, anyhow::Error>(grown)
     };
-    let settled = wait::until("kuasard to be as small as before", SETTLE, || async { Ok(grown()?.is_empty().then_some(())) }).await;
+    let settled =
+        wait::until("kuasard to be as small as before", SETTLE, || async { Ok(grown()?.is_empty().then_some(())) }).await;
     settled.with_context(|| format!("{:?}", grown()))?;
     node.stop().await
 }

@@ -102,11 +102,6 @@ impl Lone {
         baseline(node, std::slice::from_ref(&self.handler)).await
     }
 
-    /// Whether the handler is a sandboxer of ours.
-    pub(crate) fn is_ours(&self) -> bool {
-        self.handler.starts_with(OURS)
-    }
-
     /// Records a skip.
     pub(crate) fn skip(&self, missing: &str) -> Result<()> {
         skip::record(&self.name, missing);
