@@ -21,7 +21,7 @@ use kuasar_sandboxers::{
     lifecycle::SandboxState,
     registry::Registry,
 };
-use prost_types::Timestamp;
+use prost_types::{Any, Timestamp};
 use serde_json::json;
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
@@ -43,6 +43,11 @@ use crate::{
 
 /// Version of the Task API behind the address.
 const TASK_VERSION: u32 = 3;
+
+/// The type of a sandbox's spec in containerd's store.
+const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+/// A pod has no container of its own to be described. Without any spec containerd 2.3 and later log an error for each container.
+const EMPTY_SPEC: &str = r#"{"ociVersion":"1.0.2"}"#;
 
 /// The only part of a sandbox that Update understands.
 const EXTENSIONS: &str = "extensions";
@@ -114,7 +119,7 @@ impl controller_server::Controller for Controller {
             labels: HashMap::new(),
             address: self.address.to_string(),
             version: TASK_VERSION,
-            spec: None,
+            spec: Some(Any { type_url: SPEC.into(), value: EMPTY_SPEC.into() }),
         }))
     }
 
