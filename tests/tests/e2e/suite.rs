@@ -102,6 +102,11 @@ impl Lone {
         baseline(node, std::slice::from_ref(&self.handler)).await
     }
 
+    /// Whether the handler is a sandboxer of ours.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.handler.starts_with(OURS)
+    }
+
     /// Records a skip.
     pub(crate) fn skip(&self, missing: &str) -> Result<()> {
         skip::record(&self.name, missing);
@@ -235,10 +240,17 @@ impl Case {
     /// Removes what is left of the case's pods.
     async fn clean_up(&self) -> Result<()> {
         let ids = self.cri.ids();
-        let mut runtime = self.cri.runtime();
         for pod in self.cri.pods().await?.into_iter().filter(|pod| ids.contains(&pod.id)) {
+            let mut runtime = self.cri.runtime();
             runtime.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() }).await?;
-            runtime.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod.id }).await?;
+            let remove = || async {
+                let request = RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+                self.cri.runtime().remove_pod_sandbox(request).await
+            };
+            // containerd may still call a container running that is ending by itself.
+            if remove().await.is_err() {
+                wait::until("a pod to be removable", SETTLE, || async { Ok(remove().await.ok()) }).await?;
+            }
         }
         std::fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
     }
