@@ -4,8 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use kuasar_tests::cri::k8s_cri::v1::{ContainerState, LinuxContainerResources, ListContainerStatsRequest};
+use kuasar_tests::cri::k8s_cri::v1::{
+    ContainerState, LinuxContainerResources, ListContainerStatsRequest, ListPodSandboxMetricsRequest,
+};
 use kuasar_tests::{Container, ContainerSpec};
+
+use tonic::Code;
 
 use crate::suite::{Case, Entry, cases, eventually, refused};
 
@@ -19,6 +23,8 @@ pub(crate) fn cases() -> Vec<Entry> {
         a_child_out_of_memory,
         limits_that_cannot_be,
         paused_and_resumed,
+        a_pods_resources_change,
+        metrics_are_listed,
     ]
 }
 
@@ -188,6 +194,38 @@ async fn a_child_out_of_memory(case: &Case) -> Result<()> {
     assert_eq!(ran.exit_code, 137, "{ran:?}");
     assert_eq!(container.state().await?, ContainerState::ContainerRunning);
     assert_eq!(container.sh("echo on").await?.stdout(), "on\n");
+    Ok(())
+}
+
+async fn a_pods_resources_change(case: &Case) -> Result<()> {
+    if case.node.containerd.version() < (2, 3, 0) {
+        return case.skip("UpdatePodSandboxResources needs containerd 2.3");
+    }
+    let pod = case
+        .run(case.spec().host_network().resources(LinuxContainerResources { cpu_shares: 1024, ..Default::default() }))
+        .await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let resources = LinuxContainerResources { cpu_shares: 512, memory_limit_in_bytes: 256 * MIB, ..Default::default() };
+    pod.update(resources, None).await?;
+    // The pod's cgroup is kubelet's; a container keeps what is its own.
+    assert_eq!(container.sh("echo on").await?.stdout(), "on\n");
+    Ok(())
+}
+
+async fn metrics_are_listed(case: &Case) -> Result<()> {
+    let pod = case.pod().await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let listed = case.cri.runtime().list_pod_sandbox_metrics(ListPodSandboxMetricsRequest {}).await;
+    let pods = match listed {
+        Err(status) if status.code() == Code::Unimplemented => {
+            return case.skip("ListPodSandboxMetrics needs a newer containerd");
+        }
+        listed => listed?.into_inner().pod_metrics,
+    };
+    let of_pod = pods.into_iter().find(|metrics| metrics.pod_sandbox_id == pod.id).context("no metrics of the pod")?;
+    let of_container = of_pod.container_metrics.into_iter().find(|metrics| metrics.container_id == container.id);
+    let metrics = of_container.context("no metrics of the container")?.metrics;
+    assert!(metrics.iter().any(|metric| metric.name == "container_memory_working_set_bytes"), "{metrics:?}");
     Ok(())
 }
 

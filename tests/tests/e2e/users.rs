@@ -9,13 +9,26 @@ use kuasar_tests::{ContainerSpec, Pod};
 use crate::suite::{Case, Entry, cases, refused};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![Handlers Shared:
+    let mut cases = cases![Handlers Shared:
         users_and_groups,
         users_that_do_not_exist,
         a_user_namespace,
         a_user_namespace_with_volumes_and_processes,
         two_user_namespaces_do_not_meet,
-    ]
+    ];
+    cases.extend(cases![Ours Shared: what_the_runtime_can_do_is_offered]);
+    cases
+}
+
+async fn what_the_runtime_can_do_is_offered(case: &Case) -> Result<()> {
+    if case.node.containerd.version() < (2, 4, 0) {
+        return case.skip("containerd before 2.4 asks only the runc shim what its OCI runtime can do");
+    }
+    let peer = case.handler.trim_start_matches("kuasar-");
+    let handlers = case.cri.handlers().await?;
+    let of_peer = handlers.into_iter().find(|handler| handler.name == peer).and_then(|handler| handler.features);
+    assert_eq!(Some(case.features().await?), of_peer, "the same as with the runc shim");
+    Ok(())
 }
 
 async fn users_and_groups(case: &Case) -> Result<()> {
