@@ -82,6 +82,7 @@ pub async fn run(fixture: &dyn Fixture) -> Vec<(&'static str, Outcome)> {
         states_are_respected,
         signals_end_processes,
         stopping_ends_everything,
+        stopping_deletes_what_was_never_started,
         deleting_a_live_sandbox_leaves_nothing,
         a_failed_start_can_be_deleted,
         many_containers_at_once,
@@ -337,6 +338,23 @@ async fn stopping_ends_everything(daemon: &mut Daemon<'_>) -> Outcome {
     }
     let status = within("status", pod.status()).await?;
     ensure!(status.state.phase() == SandboxPhase::Stopped, "stopped but {:?}", status.state);
+    within("delete", pod.delete()).await
+}
+
+/// containerd forgets the task of a container whose creation was cancelled, and cannot remove the pod while we know of it.
+async fn stopping_deletes_what_was_never_started(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let running = daemon.container(&pod, "running", Behaviour::Run).await?;
+    within("start", running.start(None)).await?;
+    let orphan = daemon.container(&pod, "orphan", Behaviour::Run).await?;
+    within("stop", pod.stop(Duration::ZERO)).await?;
+    match within("status of the orphan", async { Ok(orphan.status(None).await) }).await? {
+        Err(Error::NotFound { .. }) => {}
+        other => return Err(format!("a container that was never started outlives the stop of its sandbox: {other:?}")),
+    }
+    let history = daemon.history("orphan").await?;
+    ensure!(history == ["created", "exited", "deleted"], "events came as {history:?}");
+    ensure!(within("wait", running.wait(None)).await?.status == 137, "stopped but not killed");
     within("delete", pod.delete()).await
 }
 

@@ -235,6 +235,15 @@ impl ContainerHandle {
         ended(exit).await
     }
 
+    /// Waits until the container is deleted.
+    pub async fn deleted(&self) {
+        let key = self.key(None);
+        if let Ok(mut exit) = self.sandbox.read(move |owner| Ok(owner.process(&key)?.exit.subscribe())).await {
+            // Its sender goes with the container.
+            while exit.changed().await.is_ok() {}
+        }
+    }
+
     /// What is known of a process.
     ///
     /// # Errors

@@ -64,6 +64,11 @@ impl ProcessEntry {
         let (exit, _) = watch::channel(state.exit());
         Self { state, stdio, process, exit, early_exit: None, lane: Lane::default() }
     }
+
+    /// Whether no job of it runs.
+    pub(crate) fn is_idle(&self) -> bool {
+        !self.lane.busy
+    }
 }
 
 /// A container and what is known of it.
@@ -249,8 +254,8 @@ impl Owner {
 
     /// Whether no job runs in any lane.
     pub(crate) fn idle(&self) -> bool {
-        let busy = |entry: &ContainerEntry| entry.init.lane.busy || entry.execs.values().any(|exec| exec.lane.busy);
-        !self.lane.busy && self.creating == 0 && !self.containers.values().any(busy)
+        let idle = |entry: &ContainerEntry| entry.init.is_idle() && entry.execs.values().all(ProcessEntry::is_idle);
+        !self.lane.busy && self.creating == 0 && self.containers.values().all(idle)
     }
 
     pub(crate) fn when_idle(&mut self, call: impl FnOnce(&mut Self) + Send + 'static) {

@@ -5,7 +5,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures::future::join_all;
 use serde_json::Value;
+use tokio::sync::oneshot;
 use tracing::error;
 
 use crate::{
@@ -56,17 +58,48 @@ impl Owner {
                 return owner.answer(reply, Ok(()));
             }
             owner.sandbox_step(SandboxStep::Stop);
+            let orphans = owner.never_started();
             let sandbox = owner.sandbox.clone();
-            owner.job(None, async move { sandbox.stop(grace).await }, move |owner, stopped| {
-                if let Err(error) = stopped {
-                    return owner.answer(reply, Err(error));
-                }
-                owner.sandbox_step(SandboxStep::Ended { exit: Exit::now(0) });
-                // If this were lost, the sandbox would come back as ready and could never be removed.
-                owner.after_save(move |_, saved| {
-                    let _ = reply.send(saved.map_err(Error::failed("save that the sandbox is stopped")));
-                });
+            owner.job(None, async move { sandbox.stop(grace).await }, move |owner, stopped| match stopped {
+                Ok(()) => owner.delete_orphans(orphans, move |owner| owner.stopped(reply)),
+                Err(error) => owner.answer(reply, Err(error)),
             });
+        });
+    }
+
+    fn stopped(&mut self, reply: Reply<()>) {
+        self.sandbox_step(SandboxStep::Ended { exit: Exit::now(0) });
+        // If this were lost, the sandbox would come back as ready and could never be removed.
+        self.after_save(move |_, saved| {
+            let _ = reply.send(saved.map_err(Error::failed("save that the sandbox is stopped")));
+        });
+    }
+
+    /// Containers that were created and not started, and are not being started now.
+    fn never_started(&self) -> Vec<Key> {
+        let unstarted = |entry: &ContainerEntry| entry.init.is_idle() && matches!(entry.init.state, ProcessState::Created { .. });
+        self.containers.values().filter(|entry| unstarted(entry)).map(|entry| (entry.head.id.clone(), None)).collect()
+    }
+
+    /// Deletes containers of a stopped sandbox that were never started. containerd stops and deletes its containers before it stops
+    /// their sandbox, but it forgets the task of one whose creation was cancelled at its end ("failed to get task pid"), and removes
+    /// neither container nor pod as long as we know of that task.
+    fn delete_orphans(&mut self, orphans: Vec<Key>, then: impl FnOnce(&mut Self) + Send + 'static) {
+        let deletions: Vec<_> = orphans
+            .into_iter()
+            .map(|key| {
+                let (reply, deleted) = oneshot::channel();
+                self.delete_process(key.clone(), reply);
+                async move { (key.0, deleted.await) }
+            })
+            .collect();
+        self.job(None, async move { Ok(join_all(deletions).await) }, move |owner, deletions| {
+            for (container, deleted) in deletions.into_iter().flatten() {
+                if let Ok(Err(error)) = deleted {
+                    error!(%container, error = error.report(), "a container that was never started remains until its sandbox is deleted");
+                }
+            }
+            then(owner);
         });
     }
 

@@ -151,7 +151,7 @@ pub async fn serve(acceptor: Acceptor, task: TaskService, hub: StreamHub, stop: 
 async fn serve_one(mut connection: Connection, task: TaskService, hub: StreamHub) {
     let (closed, heard) = (connection.closed(), connection.heard());
     let streaming = Streaming::new(hub, closed.clone(), heard);
-    let services: HashMap<String, Service> = task.services().into_iter().chain(streaming.services()).collect();
+    let services: HashMap<String, Service> = task.services(&closed).into_iter().chain(streaming.services()).collect();
     let only = futures::stream::once(async { Ok(connection) });
     let mut server = Server::new().add_listener(Listener::new(only)).register_service(services);
     match server.start().await {

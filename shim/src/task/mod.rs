@@ -6,7 +6,7 @@
 mod bundle;
 pub mod connection;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -30,6 +30,8 @@ use kuasar_sandboxers::{
 };
 use protobuf::{MessageField, well_known_types::any::Any};
 use serde_json::Value;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::{calls::Calls, events, metrics, status::IntoStatus};
@@ -37,27 +39,34 @@ use crate::{calls::Calls, events, metrics, status::IntoStatus};
 /// Names of the service: containerd 2.x asks for the first, 1.7 for the second.
 const NAMES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
 
+/// How long containerd may keep a connection whose container is deleted. It closes it as soon as Delete is answered, unless it does
+/// not know that the container was created: then it keeps the connection, and a task that it takes for live, until it restarts.
+const UNCLOSED: Duration = Duration::from_secs(10);
+
 /// The service.
 #[derive(Clone)]
 pub struct TaskService {
     registry: Registry,
     calls: Calls,
+    /// Cancelled when the connection is gone; cancelling it ends the connection.
+    connection: CancellationToken,
 }
 
 impl TaskService {
     /// A service over `registry`.
     #[must_use]
     pub fn new(registry: Registry, calls: Calls) -> Self {
-        Self { registry, calls }
+        Self { registry, calls, connection: CancellationToken::new() }
     }
 
-    /// The service under its names, for one connection.
+    /// The service under its names, for the connection that ends with `connection`.
     #[must_use]
-    pub fn services(&self) -> HashMap<String, Service> {
+    pub fn services(&self, connection: &CancellationToken) -> HashMap<String, Service> {
+        let service = Arc::new(Self { connection: connection.clone(), ..self.clone() });
         NAMES
             .into_iter()
             .flat_map(|name| {
-                let services = create_task(Arc::new(self.clone())).into_values();
+                let services = create_task(service.clone()).into_values();
                 services.map(move |service| (name.to_owned(), service))
             })
             .collect()
@@ -81,6 +90,17 @@ impl TaskService {
     {
         let container = self.container(context, id).ttrpc()?;
         self.calls.run(name, id, work(container)).await.ttrpc()
+    }
+
+    /// Ends the connection some time after the container is deleted.
+    fn close_after(&self, container: ContainerHandle) {
+        let connection = self.connection.clone();
+        tokio::spawn(async move {
+            container.deleted().await;
+            if timeout(UNCLOSED, connection.cancelled()).await.is_err() {
+                connection.cancel();
+            }
+        });
     }
 }
 
@@ -159,12 +179,14 @@ impl Task for TaskService {
     async fn create(&self, context: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let namespace = namespace(context).ttrpc()?;
         let id: ContainerId = request.id.parse().ttrpc()?;
-        let (registry, subject) = (self.registry.clone(), id.clone());
+        let (registry, subject, named) = (self.registry.clone(), id.clone(), id.clone());
         let work = async move {
             let (sandbox, spec) = bundle::read(id, request)?;
-            registry.sandbox(&namespace, &sandbox)?.create_container(spec).await
+            let pid = registry.sandbox(&namespace, &sandbox)?.create_container(spec).await?;
+            Ok((pid, registry.container(&namespace, &named)?))
         };
-        let pid = self.calls.run("Task.Create", subject, work).await.ttrpc()?;
+        let (pid, container) = self.calls.run("Task.Create", subject, work).await.ttrpc()?;
+        self.close_after(container);
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 

@@ -84,7 +84,7 @@ async fn a_pod_shares_its_processes(case: &Case) -> Result<()> {
             .exit_code,
         0
     );
-    two.stop(0).await?;
+    two.wait_exit().await?;
     assert_eq!(one.state().await?, ContainerState::ContainerRunning);
     // One that asks for its own has its own.
     let apart = pod.run(ContainerSpec::new("apart").sleep().pid(NamespaceMode::Container, "")).await?;
