@@ -43,8 +43,8 @@ deny() {
 }
 
 end_to_end() {
-    cargo test --quiet --locked -p kuasar-tests --no-run --test harness --test e2e
-    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked -p kuasar-tests --test harness --test e2e --no-fail-fast
+    cargo test --quiet --locked -p kuasar-tests --no-run --test harness --test e2e --test demo
+    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked -p kuasar-tests --test harness --test e2e --test demo --no-fail-fast
 }
 
 missing_containerd() {

@@ -77,7 +77,8 @@ impl Owner {
 
     /// Containers that were created and not started, and are not being started now.
     fn never_started(&self) -> Vec<Key> {
-        let unstarted = |entry: &ContainerEntry| entry.init.is_idle() && matches!(entry.init.state, ProcessState::Created { .. });
+        let unstarted =
+            |entry: &ContainerEntry| entry.init.is_idle() && matches!(entry.init.state, ProcessState::Created { .. });
         self.containers.values().filter(|entry| unstarted(entry)).map(|entry| (entry.head.id.clone(), None)).collect()
     }
 

@@ -171,13 +171,16 @@ pub fn tail_bytes(path: &Path, count: u64) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Runs a program to its end and returns what it printed.
+/// Runs a program to its end and returns what it printed. It is a process group of its own, as a [`Daemon`] is.
 ///
 /// # Errors
 /// It cannot be run, or fails; the error carries its stderr.
 pub fn run(command: &mut Command) -> Result<String> {
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("run {}", command.get_program().to_string_lossy()))?;
+    let output = command
+        .stdin(Stdio::null())
+        .process_group(0)
+        .output()
+        .with_context(|| format!("run {}", command.get_program().to_string_lossy()))?;
     if !output.status.success() {
         bail!(
             "{} {} failed ({}): {}",

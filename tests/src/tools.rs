@@ -10,6 +10,8 @@ use std::process::Command;
 
 use thiserror::Error;
 
+use crate::process;
+
 /// What could not be found, and the remedy.
 #[derive(Debug, Error)]
 pub enum Missing {
@@ -139,8 +141,7 @@ impl Containerd {
 /// Reads the version out of what `containerd --version` prints: `containerd <module> [v]2.4.2+unknown <revision>`.
 fn version_of(containerd: &Path) -> Result<(u32, u32, u32), Missing> {
     let fail = |reason: String| Missing::Version { path: containerd.display().to_string(), reason };
-    let output = Command::new(containerd).arg("--version").output().map_err(|error| fail(error.to_string()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = process::run(Command::new(containerd).arg("--version")).map_err(|error| fail(format!("{error:#}")))?;
     text.split_whitespace().find_map(parse_version).ok_or_else(|| fail(format!("no version in {:?}", text.trim())))
 }
 

@@ -156,9 +156,6 @@ impl Driver {
         for name in NOT_OURS {
             command.env_remove(name);
         }
-        // runc and youki's helpers live for milliseconds and never need their garbage collected: a tenth less processor time for create
-        // and exec of runc 1.3.5, and the same memory. Containers do not inherit it.
-        command.env("GOGC", "off");
         Ok(log)
     }
 

@@ -138,7 +138,7 @@ pub(crate) async fn show(node: &Node, handler: &Handler, screen: &mut Screen) ->
 
     let mut pods = vec![pod];
     while pods.len() < PODS {
-        screen.status(&format!("{} pods of {PODS}", pods.len()))?;
+        screen.status(&format!("pod {} of {PODS}", pods.len() + 1))?;
         let pod = timed(&mut run, node.run_pod(handler.spec("more"))).await?;
         timed(&mut start, pod.run(self::web())).await?;
         pods.push(pod);
