@@ -1,9 +1,11 @@
 //! The frame of a program that runs a node: whatever ends it, the node is stopped in order.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 
 use crate::{Node, hybrid};
 
@@ -37,16 +39,28 @@ pub async fn run(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) 
     }
 }
 
+/// A program that `work` has just started may be hit by the same signal, and what fails by that may be known before the signal is.
+const SAME_SIGNAL: Duration = Duration::from_millis(200);
+
 async fn until_signal(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let name = tokio::select! {
-        result = work => return result,
-        _ = interrupt.recv() => SignalKind::interrupt(),
-        _ = terminate.recv() => SignalKind::terminate(),
-        _ = hangup.recv() => SignalKind::hangup(),
+    let signalled = async {
+        tokio::select! {
+            _ = interrupt.recv() => SignalKind::interrupt(),
+            _ = terminate.recv() => SignalKind::terminate(),
+            _ = hangup.recv() => SignalKind::hangup(),
+        }
+    };
+    tokio::pin!(signalled);
+    let kind = tokio::select! {
+        result = work => match result {
+            Ok(code) => return Ok(code),
+            Err(error) => timeout(SAME_SIGNAL, signalled).await.map_err(|_| error)?,
+        },
+        kind = &mut signalled => kind,
     };
     eprintln!("interrupted: removing everything");
-    Ok(ExitCode::from(128 + u8::try_from(name.as_raw_value())?))
+    Ok(ExitCode::from(128 + u8::try_from(kind.as_raw_value())?))
 }
