@@ -181,14 +181,16 @@ pub fn held(dir: &Path, mark: &str) -> Vec<String> {
 
 /// Removes the control groups the tests have made, when they are empty.
 pub fn remove_groups(mark: &str) {
-    for tree in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-        let dir = tree.path().join(mark);
-        if dir.is_dir()
-            && let Err(error) = fs::remove_dir(&dir)
-        {
+    fn remove(dir: &Path) {
+        for child in fs::read_dir(dir).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
+            remove(&child.path());
+        }
+        if let Err(error) = fs::remove_dir(dir) {
             eprintln!("cannot remove {}: {error}", dir.display());
         }
     }
+    let trees = fs::read_dir("/sys/fs/cgroup").unwrap().flatten().map(|tree| tree.path().join(mark));
+    trees.filter(|dir| dir.is_dir()).for_each(|dir| remove(&dir));
 }
 
 /// The children of a process.
