@@ -307,6 +307,12 @@ async fn signals_end_processes(daemon: &mut Daemon<'_>) -> Outcome {
     let history = daemon.history("unstarted").await?;
     ensure!(history == ["created", "exited", "deleted"], "events came as {history:?}");
 
+    // containerd does that when it has restarted between its creation and its start. The exit comes while the signal is still being sent.
+    let container = daemon.container(&pod, "killed", Behaviour::Run).await?;
+    within("kill of an unstarted container", container.kill(None, libc::SIGKILL, true)).await?;
+    ensure!(within("wait", container.wait(None)).await?.status == 137, "killed before its start, but not by SIGKILL");
+    within("delete", container.delete(None)).await?;
+
     // Its own exit, at once.
     let container = daemon.container(&pod, "short", Behaviour::Exit(42)).await?;
     let exit = container.wait(None);

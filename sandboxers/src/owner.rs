@@ -54,7 +54,7 @@ pub(crate) struct ProcessEntry {
     pub(crate) process: Arc<dyn Process>,
     /// Tells all who wait. Never changes once set.
     pub(crate) exit: watch::Sender<Option<Exit>>,
-    /// An exit that came while its start was still under way: told after the start.
+    /// An exit that came before its start, or while that was under way: told when what is under way is over.
     early_exit: Option<Exit>,
     lane: Lane,
 }
@@ -293,6 +293,9 @@ impl Owner {
                 lane.busy = false;
             }
             then(owner, result);
+            if let Some(key) = &key {
+                owner.tell_early_exit(key);
+            }
             // Each of these may make the lane busy again, and the rest goes on waiting; or remove it, and the rest is dropped, which
             // their clients are told as NotFound.
             while let Some(call) = owner.lane(key.as_ref()).filter(|lane| !lane.busy).and_then(|lane| lane.queue.pop_front()) {
@@ -413,7 +416,7 @@ impl Owner {
         self.tell_exit(key, exit);
     }
 
-    /// An exit that came during a start or a delete is told when that is over.
+    /// An exit that came while something was done with a process that was not started yet is told when that is over.
     pub(crate) fn tell_early_exit(&mut self, key: &Key) {
         let early = self.process(key).ok().and_then(|process| process.early_exit.take());
         if let Some(exit) = early {

@@ -316,7 +316,6 @@ impl Owner {
                     owner.publish(&key.0, kind);
                 }
                 owner.answer(reply, started);
-                owner.tell_early_exit(&key);
             });
         });
     }
