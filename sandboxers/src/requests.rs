@@ -61,7 +61,8 @@ impl Owner {
             let orphans = owner.never_started();
             let sandbox = owner.sandbox.clone();
             owner.job(None, async move { sandbox.stop(grace).await }, move |owner, stopped| match stopped {
-                Ok(()) => owner.delete_orphans(orphans, move |owner| owner.stopped(reply)),
+                Ok(()) if orphans.is_empty() => owner.stopped(reply),
+                Ok(()) => owner.delete_orphans(orphans, reply),
                 Err(error) => owner.answer(reply, Err(error)),
             });
         });
@@ -82,15 +83,15 @@ impl Owner {
         self.containers.values().filter(|entry| unstarted(entry)).map(|entry| (entry.head.id.clone(), None)).collect()
     }
 
-    /// Deletes containers of a stopped sandbox that were never started. containerd stops and deletes its containers before it stops
-    /// their sandbox, but it forgets the task of one whose creation was cancelled at its end ("failed to get task pid"), and removes
-    /// neither container nor pod as long as we know of that task.
-    fn delete_orphans(&mut self, orphans: Vec<Key>, then: impl FnOnce(&mut Self) + Send + 'static) {
+    /// Deletes containers of a stopped sandbox that were never started, then answers. containerd stops and deletes its containers
+    /// before it stops their sandbox, but it forgets the task of one whose creation was cancelled at its end ("failed to get task
+    /// pid"), and removes neither container nor pod as long as we know of that task.
+    fn delete_orphans(&mut self, orphans: Vec<Key>, reply: Reply<()>) {
         let deletions: Vec<_> = orphans
             .into_iter()
             .map(|key| {
-                let (reply, deleted) = oneshot::channel();
-                self.delete_process(key.clone(), reply);
+                let (told, deleted) = oneshot::channel();
+                self.delete_process(key.clone(), told);
                 async move { (key.0, deleted.await) }
             })
             .collect();
@@ -100,7 +101,7 @@ impl Owner {
                     error!(%container, error = error.report(), "a container that was never started remains until its sandbox is deleted");
                 }
             }
-            then(owner);
+            owner.stopped(reply);
         });
     }
 
