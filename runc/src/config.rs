@@ -2,6 +2,8 @@
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 /// Configuration of one runC sandboxer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuncConfig {
@@ -37,7 +39,7 @@ pub enum RuntimeChoice {
 }
 
 /// OCI runtimes known by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RuntimeName {
     /// <https://github.com/opencontainers/runc>
     Runc,

@@ -17,6 +17,7 @@ use kuasar_sandboxers::{
     Container, Error, Process, Result,
     cgroup::{Cgroup, OomWatch, Stats, expect_move},
     event::EventKind,
+    failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
     mount,
     reaper::ExitFuture,
@@ -82,21 +83,35 @@ struct Born {
 #[derive(Debug)]
 pub(crate) struct RuncContainer(Arc<Contained>);
 
-pub(crate) fn io_context(pod: &Pod, id: &ContainerId) -> IoContext {
+pub(crate) fn io_context(pod: &Pod, id: &ContainerId, exec: Option<&ExecId>) -> IoContext {
+    let sandbox = &pod.spec.id;
+    let name = match exec {
+        None => format!("{sandbox}/{id}"),
+        Some(exec) => format!("{sandbox}/{id}/{exec}"),
+    };
     IoContext {
         namespace: pod.spec.namespace.clone(),
         container: id.clone(),
         streams: pod.context.streams.clone(),
         reaper: pod.context.reaper.clone(),
         owner: pod.spec.options.io_owner,
+        fds: pod.context.fds.clone(),
+        name,
     }
 }
 
-/// Reads a pid file and removes it.
-pub(crate) fn take_pid(file: &Path) -> Result<u32> {
+/// Reads a pid file.
+pub(crate) fn read_pid(file: &Path) -> Result<u32> {
     let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
-    fs::remove_file(file).map_err(Error::io("remove", file))?;
     text.trim().parse().map_err(Error::failed(format!("read the pid in {}", file.display())))
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove_file(file: &Path) -> Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", file)(error)),
+        _ => Ok(()),
+    }
 }
 
 impl RuncContainer {
@@ -106,13 +121,15 @@ impl RuncContainer {
         undo.settle(created).await.map(Self)
     }
 
-    pub(crate) fn recover(pod: Arc<Pod>, head: ContainerHead, record: Value) -> Result<Self> {
+    pub(crate) async fn recover(pod: Arc<Pod>, head: ContainerHead, record: Value) -> Result<Self> {
         let record: Record = serde_json::from_value(record).map_err(Error::failed("read the container's record"))?;
-        let io = Io::adopt(&head.stdio, &io_context(&pod, &head.id))?;
+        // What may fail comes first: what is taken over with the stdio can be taken only once.
+        let process = Tracked::find(record.process)?;
+        let io = Io::adopt(&head.stdio, &io_context(&pod, &head.id, None)).await?;
         let contained = Arc::new(Contained {
             driver: pod.driver.with_systemd(record.systemd),
             identity: record.process,
-            process: Tracked::find(record.process)?,
+            process,
             cgroup: record.cgroup,
             own_pids: record.own_pids,
             mounted: record.mounted,
@@ -123,10 +140,7 @@ impl RuncContainer {
             head,
             pod,
         });
-        let exiting = match contained.process {
-            Some(_) => Exiting::Adopted(contained.pod.context.reaper.clone()),
-            None => Exiting::Missed,
-        };
+        let exiting = Exiting::adopted(contained.identity, contained.process.as_ref(), &contained.pod.context.reaper);
         contained.clone().begin(exiting);
         Ok(Self(contained))
     }
@@ -135,6 +149,7 @@ impl RuncContainer {
 async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<Arc<Contained>> {
     let ContainerSpec { id, bundle, spec: mut oci, rootfs, stdio } = spec;
     expect_move();
+    let _claim = pod.claim(id.as_str()).await;
     let systemd = pod.spec.options.systemd_cgroup || rewrite::wants_systemd(&oci);
     let driver = pod.driver.with_systemd(systemd);
     let target = bundle.join("rootfs");
@@ -159,6 +174,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         mount::mount_all(&rootfs, &target).await?;
         let target = target.clone();
         undo.push(format!("unmount {}", target.display()), async move { mount::unmount_all(&target).await });
+        failpoint::reach(Failpoint::Mounted);
     }
     if let Some(group) = unmade_group(&oci) {
         // crun, for one, leaves it behind when it cannot set a limit.
@@ -210,7 +226,7 @@ async fn give_birth(
     stdio: &Stdio,
     undo: &mut Undo,
 ) -> Result<Born> {
-    let context = io_context(pod, id);
+    let context = io_context(pod, id, None);
     let io = Prepared::open(stdio, &context, &pod.dir).await?;
     let pid_file = pod.dir.join(format!("{id}.pid"));
     let options = &pod.spec.options;
@@ -228,7 +244,8 @@ async fn give_birth(
     });
     let mark = pod.context.reaper.mark();
     driver.create(create, io.child_fds()?).await?;
-    let pid = take_pid(&pid_file)?;
+    let pid = read_pid(&pid_file)?;
+    remove_file(&pid_file)?;
     let exit = pod.context.reaper.exit_of(pid, mark);
     let process = Tracked::open(pid)?.ok_or_else(|| Error::Backend {
         program: driver.runtime().to_string(),
@@ -362,18 +379,14 @@ impl Contained {
             warn!(container = id, error = error.report(), "the runtime could not delete the container; forcing it");
             self.driver.delete(id, true).await?;
         }
+        failpoint::reach(Failpoint::ContainerDeleted);
         if let Some(cgroup) = &self.cgroup {
             cgroup.remove().await?;
         }
         if self.mounted {
             mount::unmount_all(&self.head.bundle.join("rootfs")).await?;
         }
-        match fs::remove_file(self.pod.dir.join(format!("{id}.pid"))) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(Error::io("remove the pid file in", &self.pod.dir)(error));
-            }
-            _ => {}
-        }
+        remove_file(&self.pod.dir.join(format!("{id}.pid")))?;
         self.pod.forget(&self.head.id);
         Ok(())
     }
@@ -392,6 +405,16 @@ impl Process for RuncContainer {
     async fn start(&self) -> Result<u32> {
         self.0.driver.start(self.0.head.id.as_str()).await?;
         Ok(self.0.identity.pid)
+    }
+
+    async fn started(&self) -> Result<Option<u32>> {
+        let Contained { driver, head, identity, .. } = &*self.0;
+        if self.0.live_pid().is_none() {
+            // Its exit is about to be told, and says all.
+            return Ok(None);
+        }
+        let state = driver.state(head.id.as_str()).await?;
+        Ok(state.filter(|state| matches!(state.status.as_str(), "running" | "paused")).map(|_| identity.pid))
     }
 
     async fn kill(&self, signal: i32, all: bool) -> Result<()> {
@@ -445,7 +468,7 @@ impl Container for RuncContainer {
     }
 
     async fn recover_exec(&self, id: ExecId, stdio: Stdio, record: Value) -> Result<Arc<dyn Process>> {
-        Ok(Arc::new(RuncExec::recover(self.0.clone(), id, stdio, record)?))
+        Ok(Arc::new(RuncExec::recover(self.0.clone(), id, stdio, record).await?))
     }
 
     async fn pids(&self) -> Result<Vec<ProcessInfo>> {
@@ -480,14 +503,23 @@ impl Container for RuncContainer {
     }
 
     async fn pause(&self) -> Result<()> {
-        self.0.driver.pause(self.0.head.id.as_str()).await?;
-        self.0.paused.store(true, Ordering::Relaxed);
+        let Contained { driver, head, paused, .. } = &*self.0;
+        let id = head.id.as_str();
+        if let Err(error) = driver.pause(id).await {
+            // A daemon before this one may have done it, and have died before it could save that.
+            driver.state(id).await?.filter(|state| state.status == "paused").ok_or(error)?;
+        }
+        paused.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     async fn resume(&self) -> Result<()> {
-        self.0.driver.resume(self.0.head.id.as_str()).await?;
-        self.0.paused.store(false, Ordering::Relaxed);
+        let Contained { driver, head, paused, .. } = &*self.0;
+        let id = head.id.as_str();
+        if let Err(error) = driver.resume(id).await {
+            driver.state(id).await?.filter(|state| state.status == "running").ok_or(error)?;
+        }
+        paused.store(false, Ordering::Relaxed);
         Ok(())
     }
 }

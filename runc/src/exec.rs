@@ -1,22 +1,27 @@
 //! A process added to a container.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
 
 use async_trait::async_trait;
-use futures::FutureExt;
 use kuasar_sandboxers::{
     Error, Process, Result,
     cgroup::expect_move,
     id::ExecId,
-    stdio::Stdio,
+    reaper::{Mark, Reaper},
+    stdio::{IoContext, Stdio},
     types::{ExecSpec, Exit, WindowSize},
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::{
-    container::{Contained, io_context, take_pid},
+    container::{Contained, io_context, read_pid, remove_file},
     io::{Io, Prepared},
     process::{Ending, Exiting, Identity, Tracked},
     runtime::Exec,
@@ -29,19 +34,75 @@ pub(crate) struct Executed {
     container: Arc<Contained>,
     id: ExecId,
     stdio: Stdio,
-    /// What to run; taken by the start.
-    document: Mutex<Option<Value>>,
+    /// What to run; null once it runs.
+    document: Mutex<Value>,
     running: OnceLock<Running>,
     ending: Ending,
+}
+
+/// What is saved of an added process.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Record {
+    /// It can be started.
+    Added {
+        document: Value,
+    },
+    Started {
+        process: Identity,
+        mark: Mark,
+    },
 }
 
 /// A process that has been started.
 #[derive(Debug)]
 struct Running {
-    pid: u32,
+    identity: Identity,
+    /// From before its start; part of its pid file's name.
+    mark: Mark,
     /// `None` when it ended before we could take hold of it.
     process: Option<Tracked>,
     io: Io,
+}
+
+/// The start of a process that had ended before anybody saw when it started. No process starts with the kernel itself.
+const UNSEEN: u64 = 0;
+
+/// A process that has been taken hold of, as far as it is still there.
+struct Taken {
+    identity: Identity,
+    mark: Mark,
+    process: Option<Tracked>,
+    exiting: Exiting,
+}
+
+impl Taken {
+    /// One that was forked after `mark`.
+    fn since(pid: u32, mark: Mark, reaper: &Reaper) -> Result<Self> {
+        let exit = reaper.exit_of(pid, mark);
+        let process = Tracked::open(pid)?;
+        // Reaped already, so what has been opened may be another process.
+        let ended = reaper.ended_since(pid, mark);
+        let process = process.filter(|_| ended.is_none());
+        let start = ended.map(|ended| ended.start).or(process.as_ref().map(|process| process.identity().start));
+        let exiting = match (ended, &process) {
+            (Some(ended), _) => Exiting::Known(ended.exit),
+            (None, Some(_)) => Exiting::Adopted(reaper.clone()),
+            (None, None) => Exiting::Late(exit),
+        };
+        Ok(Self { identity: Identity { pid, start: start.unwrap_or(UNSEEN) }, mark, process, exiting })
+    }
+
+    /// One that has been recorded.
+    fn again(identity: Identity, mark: Mark, reaper: &Reaper) -> Result<Self> {
+        if identity.start == UNSEEN {
+            let exiting = Exiting::Late(reaper.exit_of(identity.pid, mark));
+            return Ok(Self { identity, mark, process: None, exiting });
+        }
+        let process = Tracked::find(identity)?;
+        let exiting = Exiting::adopted(identity, process.as_ref(), reaper);
+        Ok(Self { identity, mark, process, exiting })
+    }
 }
 
 /// The contract's face of an [`Executed`].
@@ -58,25 +119,29 @@ impl RuncExec {
         };
         // The request decides; the runtime wants both to agree.
         document.insert("terminal".into(), stdio.terminal.into());
-        Ok(Self::add(container, id, stdio, Some(process)))
+        Ok(Self::add(container, id, stdio, process))
     }
 
-    pub(crate) fn recover(container: Arc<Contained>, id: ExecId, stdio: Stdio, record: Value) -> Result<Self> {
-        let identity: Option<Identity> = serde_json::from_value(record).map_err(Error::failed("read the exec's record"))?;
-        let io = Io::adopt(&stdio, &io_context(&container.pod, &container.head.id))?;
-        let exec = Self::add(container, id, stdio, None);
-        if let Some(identity) = identity {
-            let process = Tracked::find(identity)?;
-            let exiting = match process {
-                Some(_) => Exiting::Adopted(exec.0.container.pod.context.reaper.clone()),
-                None => Exiting::Missed,
-            };
-            exec.0.clone().begin(Running { pid: identity.pid, process, io }, exiting);
+    pub(crate) async fn recover(container: Arc<Contained>, id: ExecId, stdio: Stdio, record: Value) -> Result<Self> {
+        let record: Record = serde_json::from_value(record).map_err(Error::failed("read the exec's record"))?;
+        let reaper = container.pod.context.reaper.clone();
+        let (document, started) = match record {
+            Record::Added { document } => {
+                let born = born(&container, &id)?.map(|(pid, mark)| Taken::since(pid, mark, &reaper)).transpose()?;
+                (document, born)
+            }
+            Record::Started { process, mark } => (Value::Null, Some(Taken::again(process, mark, &reaper)?)),
+        };
+        let exec = Self::add(container, id, stdio, document);
+        if let Some(Taken { identity, mark, process, exiting }) = started {
+            let executed = exec.0.clone();
+            let io = Io::adopt(&executed.stdio, &executed.io_context()).await?;
+            executed.begin(Running { identity, mark, process, io }, exiting);
         }
         Ok(exec)
     }
 
-    fn add(container: Arc<Contained>, id: ExecId, stdio: Stdio, document: Option<Value>) -> Self {
+    fn add(container: Arc<Contained>, id: ExecId, stdio: Stdio, document: Value) -> Self {
         let exec = Arc::new(Executed {
             container,
             id,
@@ -90,9 +155,32 @@ impl RuncExec {
     }
 }
 
+/// Where the OCI runtime is to write the pid. The mark tells the process from a later one of that pid. No container's pid file has such
+/// a name: an id ends with a letter or a digit, and has no two separators in a row.
+fn pid_file(container: &Contained, id: &ExecId, mark: Mark) -> PathBuf {
+    container.pod.dir.join(format!("{}{mark}.pid", prefix(container, id)))
+}
+
+fn prefix(container: &Contained, id: &ExecId) -> String {
+    format!("{}..{id}..", container.head.id)
+}
+
+/// The pid of a process that a daemon has started and could not record any more, with its mark.
+fn born(container: &Contained, id: &ExecId) -> Result<Option<(u32, Mark)>> {
+    let (dir, prefix) = (&container.pod.dir, prefix(container, id));
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let name = entry.map_err(Error::io("list", dir))?.file_name();
+        let mark = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".pid")?.parse().ok());
+        if let Some(mark) = mark {
+            return Ok(Some((read_pid(&dir.join(&name))?, mark)));
+        }
+    }
+    Ok(None)
+}
+
 impl Executed {
     pub(crate) fn pid(&self) -> Option<u32> {
-        self.running.get().map(|running| running.pid)
+        self.running.get().map(|running| running.identity.pid)
     }
 
     /// Resolves when it does not run: it has ended, or was not started.
@@ -102,41 +190,37 @@ impl Executed {
         }
     }
 
-    fn document(&self) -> MutexGuard<'_, Option<Value>> {
+    fn io_context(&self) -> IoContext {
+        io_context(&self.container.pod, &self.container.head.id, Some(&self.id))
+    }
+
+    fn document(&self) -> MutexGuard<'_, Value> {
         self.document.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn start(self: &Arc<Self>) -> Result<u32> {
         let container = &self.container;
-        let document = self.document().take().ok_or_else(|| Error::Unavailable {
-            what: format!("exec {}", self.id),
-            why: "what it was to run is gone: it was started before, or an earlier daemon had it; add a new one".into(),
-        })?;
+        let document = self.document().clone();
         let pod = &container.pod;
-        let context = io_context(pod, &container.head.id);
-        let io = Prepared::open(&self.stdio, &context, &pod.dir).await?;
-        // The container's pid file has no such name: an id ends with a letter or a digit, and has no two separators in a row.
-        let pid_file = pod.dir.join(format!("{}..{}.pid", container.head.id, self.id));
-        let exec = Exec { id: container.head.id.as_str(), process: &document, pid_file: &pid_file, console: io.console() };
         let mark = pod.context.reaper.mark();
+        let context = self.io_context();
+        let io = Prepared::open(&self.stdio, &context, &pod.dir).await?;
+        let pid_file = pid_file(container, &self.id, mark);
+        let exec = Exec { id: container.head.id.as_str(), process: &document, pid_file: &pid_file, console: io.console() };
         container.driver.exec(exec, io.child_fds()?).await?;
-        let pid = take_pid(&pid_file)?;
-        let mut exit = pod.context.reaper.exit_of(pid, mark);
-        let process = Tracked::open(pid)?;
-        // Reaped already, so what has been opened may be another process.
-        let exiting = (&mut exit).now_or_never();
-        let process = process.filter(|_| exiting.is_none());
-        let exiting = exiting.map_or(Exiting::Ours(exit), Exiting::Known);
+        let pid = read_pid(&pid_file)?;
+        let Taken { identity, process, exiting, .. } = Taken::since(pid, mark, &pod.context.reaper)?;
         let io = match io.connect(&self.stdio, &context).await {
             Ok(io) => io,
             Err(error) => {
                 if let Some(process) = process {
                     process.signal(libc::SIGKILL)?;
                 }
+                remove_file(&pid_file)?;
                 return Err(error);
             }
         };
-        self.clone().begin(Running { pid, process, io }, exiting);
+        self.clone().begin(Running { identity, mark, process, io }, exiting);
         Ok(pid)
     }
 
@@ -144,6 +228,7 @@ impl Executed {
     fn begin(self: Arc<Self>, running: Running, exiting: Exiting) {
         // Once: by the one start, or by the recovery.
         self.running.get_or_init(|| running);
+        *self.document() = Value::Null;
         let work = async move {
             let Some(running) = self.running.get() else { return };
             let exit = exiting.of(running.process.as_ref()).await;
@@ -171,6 +256,10 @@ impl Process for RuncExec {
         self.0.start().await
     }
 
+    async fn started(&self) -> Result<Option<u32>> {
+        Ok(self.0.pid())
+    }
+
     /// An added process is one process; `all` is about containers.
     async fn kill(&self, signal: i32, _all: bool) -> Result<()> {
         if self.0.signal(signal)? { Ok(()) } else { Err(Error::Finished { id: self.0.id.to_string() }) }
@@ -186,6 +275,9 @@ impl Process for RuncExec {
             if timeout(DEATH, self.0.ending.wait()).await.is_err() {
                 return Err(Error::TimedOut { operation: format!("the end of exec {}", self.0.id), seconds: DEATH.as_secs() });
             }
+        }
+        if let Some(running) = self.0.running.get() {
+            remove_file(&pid_file(&self.0.container, &self.0.id, running.mark))?;
         }
         self.0.container.execs().remove(&self.0.id);
         Ok(())
@@ -207,6 +299,9 @@ impl Process for RuncExec {
     }
 
     fn record(&self) -> Value {
-        json!(self.0.running.get().and_then(|running| running.process.as_ref()).map(Tracked::identity))
+        json!(match self.0.running.get() {
+            Some(Running { identity, mark, .. }) => Record::Started { process: *identity, mark: *mark },
+            None => Record::Added { document: self.0.document().clone() },
+        })
     }
 }

@@ -63,8 +63,11 @@ impl Prepared {
 
 impl Io {
     /// Takes the stdio of a running process over.
-    pub(crate) fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Self> {
-        if stdio.terminal { Ok(Self::Lost) } else { ProcessIo::adopt(stdio, context).map(Self::Plain) }
+    pub(crate) async fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Self> {
+        if !stdio.terminal {
+            return ProcessIo::adopt(stdio, context).map(Self::Plain);
+        }
+        Ok(Terminal::adopt(stdio, context).await?.map_or(Self::Lost, Self::Terminal))
     }
 
     pub(crate) fn close_stdin(&self) {

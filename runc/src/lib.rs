@@ -32,6 +32,7 @@ mod rewrite;
 mod runtime;
 mod sandbox;
 mod sandboxer;
+mod strays;
 mod sys;
 mod sysctl;
 

@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{debug, warn};
 
@@ -27,6 +27,9 @@ const UNKNOWN_STATUS: u32 = 255;
 
 /// How long the parent of a dead process may take to reap it.
 const REAPING: Duration = Duration::from_secs(2);
+
+/// How long the keeper may take to tell of an exit that it has seen.
+const TELLING: Duration = Duration::from_secs(1);
 
 /// What tells a process from a later one of the same pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,7 +78,7 @@ impl Stat {
 pub(crate) struct Tracked {
     identity: Identity,
     pidfd: OwnedFd,
-    child: bool,
+    parent: u32,
 }
 
 impl Tracked {
@@ -84,12 +87,13 @@ impl Tracked {
         let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            // The others: it is being reaped, or the number is that of a thread now.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::NOENT | rustix::io::Errno::INVAL) => return Ok(None),
             Err(errno) => return Err(Error::failed(format!("open process {pid}"))(io::Error::from(errno))),
         };
         let Some(stat) = Stat::read(pid)? else { return Ok(None) };
         let identity = Identity { pid, start: stat.start };
-        Ok(Some(Self { identity, pidfd, child: stat.parent == std::process::id() }))
+        Ok(Some(Self { identity, pidfd, parent: stat.parent }))
     }
 
     /// Takes hold of a process again; `None` when it is gone, whoever has its pid now, or dead.
@@ -122,17 +126,11 @@ impl Tracked {
         Ok(())
     }
 
-    /// How a process of an earlier daemon ends. A child of ours is reaped by `reaper`; another's status is in its pidfd once that one's
-    /// parent has reaped it.
+    /// How a process of an earlier daemon ends. The reaper is told of a child of ours or of our keeper's; another's status is in its pidfd
+    /// once that one's parent has reaped it.
     pub(crate) async fn exit(&self, reaper: &Reaper) -> Exit {
-        if self.child {
-            // It is alive, or a zombie that nobody has asked for, so any mark before now would do; none is nearer than this.
-            let exit = reaper.exit_of(self.identity.pid, reaper.mark());
-            // Reaped between our looking at it and asking: its exit was before the mark.
-            match Stat::read(self.identity.pid) {
-                Ok(Some(stat)) if stat.start == self.identity.start => return exit.await,
-                _ => debug!(pid = self.identity.pid, "an adopted process ended while it was adopted"),
-            }
+        if self.parent == std::process::id() || Some(self.parent) == reaper.keeper() {
+            return reaper.exit_of_started(self.identity.pid, self.identity.start).await;
         }
         if let Err(error) = self.ended().await {
             warn!(error = error.report(), "lost track of a process");
@@ -146,23 +144,26 @@ impl Tracked {
     async fn status(&self) -> Option<u32> {
         let deadline = Instant::now() + REAPING;
         loop {
-            match sys::wait_status(self.pidfd.as_fd()) {
-                Ok(Some(status)) => return Some(shell_status(status)),
-                Ok(None) => {}
+            let told = sys::wait_status(self.pidfd.as_fd());
+            if let Ok(Some(status)) = told {
+                return Some(shell_status(status));
+            }
+            // Not reaped yet; the kernel then tells those who may trace it, and 0 to others.
+            let stat = Stat::read(self.identity.pid).ok().flatten();
+            let dead = stat.filter(|stat| stat.zombie && stat.start == self.identity.start)?;
+            if dead.wait_status != 0 {
+                return Some(shell_status(dead.wait_status));
+            }
+            match told {
                 // A kernel before 6.15.
                 Err(error) => {
                     debug!(%error, "pidfds tell no exit status here");
-                    let stat = Stat::read(self.identity.pid).ok().flatten();
-                    return stat
-                        .filter(|stat| stat.zombie && stat.start == self.identity.start)
-                        .map(|stat| shell_status(stat.wait_status));
+                    return Some(0);
                 }
+                Ok(_) if Instant::now() >= deadline => return Some(0),
+                // The event for being reaped comes on the same readiness as the one for the end, which is level and already there.
+                Ok(_) => sleep(Duration::from_millis(5)).await,
             }
-            if Instant::now() >= deadline {
-                return None;
-            }
-            // The event for being reaped comes on the same readiness as the one for the end, which is level and already there.
-            sleep(Duration::from_millis(5)).await;
         }
     }
 }
@@ -211,8 +212,19 @@ pub(crate) enum Exiting {
     /// It has ended already.
     Known(Exit),
     Adopted(Reaper),
-    /// It ended while no daemon ran.
-    Missed,
+    /// It has ended; whoever has seen that may not have told yet.
+    Late(ExitFuture),
+}
+
+impl Exiting {
+    /// The exit of a process that has been taken over; `process` is `None` when it has ended.
+    pub(crate) fn adopted(identity: Identity, process: Option<&Tracked>, reaper: &Reaper) -> Self {
+        match (process, reaper.known(identity.pid, identity.start)) {
+            (_, Some(exit)) => Self::Known(exit),
+            (Some(_), None) => Self::Adopted(reaper.clone()),
+            (None, None) => Self::Late(reaper.exit_of_started(identity.pid, identity.start)),
+        }
+    }
 }
 
 impl Exiting {
@@ -221,7 +233,9 @@ impl Exiting {
             (Self::Ours(exit), _) => exit.await,
             (Self::Known(exit), _) => exit,
             (Self::Adopted(reaper), Some(process)) => process.exit(&reaper).await,
-            _ => Exit::now(UNKNOWN_STATUS),
+            // Unknown when it ended while no daemon ran at all.
+            (Self::Late(exit), _) => timeout(TELLING, exit).await.unwrap_or_else(|_| Exit::now(UNKNOWN_STATUS)),
+            (Self::Adopted(_), None) => Exit::now(UNKNOWN_STATUS),
         }
     }
 }
@@ -242,7 +256,7 @@ pub(crate) mod tests {
         let mut line = String::new();
         io::BufRead::read_line(&mut said, &mut line).unwrap();
         let process = Tracked::open(line.trim().parse().unwrap()).unwrap().unwrap();
-        assert!(!process.child);
+        assert_ne!(process.parent, std::process::id());
         drop(shell.stdin);
         let exit = process.exit(reaper).await;
         if exit.status == UNKNOWN_STATUS {
@@ -250,7 +264,10 @@ pub(crate) mod tests {
         } else {
             assert_eq!(exit.status, 9);
         }
-        assert!(!process.signal(0).unwrap());
+        // Its parent is about to reap it.
+        while process.signal(0).unwrap() {
+            sleep(Duration::from_millis(1)).await;
+        }
         Tracked::open(shell.pid).unwrap().unwrap().signal(libc::SIGKILL).unwrap();
         assert_eq!(shell.exit.await.status, 137);
     }

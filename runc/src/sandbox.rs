@@ -5,7 +5,8 @@
 //!      ns/          pinned namespaces, if it has no process 1
 //!      files/       hosts, hostname, resolv.conf, shm
 //!      oci/         the OCI runtime's state, a directory per container
-//!      *.pid, console-*   for the moment of a call
+//!      *.pid        of added processes, and for the moment of a call
+//!      console-*, .call-*   for the moment of a call
 //! ```
 
 use std::{
@@ -23,6 +24,7 @@ use futures::future::join_all;
 use kuasar_sandboxers::{
     Container, Error, Result, Sandbox, SandboxContext,
     cgroup::{Cgroup, Stats, parent_path},
+    failpoint::{self, Failpoint},
     id::ContainerId,
     mount,
     podfiles::PodFiles,
@@ -31,7 +33,7 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{sync::OwnedMutexGuard, task::JoinHandle, time::timeout};
 use tracing::{Instrument, debug};
 
 use crate::{
@@ -39,7 +41,7 @@ use crate::{
     namespaces::{self, Namespaces},
     process::{Ending, Exiting, Identity, Tracked},
     program::InitProgram,
-    runtime::Driver,
+    runtime::{Driver, remove_call_files},
 };
 
 /// How long the end of a process that was sent SIGKILL may take. One that waits for a disk takes as long as the disk.
@@ -68,6 +70,8 @@ struct State {
     /// Under way as long as process 1 is put into its group.
     accounting: Option<JoinHandle<()>>,
     containers: HashMap<ContainerId, Weak<Contained>>,
+    /// Names of containers that are being made or removed.
+    claims: HashMap<String, Arc<tokio::sync::Mutex<()>>>,
 }
 
 /// What is saved of a pod.
@@ -115,8 +119,8 @@ impl Pod {
     /// Takes the state over that an earlier daemon has saved.
     pub(crate) fn restore(self: Arc<Self>, record: Value) -> Result<()> {
         let record: Record = serde_json::from_value(record).map_err(Error::failed("read the sandbox's record"))?;
+        remove_call_files(&self.dir)?;
         let init = record.init.map(Tracked::find).transpose()?.flatten().map(Arc::new);
-        let lost = record.init.is_some() && init.is_none();
         if record.namespaces.is_none() {
             // Its start was cut off before process 1 could be recorded, and will not be repeated.
             for (init, dir) in namespaces::inits(&self.dir)? {
@@ -126,19 +130,17 @@ impl Pod {
             }
         }
         *self.state() = State { namespaces: record.namespaces, init: init.clone(), ..State::default() };
-        if lost {
-            self.ending.tell(Exit::now(255));
-        } else if let Some(init) = init {
-            let reaper = self.context.reaper.clone();
-            self.watch(init, Exiting::Adopted(reaper));
+        if let Some(identity) = record.init {
+            let exiting = Exiting::adopted(identity, init.as_deref(), &self.context.reaper);
+            self.watch(init, exiting);
         }
         Ok(())
     }
 
     /// Tells the pod's end when its process 1 ends.
-    fn watch(self: Arc<Self>, init: Arc<Tracked>, exiting: Exiting) {
+    fn watch(self: Arc<Self>, init: Option<Arc<Tracked>>, exiting: Exiting) {
         let work = async move {
-            let exit = exiting.of(Some(&init)).await;
+            let exit = exiting.of(init.as_deref()).await;
             self.ending.tell(exit);
         };
         tokio::spawn(work.in_current_span());
@@ -156,6 +158,16 @@ impl Pod {
 
     pub(crate) fn add(&self, container: &Arc<Contained>) {
         self.state().containers.insert(container.head.id.clone(), Arc::downgrade(container));
+    }
+
+    /// Has a container's name to oneself, for making it or for removing what is left of it.
+    pub(crate) async fn claim(&self, id: &str) -> OwnedMutexGuard<()> {
+        let claim = {
+            let claims = &mut self.state().claims;
+            claims.retain(|_, claim| Arc::strong_count(claim) > 1);
+            claims.entry(id.to_owned()).or_default().clone()
+        };
+        claim.lock_owned().await
     }
 
     pub(crate) fn forget(&self, id: &ContainerId) {
@@ -183,9 +195,10 @@ impl Pod {
             let init = Arc::new(init);
             state.init = Some(init.clone());
             state.accounting = self.account(init.clone());
-            self.clone().watch(init, Exiting::Ours(exit));
+            self.clone().watch(Some(init), Exiting::Ours(exit));
         }
         *self.state() = state;
+        failpoint::reach(Failpoint::PodMade);
         Ok(())
     }
 
@@ -308,7 +321,7 @@ impl Sandbox for RuncSandbox {
     }
 
     async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
-        Ok(Arc::new(RuncContainer::recover(self.0.clone(), head, record)?))
+        Ok(Arc::new(RuncContainer::recover(self.0.clone(), head, record).await?))
     }
 
     /// Each container is updated by itself, and the pod's group is kubelet's.

@@ -1,7 +1,7 @@
 //! The sandboxer: what is made once for all pods, and what earlier daemons left behind.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     fs,
     io::ErrorKind,
     os::unix::ffi::OsStrExt,
@@ -11,8 +11,9 @@ use std::{
 
 use async_trait::async_trait;
 use kuasar_sandboxers::{
-    Error, Result, Sandbox, SandboxContext, Sandboxer,
+    Error, Known, Leftover, Result, Sandbox, SandboxContext, Sandboxer,
     cgroup::{Cgroup, expect_move},
+    fdstore::{FdStore, Held},
     id::{Namespace, SandboxId},
     mount,
     reaper::Reaper,
@@ -29,6 +30,7 @@ use crate::{
     program::InitProgram,
     runtime::{Driver, Runtime},
     sandbox::{INIT_GROUP, Pod, RuncSandbox},
+    strays::Strays,
 };
 
 /// Name of the directory below the root that no containerd namespace can have.
@@ -37,37 +39,56 @@ const SCRATCH: &str = ".empty";
 /// Runs pods as processes of this kernel.
 #[derive(Debug)]
 pub struct RuncSandboxer {
+    inner: Arc<Inner>,
+    /// What is remembered of the runtime for the next daemon.
+    _remembered: Option<Held>,
+}
+
+#[derive(Debug)]
+struct Inner {
     config: RuncConfig,
     runtime: Runtime,
     reaper: Reaper,
     /// Runtimes that containerd's options named, by that name.
     others: Mutex<HashMap<String, Runtime>>,
     program: OnceCell<InitProgram>,
+    strays: OnceCell<Strays>,
     pods: Mutex<HashMap<(Namespace, SandboxId), Weak<Pod>>>,
 }
 
 impl RuncSandboxer {
-    /// Finds the runtime that the configuration asks for.
+    /// Finds the runtime that the configuration asks for, or the one that the daemon before this one has found.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when it is missing or too old.
-    pub async fn open(config: RuncConfig, reaper: Reaper) -> Result<Self> {
-        let runtime = Runtime::find(&config.runtime, &reaper).await?;
-        Ok(Self::new(config, runtime, reaper))
+    pub async fn open(config: RuncConfig, reaper: Reaper, fds: &FdStore) -> Result<Self> {
+        let (runtime, remembered) = Runtime::find_again(&config.runtime, &reaper, fds).await?;
+        Ok(Self { _remembered: remembered, ..Self::new(config, runtime, reaper) })
     }
 
     /// With a runtime that has been found already.
     #[must_use]
     pub fn new(config: RuncConfig, runtime: Runtime, reaper: Reaper) -> Self {
-        Self { config, runtime, reaper, others: Mutex::default(), program: OnceCell::new(), pods: Mutex::default() }
+        let inner = Inner {
+            config,
+            runtime,
+            reaper,
+            others: Mutex::default(),
+            program: OnceCell::new(),
+            strays: OnceCell::new(),
+            pods: Mutex::default(),
+        };
+        Self { inner: Arc::new(inner), _remembered: None }
     }
 
     /// The OCI runtime in use.
     #[must_use]
     pub fn runtime(&self) -> &Runtime {
-        &self.runtime
+        &self.inner.runtime
     }
+}
 
+impl Inner {
     fn dir(&self, namespace: &Namespace, id: &SandboxId) -> PathBuf {
         self.config.root.join(namespace).join(id)
     }
@@ -111,8 +132,14 @@ impl RuncSandboxer {
         Arc::new(RuncSandbox::new(pod))
     }
 
+    /// OCI runtimes that an earlier daemon has called.
+    async fn strays(&self) -> Result<&Strays> {
+        self.strays.get_or_try_init(async || Strays::find(&self.config.root)).await
+    }
+
     /// Removes everything of one sandbox that nobody knows any more.
     async fn remove_leftover(&self, dir: &Path) -> Result<()> {
+        self.strays().await?.settle(dir).await?;
         for (init, owner) in namespaces::inits(dir)? {
             if owner == dir {
                 remove_init(&init).await?;
@@ -131,16 +158,37 @@ impl RuncSandboxer {
     }
 }
 
+impl Inner {
+    /// Removes a container of a known sandbox whose creation was cut off.
+    async fn remove_half_made(&self, key: &(Namespace, SandboxId), id: &str) -> Result<()> {
+        self.strays().await?.settle(&self.dir(&key.0, &key.1)).await?;
+        // A sandbox that has gone has taken it along.
+        let Some(pod) = self.pods().get(key).and_then(Weak::upgrade) else { return Ok(()) };
+        let _claim = pod.claim(id).await;
+        if pod.has_container(id) {
+            return Ok(());
+        }
+        remove_container(&pod.driver, id).await
+    }
+
+    fn leftover<F>(self: &Arc<Self>, what: String, removal: impl FnOnce(Arc<Self>) -> F) -> Leftover
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        Leftover { what, removal: Box::pin(removal(self.clone())) }
+    }
+}
+
 #[async_trait]
 impl Sandboxer for RuncSandboxer {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            technique: self.runtime.to_string(),
+            technique: self.inner.runtime.to_string(),
             exec: Ok(()),
             pause: Ok(()),
             update: Ok(()),
             terminal: Ok(()),
-            features: self.runtime.features().cloned(),
+            features: self.inner.runtime.features().cloned(),
         }
     }
 
@@ -148,67 +196,63 @@ impl Sandboxer for RuncSandboxer {
         // Its start and its first container tend to follow at once.
         expect_move();
         namespaces::check(&spec)?;
-        let pod = self.pod(spec, context).await?;
+        let pod = self.inner.pod(spec, context).await?;
         if pod.dir.exists() {
             // Cut off between making it and saving that it is there.
             warn!(dir = %pod.dir.display(), "removing what an earlier sandbox of the same id left behind");
-            self.remove_leftover(&pod.dir).await?;
+            self.inner.remove_leftover(&pod.dir).await?;
         }
         let pod = Arc::new(pod);
         pod.prepare().await?;
-        Ok(self.adopt(pod))
+        Ok(self.inner.adopt(pod))
     }
 
     async fn recover(&self, spec: Arc<SandboxSpec>, context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>> {
-        let pod = Arc::new(self.pod(spec, context).await?);
+        let pod = Arc::new(self.inner.pod(spec, context).await?);
+        self.inner.strays().await?.settle(&pod.dir).await?;
         pod.clone().restore(record)?;
-        Ok(self.adopt(pod))
+        Ok(self.inner.adopt(pod))
     }
 
-    async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>> {
-        let mut removed = Vec::new();
-        for namespace in names(&self.config.root)?.iter().filter_map(|name| name.parse::<Namespace>().ok()) {
-            for id in names(&self.config.root.join(&namespace))?.iter().filter_map(|name| name.parse::<SandboxId>().ok()) {
-                let key = (namespace.clone(), id);
-                let dir = self.dir(&key.0, &key.1);
-                if known.contains(&key) {
-                    let pod = self.pods().get(&key).and_then(Weak::upgrade);
-                    if let Some(pod) = pod {
-                        removed.extend(collect_containers(&pod, &dir).await?);
+    async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>> {
+        let inner = &self.inner;
+        // Before this daemon calls one.
+        inner.strays().await?;
+        let root = &inner.config.root;
+        let mut found = Vec::new();
+        for namespace in names(root)?.iter().filter_map(|name| name.parse::<Namespace>().ok()) {
+            for id in names(&root.join(&namespace))?.iter().filter_map(|name| name.parse::<SandboxId>().ok()) {
+                let (key, dir) = ((namespace.clone(), id.clone()), inner.dir(&namespace, &id));
+                match known.get(&key) {
+                    // Nobody can tell which of its containers are known.
+                    Some(None) => {}
+                    Some(Some(containers)) => {
+                        let half_made = |name: &String| !containers.iter().any(|id| id.as_str() == name);
+                        for name in names(&runtime_root(&dir))?.into_iter().filter(half_made) {
+                            let key = key.clone();
+                            let what = format!("container {name} of sandbox {id}");
+                            found.push(inner.leftover(what, |inner| async move { inner.remove_half_made(&key, &name).await }));
+                        }
                     }
-                    continue;
-                }
-                match self.remove_leftover(&dir).await {
-                    Ok(()) => removed.push(format!("sandbox {} of namespace {}", key.1, key.0)),
-                    Err(error) => {
-                        warn!(dir = %dir.display(), error = error.report(), "cannot remove what a sandbox left behind")
+                    None => {
+                        let what = format!("sandbox {id} of namespace {namespace}");
+                        found.push(inner.leftover(what, |inner| async move {
+                            let made_again = inner.pods().get(&key).is_some_and(|pod| pod.strong_count() > 0);
+                            if made_again { Ok(()) } else { inner.remove_leftover(&dir).await }
+                        }));
                     }
                 }
             }
         }
         // Started just before a daemon died, before its directory was made or after it was removed.
-        for (init, dir) in namespaces::inits(&self.config.root)? {
+        for (init, dir) in namespaces::inits(root)? {
             if !dir.exists() {
-                remove_init(&init).await?;
-                removed.push(format!("process {}, the first of a sandbox at {}", init.identity().pid, dir.display()));
+                let what = format!("process {}, the first of a sandbox at {}", init.identity().pid, dir.display());
+                found.push(inner.leftover(what, |_| async move { remove_init(&init).await }));
             }
         }
-        Ok(removed)
+        Ok(found)
     }
-}
-
-/// Containers of a known sandbox whose creation was cut off.
-async fn collect_containers(pod: &Pod, dir: &Path) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for id in names(&runtime_root(dir))? {
-        if !pod.has_container(&id) {
-            match remove_container(&pod.driver, &id).await {
-                Ok(()) => removed.push(format!("container {id} of sandbox {}", pod.spec.id)),
-                Err(error) => warn!(container = id, error = error.report(), "cannot remove a container that nobody knows"),
-            }
-        }
-    }
-    Ok(removed)
 }
 
 /// Ends process 1 of a pod, and with it the pod's other processes, and removes the control group that was made for it.
@@ -226,10 +270,10 @@ async fn remove_init(init: &Tracked) -> Result<()> {
 
 /// Removes a container of which only the runtime knows.
 async fn remove_container(driver: &Driver, id: &str) -> Result<()> {
-    let bundle = driver.bundle(id).await?;
+    let state = driver.state(id).await?;
     driver.delete(id, true).await?;
-    match bundle {
-        Some(bundle) => mount::unmount_all(&bundle.join("rootfs")).await,
+    match state {
+        Some(state) => mount::unmount_all(&state.bundle.join("rootfs")).await,
         None => Ok(()),
     }
 }

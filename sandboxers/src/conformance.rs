@@ -10,7 +10,8 @@
 use std::{
     collections::BTreeMap,
     fmt::Debug,
-    path::Path,
+    fs, io,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,8 +21,9 @@ use tokio::{sync::mpsc::UnboundedReceiver, time::timeout};
 use crate::{
     contract::Sandboxer,
     error::{Code, Error, Result},
-    event::{Event, EventKind, EventSink},
+    event::{EventKind, EventSink, Sent},
     fake::Behaviour,
+    fdstore::MemoryHolder,
     handle::{ContainerHandle, SandboxHandle},
     id::{ContainerId, ExecId},
     lifecycle::{ProcessPhase, SandboxPhase},
@@ -57,7 +59,10 @@ struct Daemon<'a> {
     fixture: &'a dyn Fixture,
     dir: &'a Path,
     registry: Registry,
-    events: UnboundedReceiver<Event>,
+    events: UnboundedReceiver<Sent>,
+    holder: MemoryHolder,
+    /// Where this daemon has its state.
+    state: PathBuf,
 }
 
 macro_rules! ensure {
@@ -88,6 +93,13 @@ pub async fn run(fixture: &dyn Fixture) -> Vec<(&'static str, Outcome)> {
         many_containers_at_once,
         pause_and_resume,
         a_new_daemon_takes_over,
+        a_death_after_creating_a_container,
+        a_death_after_starting_a_container,
+        a_death_after_starting_an_exec,
+        a_death_after_an_exec_has_ended,
+        a_death_after_deleting_a_container,
+        a_death_before_an_answer,
+        a_death_after_stopping_a_sandbox,
     ];
     results
 }
@@ -97,7 +109,7 @@ async fn one(fixture: &dyn Fixture, name: &str, case: impl AsyncFnOnce(&mut Daem
     let before = fixture.held(dir.path());
     let outcome = match Daemon::start(fixture, dir.path()) {
         Ok(mut daemon) => {
-            daemon.registry.recover().await.map_err(|error| error.report())?;
+            daemon.recover().await?;
             let limit = 4 * LIMIT;
             let outcome = timeout(limit, case(&mut daemon)).await.unwrap_or_else(|_| Err(format!("it hung for {limit:?}")));
             // Whatever the case left behind on purpose or by failing.
@@ -122,11 +134,34 @@ async fn one(fixture: &dyn Fixture, name: &str, case: impl AsyncFnOnce(&mut Daem
 
 impl<'a> Daemon<'a> {
     fn start(fixture: &'a dyn Fixture, dir: &'a Path) -> Result<Self> {
+        Self::with(fixture, dir, dir.join("state"), MemoryHolder::default())
+    }
+
+    fn with(fixture: &'a dyn Fixture, dir: &'a Path, state: PathBuf, holder: MemoryHolder) -> Result<Self> {
         let (sink, events) = EventSink::channel();
         let name = fixture.sandbox("name").sandboxer;
         let sandboxers = BTreeMap::from([(name, fixture.sandboxer(&dir.join("root")))]);
-        let registry = Registry::new(&dir.join("state"), sandboxers, sink, StreamHub::default(), fixture.reaper())?;
-        Ok(Self { fixture, dir, registry, events })
+        let registry = Registry::new(&state, sandboxers, sink, StreamHub::default(), fixture.reaper(), holder.store())?;
+        Ok(Self { fixture, dir, registry, events, holder, state })
+    }
+
+    async fn recover(&self) -> Outcome {
+        let recovery = self.registry.recover().await.map_err(|error| error.report())?;
+        recovery.finished().await.map_err(|error| error.report())
+    }
+
+    /// A copy of what is saved now.
+    fn snapshot(&self) -> Result<PathBuf, String> {
+        let copy = self.state.with_extension(format!("{}", self.state.extension().map_or(0, |number| number.len()) + 1));
+        copy_dir(&self.state, &copy).map_err(|error| format!("cannot copy the state: {error}"))?;
+        Ok(copy)
+    }
+
+    /// What a daemon finds when the one before it died after `snapshot` was saved, whatever that has done since.
+    async fn successor(&self, snapshot: PathBuf) -> Result<Daemon<'a>, String> {
+        let next = Self::with(self.fixture, self.dir, snapshot, self.holder.clone()).map_err(|error| error.report())?;
+        next.recover().await?;
+        Ok(next)
     }
 
     /// A started sandbox.
@@ -138,6 +173,11 @@ impl<'a> Daemon<'a> {
         let status = pod.start().await.map_err(|error| error.report())?;
         ensure!(status.state.phase() == SandboxPhase::Ready, "started but {:?}", status.state);
         Ok(pod)
+    }
+
+    fn find_pod(&self, id: &str) -> Result<SandboxHandle, String> {
+        let spec = self.fixture.sandbox(id);
+        self.registry.sandbox(&spec.namespace, &spec.id).map_err(|error| error.report())
     }
 
     fn container_spec(&self, id: &str, behaviour: Behaviour) -> Result<ContainerSpec, String> {
@@ -160,7 +200,7 @@ impl<'a> Daemon<'a> {
         let mut kinds = Vec::new();
         loop {
             let event = timeout(LIMIT, self.events.recv()).await.map_err(|_| format!("no deletion event after {kinds:?}"))?;
-            let event = event.ok_or("the events ended")?;
+            let event = event.ok_or("the events ended")?.event;
             if event.container.as_str() != id {
                 continue;
             }
@@ -470,7 +510,7 @@ async fn a_new_daemon_takes_over(daemon: &mut Daemon<'_>) -> Outcome {
     within("wait", ended.wait(None)).await?;
 
     *daemon = Daemon::start(daemon.fixture, daemon.dir).map_err(|error| error.report())?;
-    daemon.registry.recover().await.map_err(|error| error.report())?;
+    daemon.recover().await?;
     let pod = daemon.registry.sandbox(&pod.namespace, &pod.id).map_err(|error| error.report())?;
     let status = within("status", pod.status()).await?;
     ensure!(status.state.phase() == SandboxPhase::Ready, "recovered as {:?}", status.state);
@@ -489,4 +529,142 @@ async fn a_new_daemon_takes_over(daemon: &mut Daemon<'_>) -> Outcome {
     within("wait", container.wait(None)).await?;
     within("delete", container.delete(None)).await?;
     within("delete of the sandbox", pod.delete()).await
+}
+
+fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_dir(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+async fn a_death_after_creating_a_container(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let snapshot = daemon.snapshot()?;
+    let before = daemon.fixture.held(daemon.dir);
+    daemon.container(&pod, "main", Behaviour::Run).await?;
+    let next = daemon.successor(snapshot).await?;
+    let after = daemon.fixture.held(daemon.dir);
+    ensure!(after == before, "a container that nobody knows is left: {after:?}, without it {before:?}");
+    // containerd's request is repeated.
+    let pod = next.find_pod("pod")?;
+    let container = next.container(&pod, "main", Behaviour::Exit(3)).await?;
+    within("start", container.start(None)).await?;
+    ensure!(within("wait", container.wait(None)).await?.status == 3, "the container made again is another");
+    within("delete of the sandbox", pod.delete()).await
+}
+
+async fn a_death_after_starting_a_container(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let container = daemon.container(&pod, "main", Behaviour::Run).await?;
+    let snapshot = daemon.snapshot()?;
+    let pid = within("start", container.start(None)).await?;
+    let mut next = daemon.successor(snapshot).await?;
+    let pod = next.find_pod("pod")?;
+    let container = next.find(&pod, "main")?;
+    let status = within("status", container.status(None)).await?;
+    ensure!(status.process.state.phase() == ProcessPhase::Running, "it runs, but is recovered as {status:?}");
+    ensure!(status.process.state.pid() == pid, "recovered with another pid than {pid}: {status:?}");
+    within("kill", container.kill(None, libc::SIGKILL, false)).await?;
+    ensure!(within("wait", container.wait(None)).await?.status == 137, "its end is lost");
+    within("delete", container.delete(None)).await?;
+    let history = next.history("main").await?;
+    ensure!(history.ends_with(&["started", "exited", "deleted"]), "events came as {history:?}");
+    within("delete of the sandbox", pod.delete()).await
+}
+
+async fn a_death_after_starting_an_exec(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let container = daemon.container(&pod, "main", Behaviour::Run).await?;
+    within("start", container.start(None)).await?;
+    let (live, unstarted): (ExecId, ExecId) = (parse("live")?, parse("unstarted")?);
+    within("exec", container.exec(daemon.fixture.exec(live.clone(), Behaviour::Run))).await?;
+    within("exec", container.exec(daemon.fixture.exec(unstarted.clone(), Behaviour::Exit(4)))).await?;
+    let snapshot = daemon.snapshot()?;
+    let pid = within("start of the exec", container.start(Some(live.clone()))).await?;
+    let next = daemon.successor(snapshot).await?;
+    let container = next.find(&next.find_pod("pod")?, "main")?;
+    let status = within("status", container.status(Some(live.clone()))).await?;
+    ensure!(status.process.state.phase() == ProcessPhase::Running, "it runs, but is recovered as {status:?}");
+    ensure!(status.process.state.pid() == pid, "recovered with another pid than {pid}: {status:?}");
+    within("kill", container.kill(Some(live.clone()), libc::SIGKILL, false)).await?;
+    ensure!(within("wait", container.wait(Some(live))).await?.status == 137, "its end is lost");
+    // What was not started is as good as before.
+    within("start of the other", container.start(Some(unstarted.clone()))).await?;
+    ensure!(within("wait", container.wait(Some(unstarted))).await?.status == 4, "an exec was recovered as another");
+    within("delete of the sandbox", next.find_pod("pod")?.delete()).await
+}
+
+async fn a_death_after_an_exec_has_ended(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let container = daemon.container(&pod, "main", Behaviour::Run).await?;
+    within("start", container.start(None)).await?;
+    let exec: ExecId = parse("e")?;
+    within("exec", container.exec(daemon.fixture.exec(exec.clone(), Behaviour::Exit(6)))).await?;
+    let added = daemon.snapshot()?;
+    within("start of the exec", container.start(Some(exec.clone()))).await?;
+    within("wait", container.wait(Some(exec.clone()))).await?;
+    let next = daemon.successor(added).await?;
+    let container = next.find(&next.find_pod("pod")?, "main")?;
+    ensure!(within("wait", container.wait(Some(exec.clone()))).await?.status == 6, "the exit code is lost");
+    within("delete", container.delete(Some(exec))).await?;
+    within("delete of the sandbox", next.find_pod("pod")?.delete()).await
+}
+
+async fn a_death_after_deleting_a_container(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let container = daemon.container(&pod, "main", Behaviour::Exit(8)).await?;
+    within("start", container.start(None)).await?;
+    within("wait", container.wait(None)).await?;
+    let snapshot = daemon.snapshot()?;
+    within("delete", container.delete(None)).await?;
+    let next = daemon.successor(snapshot).await?;
+    let pod = next.find_pod("pod")?;
+    let deleted = within("second delete", next.find(&pod, "main")?.delete(None)).await?;
+    ensure!(deleted.state.exit().is_some_and(|exit| exit.status == 8), "the exit code is lost: {deleted:?}");
+    within("delete of the sandbox", pod.delete()).await
+}
+
+/// Everything is saved, and nobody has been told.
+async fn a_death_before_an_answer(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let container = daemon.container(&pod, "main", Behaviour::Exit(8)).await?;
+    within("start", container.start(None)).await?;
+    within("wait", container.wait(None)).await?;
+    within("delete", container.delete(None)).await?;
+    let mut next = daemon.successor(daemon.snapshot()?).await?;
+    let (namespace, id): (_, ContainerId) = (pod.namespace.clone(), parse("main")?);
+    let deleted = next.registry.deleted(&namespace, &id, None);
+    ensure!(
+        deleted.and_then(|state| state.exit()).is_some_and(|exit| exit.status == 8),
+        "a deletion that nobody may have heard of is forgotten: {deleted:?}"
+    );
+    // No event has been taken: all are told again.
+    let history = next.history("main").await?;
+    ensure!(history == ["created", "started", "exited", "deleted"], "events came as {history:?}");
+    within("delete of the sandbox", next.find_pod("pod")?.delete()).await?;
+    ensure!(next.registry.deleted(&namespace, &id, None).is_none(), "a deletion outlives its sandbox");
+    Ok(())
+}
+
+async fn a_death_after_stopping_a_sandbox(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let container = daemon.container(&pod, "main", Behaviour::Run).await?;
+    within("start", container.start(None)).await?;
+    let snapshot = daemon.snapshot()?;
+    within("stop", pod.stop(Duration::ZERO)).await?;
+    let next = daemon.successor(snapshot).await?;
+    let pod = next.find_pod("pod")?;
+    ensure!(within("wait", next.find(&pod, "main")?.wait(None)).await?.status == 137, "the container's end is lost");
+    // Not every technique has something that tells the end of a sandbox by itself.
+    within("stop again", pod.stop(Duration::ZERO)).await?;
+    within("wait for the sandbox", pod.wait()).await?;
+    within("delete", pod.delete()).await
 }

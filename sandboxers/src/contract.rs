@@ -8,18 +8,27 @@
 //!   process; calls for different processes of a sandbox do run at the same time;
 //! - a call is never cancelled half way: when the client goes away the call still runs to its end;
 //! - a call that fails has undone its own steps (see [`undo`](crate::undo));
+//! - a daemon that dies in the middle of a call leaves what `recover`, `leftovers` and a repetition of the call cope with: a
+//!   container that was half made is a leftover, a process that was half started tells what became of it (`Process::started`);
 //! - after [`Sandbox::delete`] nothing of the sandbox may be left on the node, however the calls before it ended.
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use serde_json::Value;
 
 use crate::{
     cgroup::Stats,
     error::Result,
     event::EventSink,
-    id::{ExecId, Namespace, SandboxId},
+    fdstore::FdStore,
+    id::{ContainerId, ExecId, Namespace, SandboxId},
     reaper::Reaper,
     stdio::{Stdio, StreamHub},
     types::{Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
@@ -37,8 +46,20 @@ pub trait Sandboxer: Send + Sync + 'static {
     /// Takes a sandbox over from an earlier daemon. `record` is what [`Sandbox::record`] gave last.
     async fn recover(&self, spec: Arc<SandboxSpec>, context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>>;
 
-    /// Removes what earlier daemons of this instance left behind for sandboxes that are not in `known`; says what it removed.
-    async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>>;
+    /// What earlier daemons of this instance have left behind that is not in `known`. Only what is there at the call: nothing of that is
+    /// removed before a leftover's `removal` is awaited, which is after the recovery of the sandboxes that are known, and perhaps never.
+    async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>>;
+}
+
+/// The sandboxes that state files tell of, with their containers; `None` where the file cannot be read.
+pub type Known = BTreeMap<(Namespace, SandboxId), Option<BTreeSet<ContainerId>>>;
+
+/// Something that nobody knows any more.
+pub struct Leftover {
+    /// What it is, for people.
+    pub what: String,
+    /// Removes it. If somebody has made the same again meanwhile, that is left alone.
+    pub removal: BoxFuture<'static, Result<()>>,
 }
 
 /// What the shared layer lends to a sandbox.
@@ -53,6 +74,8 @@ pub struct SandboxContext {
     pub reaper: Reaper,
     /// Streams that containerd opens for `io_type = "streaming"`.
     pub streams: StreamHub,
+    /// Where descriptors are left that must not be closed when the daemon dies.
+    pub fds: FdStore,
 }
 
 /// A sandbox: a pod's isolation and what its containers share.
@@ -98,6 +121,10 @@ pub trait Process: Send + Sync + 'static {
 
     /// Lets it run; returns its pid.
     async fn start(&self) -> Result<u32>;
+
+    /// The pid of a process that was recovered as created, if it was started after all: by a daemon that died before it could save
+    /// that.
+    async fn started(&self) -> Result<Option<u32>>;
 
     /// Sends a signal, to all processes of the container when `all`.
     async fn kill(&self, signal: i32, all: bool) -> Result<()>;

@@ -10,14 +10,15 @@ use std::{
 };
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::{
     cgroup::Stats,
-    contract::{Container, Process, Sandbox, SandboxContext, Sandboxer},
+    contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
-    id::{ExecId, Namespace, SandboxId},
+    id::{ExecId, SandboxId},
     stdio::Stdio,
     types::{
         Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodMetadata, PodNamespaces, PodResources, ProcessInfo,
@@ -26,7 +27,7 @@ use crate::{
 };
 
 /// What a process does once it is started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Behaviour {
     /// Ends at once with this code.
     Exit(u32),
@@ -92,6 +93,10 @@ pub struct World(Arc<Mutex<State>>);
 struct State {
     next_pid: u32,
     processes: BTreeMap<u32, watch::Sender<Option<Exit>>>,
+    /// First processes of containers, by container.
+    made: BTreeMap<String, u32>,
+    /// Processes that have been let run, by what they belong to.
+    started: BTreeMap<String, u32>,
     resources: BTreeSet<String>,
 }
 
@@ -114,7 +119,10 @@ impl World {
     }
 
     fn release(&self, resource: &str) {
-        self.state().resources.remove(resource);
+        let mut state = self.state();
+        state.resources.remove(resource);
+        state.made.remove(resource);
+        state.started.remove(resource);
     }
 
     fn spawn(&self) -> u32 {
@@ -123,6 +131,10 @@ impl World {
         let pid = state.next_pid + 1000;
         state.processes.insert(pid, watch::channel(None).0);
         pid
+    }
+
+    fn started(&self, resource: &str) -> Option<u32> {
+        self.state().started.get(resource).copied()
     }
 
     fn end(&self, pid: u32, status: u32) {
@@ -154,11 +166,13 @@ fn lock(pids: &Pids) -> MutexGuard<'_, Vec<u32>> {
     pids.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The fake sandboxer.
+/// The fake sandboxer. Clones are the same daemon's.
 #[derive(Clone, Debug, Default)]
 pub struct FakeSandboxer {
     /// Its kernel.
     pub world: World,
+    /// Containers that have been made or recovered.
+    known: Arc<Mutex<BTreeSet<String>>>,
 }
 
 #[derive(Debug)]
@@ -168,6 +182,15 @@ struct FakeSandbox {
     /// Stands for the sandbox itself.
     pid: u32,
     pids: Pids,
+    known: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl FakeSandbox {
+    fn know(&self, container: &str) -> String {
+        let name = format!("container {container}");
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        name
+    }
 }
 
 #[async_trait]
@@ -196,21 +219,46 @@ impl Sandboxer for FakeSandboxer {
         Ok(Arc::new(self.sandbox(&spec, pid, pids)))
     }
 
-    async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>> {
-        let mut state = self.world.state();
-        let unknown =
-            |name: &&String| name.strip_prefix("sandbox ").is_some_and(|name| !known.iter().any(|(_, id)| id.as_str() == name));
-        let leftovers: Vec<_> = state.resources.iter().filter(unknown).cloned().collect();
-        leftovers.iter().for_each(|name| {
-            state.resources.remove(name);
-        });
-        Ok(leftovers)
+    async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>> {
+        let containers: BTreeSet<_> = known.values().flatten().flatten().map(|id| format!("container {id}")).collect();
+        let unknown = |name: &String| match name.strip_prefix("sandbox ") {
+            Some(name) => !known.keys().any(|(_, id)| id.as_str() == name),
+            None => name.starts_with("container ") && !containers.contains(name),
+        };
+        let names: Vec<_> = self.world.state().resources.iter().filter(|name| unknown(name)).cloned().collect();
+        Ok(names.into_iter().map(|name| self.leftover(name)).collect())
     }
 }
 
 impl FakeSandboxer {
+    /// A daemon's sandboxer in a world that there is already.
+    #[must_use]
+    pub fn new(world: World) -> Self {
+        Self { world, known: Arc::default() }
+    }
+
+    fn leftover(&self, name: String) -> Leftover {
+        let (world, known, what) = (self.world.clone(), self.known.clone(), name.clone());
+        let removal = async move {
+            // Made again by a repeated request.
+            if !known.lock().unwrap_or_else(PoisonError::into_inner).contains(&name) {
+                let process = world.state().made.get(&name).copied();
+                process.into_iter().for_each(|pid| world.end(pid, 137));
+                world.release(&name);
+            }
+            Ok(())
+        };
+        Leftover { what, removal: Box::pin(removal) }
+    }
+
     fn sandbox(&self, spec: &SandboxSpec, pid: u32, pids: Vec<u32>) -> FakeSandbox {
-        FakeSandbox { id: spec.id.clone(), world: self.world.clone(), pid, pids: Arc::new(Mutex::new(pids)) }
+        FakeSandbox {
+            id: spec.id.clone(),
+            world: self.world.clone(),
+            pid,
+            pids: Arc::new(Mutex::new(pids)),
+            known: self.known.clone(),
+        }
     }
 }
 
@@ -241,15 +289,20 @@ impl Sandbox for FakeSandbox {
 
     async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>> {
         let behaviour = Behaviour::parse(&spec.spec.as_value()["process"])?;
-        self.world.hold(format!("container {}", spec.id));
+        let name = self.know(spec.id.as_str());
+        self.world.hold(name.clone());
+        // Half made by an earlier daemon.
+        let earlier = self.world.state().made.get(&name).copied();
+        earlier.into_iter().for_each(|pid| self.world.end(pid, 137));
         let pid = self.world.spawn();
+        self.world.state().made.insert(name.clone(), pid);
         lock(&self.pids).push(pid);
-        Ok(Arc::new(FakeProcess::new(self, format!("container {}", spec.id), behaviour, Some(pid))))
+        Ok(Arc::new(FakeProcess::new(self, name, behaviour, Some(pid))))
     }
 
     async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
-        let pid = serde_json::from_value(record).map_err(Error::failed("read the fake container's record"))?;
-        Ok(Arc::new(FakeProcess::new(self, format!("container {}", head.id), Behaviour::Run, pid)))
+        let (behaviour, pid) = serde_json::from_value(record).map_err(Error::failed("read the fake container's record"))?;
+        Ok(Arc::new(FakeProcess::new(self, self.know(head.id.as_str()), behaviour, pid)))
     }
 
     async fn update(&self, _resources: &PodResources) -> Result<()> {
@@ -287,6 +340,8 @@ impl FakeProcess {
     fn exec(&self, id: &ExecId, behaviour: Behaviour, pid: Option<u32>) -> Arc<dyn Process> {
         let resource = format!("exec {id} of {}", self.resource);
         self.world.hold(resource.clone());
+        // It may have been started by a daemon that could not record that any more.
+        let pid = pid.or_else(|| self.world.started(&resource));
         Arc::new(Self { world: self.world.clone(), pids: self.pids.clone(), resource, behaviour, pid: Mutex::new(pid) })
     }
 
@@ -315,10 +370,15 @@ impl Process for FakeProcess {
             lock(&self.pids).push(pid);
             pid
         });
+        self.world.state().started.insert(self.resource.clone(), pid);
         if let Behaviour::Exit(code) = self.behaviour {
             self.world.end(pid, code);
         }
         Ok(pid)
+    }
+
+    async fn started(&self) -> Result<Option<u32>> {
+        Ok(self.world.started(&self.resource))
     }
 
     async fn kill(&self, signal: i32, _all: bool) -> Result<()> {
@@ -350,7 +410,7 @@ impl Process for FakeProcess {
     }
 
     fn record(&self) -> Value {
-        json!(self.pid())
+        json!((self.behaviour, self.pid()))
     }
 }
 
@@ -361,8 +421,8 @@ impl Container for FakeProcess {
     }
 
     async fn recover_exec(&self, id: ExecId, _stdio: Stdio, record: Value) -> Result<Arc<dyn Process>> {
-        let pid = serde_json::from_value(record).map_err(Error::failed("read the fake exec's record"))?;
-        Ok(FakeProcess::exec(self, &id, Behaviour::Run, pid))
+        let (behaviour, pid) = serde_json::from_value(record).map_err(Error::failed("read the fake exec's record"))?;
+        Ok(FakeProcess::exec(self, &id, behaviour, pid))
     }
 
     async fn pids(&self) -> Result<Vec<ProcessInfo>> {

@@ -100,6 +100,11 @@ impl SandboxHandle {
         answer.await.map_err(|_| gone())?
     }
 
+    /// Sends a closure to the owner task, if that is still there.
+    pub(crate) fn post(&self, call: impl FnOnce(&mut Owner) + Send + 'static) {
+        let _ = self.calls.send(Box::new(call));
+    }
+
     /// Like [`Self::call`], for what is answered from the owner's own state.
     async fn read<T: Send + 'static>(&self, read: impl FnOnce(&mut Owner) -> Result<T> + Send + 'static) -> Result<T> {
         self.call(move |owner, reply| {

@@ -23,8 +23,10 @@ pub mod conformance;
 pub mod contract;
 pub mod error;
 pub mod event;
+pub mod failpoint;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+pub mod fdstore;
 pub mod handle;
 pub mod id;
 pub mod lifecycle;
@@ -42,5 +44,5 @@ pub mod terminal;
 pub mod types;
 pub mod undo;
 
-pub use contract::{Container, Process, Sandbox, SandboxContext, Sandboxer};
+pub use contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer};
 pub use error::{Code, Error, Result};

@@ -12,29 +12,40 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     panic::AssertUnwindSafe,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use futures::FutureExt;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
+    time::sleep,
 };
-use tracing::{Instrument, error, info_span};
+use tracing::{Instrument, error, info, info_span};
 
 use crate::{
     contract::{Container, Process, Sandbox, SandboxContext},
     error::{Error, Result},
-    event::EventKind,
+    event::{Event, EventKind},
+    failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
     lifecycle::{Denial, ProcessRequest, ProcessState, ProcessStep, SandboxState, SandboxStep},
     registry::Registry,
-    store::{ContainerRecord, ExecRecord, SandboxRecord},
+    store::{ContainerRecord, DeletedRecord, ExecRecord, SandboxRecord},
     types::{Capabilities, ContainerHead, Exit, SandboxSpec},
 };
 
 pub(crate) type Call = Box<dyn FnOnce(&mut Owner) + Send>;
 pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
+/// Deletions that are remembered. A request that a daemon's death has left without an answer is repeated to the next daemon at once, so
+/// these need to cover what can be deleted in a pod in an instant.
+const DELETED: usize = 32;
+/// Events of one sandbox that are saved.
+const OUTBOX: usize = 256;
+/// When to save what can wait, unless something else has it saved before: that an event was taken (a daemon that dies before tells it
+/// again), and what could not be saved because the disk is full.
+const REST: Duration = Duration::from_millis(500);
+
 type AfterSave = Box<dyn FnOnce(&mut Owner, Result<(), String>) + Send>;
 
 /// One process: a container's first (`None`) or an exec.
@@ -98,6 +109,17 @@ pub(crate) struct Owner {
     jobs: JoinSet<Call>,
     changed: bool,
     after_save: Vec<AfterSave>,
+    /// Containers that could not be taken over from an earlier daemon.
+    pub(crate) unrecovered: Vec<ContainerRecord>,
+    /// The last deletions, in order.
+    pub(crate) deleted: VecDeque<DeletedRecord>,
+    /// Events that are to be saved as long as nobody has taken them, in order, each with its number.
+    outbox: VecDeque<(u64, Event)>,
+    events: u64,
+    /// Something is to be saved that can wait.
+    stale: bool,
+    /// The last save has failed.
+    unsaved: bool,
     /// Its directory is being removed: nothing is saved any more.
     pub(crate) sealed: bool,
     pub(crate) gone: bool,
@@ -133,6 +155,12 @@ impl Owner {
             jobs: JoinSet::new(),
             changed: false,
             after_save: Vec::new(),
+            unrecovered: Vec::new(),
+            deleted: VecDeque::new(),
+            outbox: VecDeque::new(),
+            events: 0,
+            stale: false,
+            unsaved: false,
             sealed: false,
             gone: false,
         }
@@ -142,6 +170,8 @@ impl Owner {
     pub(crate) async fn run(mut self, mut calls: mpsc::UnboundedReceiver<Call>) {
         let span = info_span!("sandbox", sandbox_id = %self.spec.id);
         let work = async {
+            // What the recovery has found out.
+            self.settle().await;
             while !self.gone {
                 let call = tokio::select! {
                     call = calls.recv() => match call {
@@ -153,6 +183,10 @@ impl Owner {
                         // Jobs catch their panics and are never aborted.
                         Err(error) => { error!(%error, "a job was lost"); continue }
                     },
+                    () = sleep(REST), if self.stale => {
+                        self.changed();
+                        Box::new(|_: &mut Self| {}) as Call
+                    }
                 };
                 self.apply(call);
                 // What else has arrived shares the save.
@@ -176,9 +210,7 @@ impl Owner {
     async fn settle(&mut self) {
         loop {
             let saved = if std::mem::take(&mut self.changed) && !self.sealed { self.save().await } else { Ok(()) };
-            if let Err(why) = &saved {
-                error!(error = why, "the sandbox's state could not be saved; it is saved with the next change");
-            }
+            failpoint::reach(Failpoint::Saved);
             for told in std::mem::take(&mut self.after_save) {
                 told(self, saved.clone());
             }
@@ -188,8 +220,6 @@ impl Owner {
                 }
             }
             if !self.changed && self.after_save.is_empty() {
-                // A failed save is tried again with the next change, not in a loop.
-                self.changed = saved.is_err();
                 return;
             }
         }
@@ -198,10 +228,18 @@ impl Owner {
     async fn save(&mut self) -> Result<(), String> {
         let record = self.record();
         let store = self.registry.store().clone();
-        match tokio::task::spawn_blocking(move || store.save(&record)).await {
+        let saved = match tokio::task::spawn_blocking(move || store.save(&record)).await {
             Ok(saved) => saved.map_err(|error| error.report()),
             Err(error) => Err(error.to_string()),
+        };
+        self.stale = saved.is_err();
+        match &saved {
+            Err(why) if !self.unsaved => error!(error = why, "the sandbox's state cannot be saved; trying again until it can"),
+            Ok(()) if self.unsaved => info!("the sandbox's state is saved again"),
+            _ => {}
         }
+        self.unsaved = saved.is_err();
+        saved
     }
 
     pub(crate) fn record(&self) -> SandboxRecord {
@@ -225,7 +263,9 @@ impl Owner {
             state: self.state,
             created_at: self.created_at,
             backend: self.sandbox.record(),
-            containers: containers.collect(),
+            containers: containers.chain(self.unrecovered.iter().cloned()).collect(),
+            deleted: self.deleted.iter().cloned().collect(),
+            events: self.outbox.iter().map(|(_, event)| event.clone()).collect(),
         }
     }
 
@@ -247,9 +287,50 @@ impl Owner {
         });
     }
 
+    /// Tells an event after the state has been saved; until it is taken, it is saved too.
     pub(crate) fn publish(&mut self, container: &ContainerId, kind: EventKind) {
-        let container = container.clone();
-        self.after_save(move |owner, _| owner.context.events.send(&owner.spec.namespace, &container, kind));
+        let event = Event::now(&self.spec.namespace, container, kind);
+        self.publish_event(event);
+    }
+
+    pub(crate) fn publish_event(&mut self, event: Event) {
+        let number = self.keep_event(event);
+        self.after_save(move |owner, _| owner.tell_event(number));
+    }
+
+    /// Has an event saved until it is taken; nobody is told it yet.
+    pub(crate) fn keep_event(&mut self, event: Event) -> u64 {
+        if self.outbox.len() == OUTBOX {
+            self.outbox.pop_front();
+        }
+        self.events += 1;
+        self.outbox.push_back((self.events, event));
+        self.changed();
+        self.events
+    }
+
+    pub(crate) fn tell_event(&mut self, number: u64) {
+        let Some((_, event)) = self.outbox.iter().find(|(kept, _)| *kept == number) else { return };
+        let (registry, spec) = (self.registry.clone(), self.spec.clone());
+        self.context.events.send_kept(event.clone(), move || {
+            let Ok(sandbox) = registry.sandbox(&spec.namespace, &spec.id) else { return };
+            sandbox.post(move |owner| {
+                owner.drop_event(number);
+                owner.stale = true;
+            });
+        });
+    }
+
+    pub(crate) fn drop_event(&mut self, number: u64) {
+        self.outbox.retain(|(kept, _)| *kept != number);
+    }
+
+    /// Remembers a deletion for whoever asks for it again.
+    pub(crate) fn bury(&mut self, key: &Key, state: ProcessState) {
+        if self.deleted.len() == DELETED {
+            self.deleted.pop_front();
+        }
+        self.deleted.push_back(DeletedRecord { container: key.0.clone(), exec: key.1.clone(), state });
     }
 
     /// Whether no job runs in any lane.
@@ -289,6 +370,7 @@ impl Owner {
             lane.busy = true;
         }
         self.background(job, move |owner, result| {
+            failpoint::reach(Failpoint::Done);
             if let Some(lane) = owner.lane(key.as_ref()) {
                 lane.busy = false;
             }

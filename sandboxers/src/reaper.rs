@@ -1,18 +1,21 @@
 //! Child processes: starting them, and learning how they end.
 //!
-//! The daemon is a child subreaper (`PR_SET_CHILD_SUBREAPER`, prctl(2)): an OCI runtime exits after it has started a container, and
-//! the container's first process becomes our child. One loop reaps every child; who cares for a pid asks for its exit. Pids
-//! are reused within minutes on a busy node, so exits carry a sequence number: take a [`Mark`] before the fork, and exits
-//! older than it are not yours.
+//! An OCI runtime exits after it has started a container, and the container's first process becomes the child of the nearest child
+//! subreaper (`PR_SET_CHILD_SUBREAPER`, prctl(2)): this process, or a parent of it that tells what it sees (the keeper of
+//! `kuasard`). One loop reaps every child; who cares for a pid asks for its exit. Pids are reused within minutes on a busy node,
+//! so an exit also tells when its process started: take a [`Mark`] before the fork, and exits of processes older than it are not yours.
 //!
 //! Nobody else may wait for children: a second waiter would steal exits. `Command`s must not use `pre_exec`, `uid` or
 //! `groups`, which make the standard library fork and wait by itself.
 
 use std::{
     collections::{HashMap, VecDeque},
+    fmt,
+    num::ParseIntError,
     os::fd::{AsFd, OwnedFd},
     pin::Pin,
     process::{ChildStdin, Command, Stdio},
+    str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
@@ -23,10 +26,12 @@ use nix::{
     sys::{
         prctl,
         signal::{Signal, kill},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
-    unistd::{self, Pid},
+    time::{ClockId, clock_gettime},
+    unistd::{self, Pid, SysconfVar, sysconf},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::AsyncReadExt,
     net::unix::pipe,
@@ -34,32 +39,77 @@ use tokio::{
     sync::oneshot,
     time::timeout,
 };
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::{
     error::{Error, Result},
     types::Exit,
 };
 
-/// Exits nobody has asked for yet that are kept; older ones were orphans of containers.
-const UNCLAIMED: usize = 4096;
+/// Exits that are remembered, asked for or not: whoever asks late finds what it means among them.
+const REMEMBERED: usize = 2048;
 
 /// What a helper program may print before the rest is thrown away, in bytes.
 const OUTPUT_LIMIT: usize = 1 << 20;
 
-/// A point in the sequence of exits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A point in time, for telling processes of the same pid apart: in clock ticks since boot, as the kernel tells a process's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Mark(u64);
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Mark {
+    type Err = ParseIntError;
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        text.parse().map(Self)
+    }
+}
+
+/// How a process has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The pid it had.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22).
+    pub start: u64,
+    /// How and when it ended.
+    pub exit: Exit,
+}
+
+/// Which process of a pid is meant.
+#[derive(Clone, Copy, Debug)]
+enum Which {
+    /// One that was forked after this point.
+    Since(Mark),
+    /// The one that started then.
+    Started(u64),
+}
+
+impl Which {
+    fn is(self, ended: &Ended) -> bool {
+        match self {
+            Self::Since(mark) => ended.start >= mark.0,
+            Self::Started(start) => ended.start == start,
+        }
+    }
+}
 
 /// Starts children and hands out their exits. Clones share one table.
 #[derive(Clone, Debug)]
-pub struct Reaper(Arc<Mutex<Table>>);
+pub struct Reaper {
+    table: Arc<Mutex<Table>>,
+    /// The subreaper that tells us what it sees, where that is another process.
+    keeper: Option<u32>,
+}
 
 #[derive(Debug, Default)]
 struct Table {
-    sequence: u64,
-    unclaimed: VecDeque<(u64, u32, Exit)>,
-    claims: HashMap<u32, Vec<oneshot::Sender<Exit>>>,
+    ended: VecDeque<Ended>,
+    claims: HashMap<u32, Vec<(Which, oneshot::Sender<Exit>)>>,
 }
 
 /// The exit of one process, when it comes.
@@ -107,12 +157,25 @@ impl Reaper {
     /// When the kernel or the runtime refuses; neither is expected.
     pub fn install() -> Result<Self> {
         prctl::set_child_subreaper(true).map_err(Error::failed("become the child subreaper"))?;
+        Self::run_loop(None)
+    }
+
+    /// Starts the loop in a process whose parent, `keeper`, is the subreaper: what that sees goes to [`Self::hear`]. Once per process,
+    /// inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When the runtime refuses, which is not expected.
+    pub fn install_under(keeper: u32) -> Result<Self> {
+        Self::run_loop(Some(keeper))
+    }
+
+    fn run_loop(keeper: Option<u32>) -> Result<Self> {
         let mut children = signal(SignalKind::child()).map_err(Error::failed("listen for SIGCHLD"))?;
-        let reaper = Self(Arc::default());
+        let reaper = Self { table: Arc::default(), keeper };
         let table = reaper.clone();
         tokio::spawn(async move {
             loop {
-                table.reap();
+                reap().into_iter().for_each(|ended| table.hear(ended));
                 if children.recv().await.is_none() {
                     return;
                 }
@@ -121,45 +184,64 @@ impl Reaper {
         Ok(reaper)
     }
 
+    /// The parent that is the subreaper, where that is not this process.
+    #[must_use]
+    pub fn keeper(&self) -> Option<u32> {
+        self.keeper
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         // Every change of the table is complete before anything can panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reap(&self) {
-        loop {
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code.unsigned_abs()),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + (signal as i32).unsigned_abs()),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(error) => {
-                    warn!(%error, "cannot wait for children");
-                    return;
-                }
-            };
-            self.table().exited(pid.as_raw().unsigned_abs(), Exit::now(status));
-        }
+    /// Takes note of an exit.
+    pub fn hear(&self, ended: Ended) {
+        self.table().heard(ended);
     }
 
-    /// The present point in the sequence of exits; take it before something forks.
+    /// The present point in time; take it before something forks.
+    ///
+    /// A pid is not reused within the hundredth of a second in which all processes have the same start.
     #[must_use]
     pub fn mark(&self) -> Mark {
-        Mark(self.table().sequence)
+        // Neither fails: the clock and the variable exist on every Linux.
+        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+        let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().map_or(100, |ticks| u128::from(ticks.unsigned_abs()));
+        Mark(u64::try_from(now.as_nanos() * ticks / 1_000_000_000).unwrap_or(u64::MAX))
     }
 
     /// The exit of `pid`, a child or orphan of ours that was forked after `since`. Ready at once if it has ended already.
     #[must_use]
     pub fn exit_of(&self, pid: u32, since: Mark) -> ExitFuture {
+        self.claim(pid, Which::Since(since))
+    }
+
+    /// The exit of the process `pid` that started at `start`, which must be a child or orphan of ours, or have been one.
+    #[must_use]
+    pub fn exit_of_started(&self, pid: u32, start: u64) -> ExitFuture {
+        self.claim(pid, Which::Started(start))
+    }
+
+    /// How that process has ended, if that is known.
+    #[must_use]
+    pub fn known(&self, pid: u32, start: u64) -> Option<Exit> {
+        self.table().find(pid, Which::Started(start)).map(|ended| ended.exit)
+    }
+
+    /// The end of the process `pid` that was forked after `since`, if it is known.
+    #[must_use]
+    pub fn ended_since(&self, pid: u32, since: Mark) -> Option<Ended> {
+        self.table().find(pid, Which::Since(since))
+    }
+
+    fn claim(&self, pid: u32, which: Which) -> ExitFuture {
         let (sender, receiver) = oneshot::channel();
         let mut table = self.table();
-        let position = table.unclaimed.iter().position(|(sequence, dead, _)| *dead == pid && *sequence > since.0);
-        match position.and_then(|position| table.unclaimed.remove(position)) {
+        match table.find(pid, which) {
             // The receiver is right here.
-            Some((_, _, exit)) => {
-                let _ = sender.send(exit);
-            }
-            None => table.claims.entry(pid).or_default().push(sender),
+            Some(ended) => drop(sender.send(ended.exit)),
+            None => table.claims.entry(pid).or_default().push((which, sender)),
         }
         ExitFuture(receiver)
     }
@@ -211,21 +293,59 @@ impl Reaper {
     }
 }
 
-impl Table {
-    fn exited(&mut self, pid: u32, exit: Exit) {
-        self.sequence += 1;
-        if let Some(claims) = self.claims.remove(&pid) {
-            for claim in claims {
-                // Whoever asked may have gone away: fine.
-                let _ = claim.send(exit);
+/// Reaps every child that has ended.
+#[must_use]
+pub fn reap() -> Vec<Ended> {
+    let mut all = Vec::new();
+    loop {
+        // First without reaping: the start is told only as long as it is a zombie.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+        let (pid, status) = match waitid(Id::All, flags | WaitPidFlag::WNOWAIT) {
+            Ok(WaitStatus::Exited(pid, code)) => (pid, code.unsigned_abs()),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + (signal as i32).unsigned_abs()),
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return all,
+            Ok(_) | Err(Errno::EINTR) => continue,
+            Err(error) => {
+                warn!(%error, "cannot wait for children");
+                return all;
             }
-            return;
+        };
+        let start = start_of(pid.as_raw().unsigned_abs()).unwrap_or(0);
+        match waitid(Id::Pid(pid), flags) {
+            Ok(_) => all.push(Ended { pid: pid.as_raw().unsigned_abs(), start, exit: Exit::now(status) }),
+            Err(error) => warn!(%error, %pid, "cannot reap a child"),
         }
-        debug!(pid, status = exit.status, "an unclaimed child ended");
-        if self.unclaimed.len() == UNCLAIMED {
-            self.unclaimed.pop_front();
+    }
+}
+
+/// When a process started, in clock ticks since boot (proc_pid_stat(5)); `None` when there is none.
+fn start_of(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in the second field may hold anything, so count from its end, where the third begins.
+    text[text.rfind(')')? + 1..].split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+}
+
+impl Table {
+    /// The first that is meant: a later one has the pid again.
+    fn find(&self, pid: u32, which: Which) -> Option<Ended> {
+        self.ended.iter().find(|ended| ended.pid == pid && which.is(ended)).copied()
+    }
+
+    fn heard(&mut self, ended: Ended) {
+        if let Some(claims) = self.claims.remove(&ended.pid) {
+            let (meant, others): (Vec<_>, Vec<_>) = claims.into_iter().partition(|(which, _)| which.is(&ended));
+            if !others.is_empty() {
+                self.claims.insert(ended.pid, others);
+            }
+            for (_, claim) in meant {
+                // Whoever asked may have gone away: fine.
+                let _ = claim.send(ended.exit);
+            }
         }
-        self.unclaimed.push_back((self.sequence, pid, exit));
+        if self.ended.len() == REMEMBERED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(ended);
     }
 }
 
@@ -283,28 +403,51 @@ impl Captured {
 mod tests {
     use super::*;
 
+    fn ended(pid: u32, start: u64, status: u32) -> Ended {
+        Ended { pid, start, exit: exit(status) }
+    }
+
     fn exit(status: u32) -> Exit {
         Exit { status, at: std::time::UNIX_EPOCH }
     }
 
-    #[tokio::test]
-    async fn an_exit_before_the_mark_belongs_to_an_earlier_process_of_that_pid() {
-        let reaper = Reaper(Arc::default());
-        reaper.table().exited(7, exit(1));
-        let mark = reaper.mark();
-        let late = reaper.exit_of(7, mark);
-        reaper.table().exited(7, exit(2));
-        assert_eq!(late.await, exit(2));
-        reaper.table().exited(8, exit(3));
-        assert_eq!(reaper.exit_of(8, mark).await, exit(3));
+    fn reaper() -> Reaper {
+        Reaper { table: Arc::default(), keeper: None }
     }
 
     #[tokio::test]
-    async fn unclaimed_exits_are_bounded() {
-        let reaper = Reaper(Arc::default());
-        for pid in 0..3 * UNCLAIMED as u32 {
-            reaper.table().exited(pid, exit(0));
+    async fn an_exit_of_an_earlier_process_of_that_pid_is_not_it() {
+        let reaper = reaper();
+        reaper.hear(ended(7, 10, 1));
+        let late = reaper.exit_of(7, Mark(11));
+        let exact = reaper.exit_of_started(7, 14);
+        // Told late, too.
+        reaper.hear(ended(7, 9, 2));
+        reaper.hear(ended(7, 12, 3));
+        reaper.hear(ended(7, 14, 4));
+        assert_eq!((late.await, exact.await), (exit(3), exit(4)));
+        reaper.hear(ended(8, 11, 5));
+        assert_eq!(reaper.exit_of(8, Mark(11)).await, exit(5));
+        assert_eq!((reaper.known(7, 11), reaper.known(7, 10), reaper.known(7, 10)), (None, Some(exit(1)), Some(exit(1))));
+    }
+
+    #[tokio::test]
+    async fn exits_are_bounded() {
+        let reaper = reaper();
+        for pid in 0..3 * REMEMBERED as u32 {
+            reaper.hear(ended(pid, 0, 0));
         }
-        assert_eq!(reaper.table().unclaimed.len(), UNCLAIMED);
+        assert_eq!(reaper.table().ended.len(), REMEMBERED);
+    }
+
+    #[test]
+    fn a_mark_is_in_the_kernels_ticks() {
+        let reaper = reaper();
+        let before = reaper.mark();
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let start = start_of(child.id()).unwrap();
+        assert!((before..=reaper.mark()).contains(&Mark(start)), "{before:?} {start}");
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -1,30 +1,40 @@
 //! Who is where: sandboxers by name, sandboxes and containers by id.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
+    fs,
     path::Path,
     str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use tokio::{sync::mpsc, time::timeout};
+use futures::future::join_all;
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 use tracing::{error, info, warn};
 
 use crate::{
-    contract::{Sandbox, SandboxContext, Sandboxer},
+    contract::{Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
-    event::EventSink,
+    event::{EventKind, EventSink},
+    fdstore::FdStore,
     handle::{ContainerHandle, SandboxHandle},
-    id::{ContainerId, Namespace, SandboxId},
-    lifecycle::{ProcessState, SandboxState, SandboxStep},
+    id::{ContainerId, ExecId, Namespace, SandboxId},
+    lifecycle::{ProcessState, ProcessStep, SandboxState, SandboxStep},
     owner::{ContainerEntry, Key, Owner, ProcessEntry},
     reaper::Reaper,
     stdio::StreamHub,
-    store::{ContainerRecord, SandboxRecord, Store},
+    store::{ContainerRecord, DeletedRecord, SandboxRecord, Store},
     types::{Capabilities, Exit, SandboxSpec},
     undo::Undo,
 };
+
+/// How long after a recovery requests that the daemon before has not answered may still be repeated: they are at once.
+const REPEATED: Duration = Duration::from_secs(20);
 
 /// Every sandbox of the daemon. Clones share it.
 #[derive(Clone)]
@@ -36,6 +46,7 @@ struct Inner {
     events: EventSink,
     streams: StreamHub,
     reaper: Reaper,
+    fds: FdStore,
     index: Mutex<Index>,
 }
 
@@ -50,6 +61,8 @@ struct Index {
     /// `None`: being created.
     sandboxes: HashMap<(Namespace, SandboxId), Option<SandboxHandle>>,
     containers: HashMap<(Namespace, ContainerId), SandboxId>,
+    /// Deletions by the daemon before this one, whose answers may have been lost.
+    deleted: HashMap<(Namespace, SandboxId), Vec<DeletedRecord>>,
 }
 
 impl Registry {
@@ -63,11 +76,12 @@ impl Registry {
         events: EventSink,
         streams: StreamHub,
         reaper: Reaper,
+        fds: FdStore,
     ) -> Result<Self> {
         let store = Store::open(state)?;
         let entry = |sandboxer: Arc<dyn Sandboxer>| Entry { capabilities: Arc::new(sandboxer.capabilities()), sandboxer };
         let sandboxers = sandboxers.into_iter().map(|(name, sandboxer)| (name, entry(sandboxer))).collect();
-        Ok(Self(Arc::new(Inner { sandboxers, store, events, streams, reaper, index: Mutex::default() })))
+        Ok(Self(Arc::new(Inner { sandboxers, store, events, streams, reaper, fds, index: Mutex::default() })))
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -161,8 +175,8 @@ impl Registry {
         let sandbox = sandboxer.create(spec.clone(), context.clone()).await?;
         let made = sandbox.clone();
         undo.push("delete the sandbox", async move { made.delete().await });
-        let owner =
-            Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), SandboxState::Created, SystemTime::now());
+        let (state, now) = (SandboxState::Created, SystemTime::now());
+        let owner = Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), state, now);
         let (store, record) = (self.store().clone(), owner.record());
         let saved = tokio::task::spawn_blocking(move || store.save(&record)).await;
         saved.map_err(Error::failed("save the sandbox's state"))??;
@@ -171,21 +185,22 @@ impl Registry {
     }
 
     fn context(&self, dir: std::path::PathBuf) -> SandboxContext {
-        SandboxContext { dir, events: self.0.events.clone(), streams: self.0.streams.clone(), reaper: self.0.reaper.clone() }
+        SandboxContext {
+            dir,
+            events: self.0.events.clone(),
+            streams: self.0.streams.clone(),
+            reaper: self.0.reaper.clone(),
+            fds: self.0.fds.clone(),
+        }
     }
 
     /// Lets an owner run and makes it known.
     fn adopt(&self, owner: Owner) {
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let (sender, calls) = mpsc::unbounded_channel();
         let (namespace, id) = (owner.spec.namespace.clone(), owner.spec.id.clone());
         let handle = SandboxHandle::new(namespace.clone(), id.clone(), sender);
-        let mut index = self.index();
-        for container in owner.containers.keys() {
-            index.containers.insert((namespace.clone(), container.clone()), id.clone());
-        }
-        index.sandboxes.insert((namespace, id), Some(handle));
-        drop(index);
-        tokio::spawn(owner.run(receiver));
+        self.index().sandboxes.insert((namespace, id), Some(handle));
+        tokio::spawn(owner.run(calls));
     }
 
     pub(crate) fn claim_container(&self, namespace: &Namespace, id: &ContainerId, sandbox: &SandboxId) -> Result<()> {
@@ -205,58 +220,128 @@ impl Registry {
     }
 
     pub(crate) fn forget_sandbox(&self, namespace: &Namespace, id: &SandboxId) {
-        self.index().sandboxes.remove(&(namespace.clone(), id.clone()));
+        let key = (namespace.clone(), id.clone());
+        let mut index = self.index();
+        index.sandboxes.remove(&key);
+        index.deleted.remove(&key);
     }
 
-    /// Takes over what an earlier daemon left: sandboxes by their state files; then each sandboxer removes leftovers of others.
+    /// How a process ended that the daemon before this one has deleted not long before its end.
+    #[must_use]
+    pub fn deleted(&self, namespace: &Namespace, container: &ContainerId, exec: Option<&ExecId>) -> Option<ProcessState> {
+        let index = self.index();
+        let records = index.deleted.iter().filter(|((of, _), _)| of == namespace).flat_map(|(_, records)| records);
+        let meant = records.filter(|record| record.container == *container && record.exec.as_ref() == exec);
+        meant.last().map(|record| record.state)
+    }
+
+    /// Takes over what an earlier daemon left. When this returns, its sandboxes are known and can be called; each answers when it has
+    /// been recovered, so that none waits for another. Then leftovers that nobody knows are removed.
+    ///
     /// What cannot be taken over stays as it is and is reported in the log.
     ///
     /// # Errors
     /// When the state directory cannot be read at all.
-    pub async fn recover(&self) -> Result<()> {
+    pub async fn recover(&self) -> Result<Recovery> {
         let loaded = self.store().load()?;
-        let mut known = BTreeSet::new();
+        let mut known = Known::new();
         for (file, why) in &loaded.set_aside {
             warn!(file = %file.display(), why, "cannot read the state of a sandbox; its processes, if any, are left alone");
             // Known all the same, or its processes would be collected as leftovers.
             if let (Some(Ok(id)), Some(Ok(namespace))) = (parent_name(file, 1), parent_name(file, 2)) {
-                known.insert((namespace, id));
+                known.insert((namespace, id), None);
             }
         }
-        for record in loaded.records {
-            let (namespace, id) = (record.spec.namespace.clone(), record.spec.id.clone());
-            known.insert((namespace, id.clone()));
-            match self.recover_sandbox(record).await {
-                Ok(()) => info!(sandbox_id = %id, "recovered a sandbox"),
-                Err(error) => error!(sandbox_id = %id, error = error.report(), "failed to recover a sandbox; it is left alone"),
-            }
+        for record in &loaded.records {
+            let containers = record.containers.iter().map(|container| container.head.id.clone()).collect();
+            known.insert((record.spec.namespace.clone(), record.spec.id.clone()), Some(containers));
         }
+        // Before anything new is made, which would be none.
+        let mut leftovers = Vec::new();
         for (name, Entry { sandboxer, .. }) in &self.0.sandboxers {
-            match sandboxer.collect(&known).await {
-                Ok(removed) => removed.iter().for_each(|what| info!(sandboxer = name, what, "removed a leftover")),
-                Err(error) => error!(sandboxer = name, error = error.report(), "failed to collect leftovers"),
+            match sandboxer.leftovers(&known).await {
+                Ok(found) => leftovers.extend(found),
+                Err(error) => error!(sandboxer = name, error = error.report(), "cannot look for leftovers"),
             }
         }
-        Ok(())
+        let recovered: Vec<_> = loaded.records.into_iter().map(|record| self.begin_recovery(record)).collect();
+        let fds = self.0.fds.clone();
+        Ok(Recovery(tokio::spawn(async move {
+            join_all(recovered).await;
+            join_all(leftovers.into_iter().map(remove_leftover)).await;
+            for dir in loaded.unsaved {
+                info!(dir = %dir.display(), "removing a sandbox that was never made");
+                if let Err(error) = fs::remove_dir_all(&dir) {
+                    error!(dir = %dir.display(), %error, "cannot remove a sandbox that was never made");
+                }
+            }
+            // What belongs to a container that was half made is taken when containerd's request is repeated, or never.
+            tokio::spawn(async move {
+                sleep(REPEATED).await;
+                fds.release_rest();
+            });
+        })))
     }
 
-    async fn recover_sandbox(&self, record: SandboxRecord) -> Result<()> {
+    /// Makes a sandbox known, and lets it be recovered.
+    fn begin_recovery(&self, record: SandboxRecord) -> JoinHandle<()> {
+        let (sender, calls) = mpsc::unbounded_channel();
+        let key = (record.spec.namespace.clone(), record.spec.id.clone());
+        {
+            let mut index = self.index();
+            for container in &record.containers {
+                index.containers.insert((key.0.clone(), container.head.id.clone()), key.1.clone());
+            }
+            index.deleted.insert(key.clone(), record.deleted.clone());
+            index.sandboxes.insert(key.clone(), Some(SandboxHandle::new(key.0.clone(), key.1.clone(), sender)));
+        }
+        let registry = self.clone();
+        tokio::spawn(async move {
+            let containers: Vec<_> = record.containers.iter().map(|container| container.head.id.clone()).collect();
+            match registry.recover_sandbox(record).await {
+                Ok(owner) => {
+                    info!(sandbox_id = %key.1, "recovered a sandbox");
+                    for lost in containers.iter().filter(|id| !owner.containers.contains_key(*id)) {
+                        registry.forget_container(&key.0, lost);
+                    }
+                    tokio::spawn(owner.run(calls));
+                }
+                Err(error) => {
+                    error!(sandbox_id = %key.1, error = error.report(), "failed to recover a sandbox; it is left alone");
+                    registry.forget_sandbox(&key.0, &key.1);
+                    containers.iter().for_each(|id| registry.forget_container(&key.0, id));
+                }
+            }
+        })
+    }
+
+    async fn recover_sandbox(&self, record: SandboxRecord) -> Result<Owner> {
         let Entry { sandboxer, capabilities } = self.entry(&record.spec.sandboxer)?;
         let spec = Arc::new(record.spec);
         let context = self.context(self.store().dir(&spec.namespace, &spec.id));
         let sandbox = sandboxer.recover(spec.clone(), context.clone(), record.backend).await?;
         let mut owner = Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), record.state, record.created_at);
+        record.events.into_iter().for_each(|event| owner.publish_event(event));
         let mut watched = Vec::new();
         for container in record.containers {
             let id = container.head.id.clone();
-            match recover_container(&*owner.sandbox.clone(), container).await {
-                Ok((entry, keys)) => {
-                    watched.extend(keys);
-                    owner.containers.insert(id, entry);
+            match recover_container(&*owner.sandbox.clone(), container.clone()).await {
+                Ok(Recovered { entry, live, started }) => {
+                    owner.containers.insert(id.clone(), entry);
+                    watched.extend(live);
+                    for (key, pid) in started {
+                        owner.step(&key, ProcessStep::Started { pid });
+                        owner.publish(&id, EventKind::started(key.1, pid));
+                    }
                 }
-                Err(error) => error!(container = %id, error = error.report(), "failed to recover a container"),
+                Err(error) => {
+                    // Its processes may live: forgotten, it would be taken for a leftover.
+                    error!(container = %id, error = error.report(), "failed to recover a container; it is left to the next daemon");
+                    owner.unrecovered.push(container);
+                }
             }
         }
+        owner.deleted = record.deleted.into();
         for key in watched {
             if let Ok(process) = owner.process(&key).map(|entry| entry.process.clone()) {
                 owner.watch_process(key, process);
@@ -270,8 +355,7 @@ impl Registry {
             }
             SandboxState::Created | SandboxState::Stopped { .. } => {}
         }
-        self.adopt(owner);
-        Ok(())
+        Ok(owner)
     }
 
     /// Waits until no operation is under way in any sandbox, at most `limit`; returns the sandboxes where one still is.
@@ -282,32 +366,74 @@ impl Registry {
                 Err(_) => Some(sandbox.id),
             }
         });
-        futures::future::join_all(waits).await.into_iter().flatten().collect()
+        join_all(waits).await.into_iter().flatten().collect()
     }
 }
 
-/// Takes a container over; returns it with the processes whose end is still to come.
-async fn recover_container(sandbox: &dyn Sandbox, record: ContainerRecord) -> Result<(ContainerEntry, Vec<Key>)> {
+/// A recovery that goes on.
+#[derive(Debug)]
+pub struct Recovery(JoinHandle<()>);
+
+impl Recovery {
+    /// Waits until everything is recovered, and what was left over is removed.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when it broke off.
+    pub async fn finished(self) -> Result<()> {
+        self.0.await.map_err(Error::failed("finish the recovery"))
+    }
+}
+
+async fn remove_leftover(leftover: Leftover) {
+    let Leftover { what, removal } = leftover;
+    match removal.await {
+        Ok(()) => info!(what, "removed a leftover"),
+        Err(error) => error!(what, error = error.report(), "cannot remove a leftover"),
+    }
+}
+
+/// A container that was taken over.
+struct Recovered {
+    entry: ContainerEntry,
+    /// Processes whose end is still to come.
+    live: Vec<Key>,
+    /// Those that were started and not recorded as that.
+    started: Vec<(Key, u32)>,
+}
+
+async fn recover_container(sandbox: &dyn Sandbox, record: ContainerRecord) -> Result<Recovered> {
     let id = record.head.id.clone();
     let container = sandbox.recover_container(record.head.clone(), record.backend).await?;
-    let mut entry = ContainerEntry {
-        init: ProcessEntry::new(container.clone(), record.state, record.head.stdio.clone()),
-        head: record.head,
-        container: container.clone(),
-        execs: BTreeMap::new(),
-    };
-    let mut keys = Vec::new();
-    if entry.init.state.exit().is_none() {
-        keys.push((id.clone(), None));
-    }
+    let init = ProcessEntry::new(container.clone(), record.state, record.head.stdio.clone());
+    let entry = ContainerEntry { init, head: record.head, container: container.clone(), execs: BTreeMap::new() };
+    let mut recovered = Recovered { entry, live: Vec::new(), started: Vec::new() };
+    recovered.note((id.clone(), None), record.state, &*container).await?;
     for exec in record.execs {
-        let process = container.recover_exec(exec.id.clone(), exec.stdio.clone(), exec.backend).await?;
-        if matches!(exec.state, ProcessState::Running { .. }) {
-            keys.push((id.clone(), Some(exec.id.clone())));
-        }
-        entry.execs.insert(exec.id, ProcessEntry::new(process, exec.state, exec.stdio));
+        let process = match container.recover_exec(exec.id.clone(), exec.stdio.clone(), exec.backend).await {
+            Ok(process) => process,
+            Err(error) => {
+                error!(container = %id, exec = %exec.id, error = error.report(), "failed to recover an exec; it is forgotten");
+                continue;
+            }
+        };
+        recovered.note((id.clone(), Some(exec.id.clone())), exec.state, &*process).await?;
+        recovered.entry.execs.insert(exec.id, ProcessEntry::new(process, exec.state, exec.stdio));
     }
-    Ok((entry, keys))
+    Ok(recovered)
+}
+
+impl Recovered {
+    async fn note<P: Process + ?Sized>(&mut self, key: Key, state: ProcessState, process: &P) -> Result<()> {
+        let mut live = matches!(state, ProcessState::Running { .. } | ProcessState::Paused { .. });
+        if matches!(state, ProcessState::Created { .. }) {
+            let started = process.started().await?;
+            // A container's first process is there before it is started, and may end.
+            live = started.is_some() || key.1.is_none();
+            self.started.extend(started.map(|pid| (key.clone(), pid)));
+        }
+        self.live.extend(live.then_some(key));
+        Ok(())
+    }
 }
 
 fn parent_name<T: FromStr>(file: &Path, up: usize) -> Option<Result<T, T::Err>> {

@@ -13,7 +13,7 @@ use tracing::error;
 use crate::{
     contract::{Container, Process},
     error::{Error, Result},
-    event::EventKind,
+    event::{Event, EventKind},
     handle::{ContainerStatus, ProcessStatus, SandboxStatus},
     lifecycle::{ProcessRequest, ProcessState, ProcessStep, SandboxRequest, SandboxState, SandboxStep},
     owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply, name},
@@ -32,8 +32,11 @@ impl Owner {
                 Ok(pid) => {
                     owner.sandbox_step(SandboxStep::Started { pid, at: SystemTime::now() });
                     owner.watch_sandbox();
-                    let status = owner.status();
-                    owner.answer(reply, Ok(status));
+                    owner.after_save(move |owner, saved| match saved {
+                        Ok(()) => drop(reply.send(Ok(owner.status()))),
+                        // It would come back as one that is not started, and cannot be started any more.
+                        Err(why) => owner.discard(reply, Error::failed("save that the sandbox is started")(why)),
+                    });
                 }
                 Err(error) => owner.discard(reply, error),
             });
@@ -236,14 +239,16 @@ impl Owner {
                 execs: std::collections::BTreeMap::new(),
             };
             owner.containers.insert(head.id.clone(), entry);
-            owner.changed();
+            let (bundle, stdio) = (head.bundle.clone(), head.stdio.clone());
+            let kind = EventKind::Created { bundle, rootfs, stdio, pid };
+            let event = owner.keep_event(Event::now(&owner.spec.namespace, &head.id, kind));
             owner.after_save(move |owner, saved| {
                 if let Err(why) = saved {
                     owner.containers.remove(&head.id);
+                    owner.drop_event(event);
                     return owner.take_back(head, container, reply, Error::failed("save the container's state")(why));
                 }
-                let (bundle, stdio) = (head.bundle.clone(), head.stdio.clone());
-                owner.context.events.send(&owner.spec.namespace, &head.id, EventKind::Created { bundle, rootfs, stdio, pid });
+                owner.tell_event(event);
                 owner.watch_process((head.id, None), container);
                 let _ = reply.send(Ok(pid));
             });
@@ -306,15 +311,11 @@ impl Owner {
             owner.job(Some(key.clone()), async move { start.start().await }, move |owner, started| {
                 if let Ok(pid) = started {
                     owner.step(&key, ProcessStep::Started { pid });
-                    let kind = match key.1.clone() {
-                        None => EventKind::Started { pid },
-                        Some(exec) => {
-                            // A container's first process is watched since it was created.
-                            owner.watch_process(key.clone(), process);
-                            EventKind::ExecStarted { exec, pid }
-                        }
-                    };
-                    owner.publish(&key.0, kind);
+                    if key.1.is_some() {
+                        // A container's first process is watched since it was created.
+                        owner.watch_process(key.clone(), process);
+                    }
+                    owner.publish(&key.0, EventKind::started(key.1.clone(), pid));
                 }
                 owner.answer(reply, started);
             });
@@ -385,6 +386,7 @@ impl Owner {
         self.tell_exit(key, Exit::now(137));
         let status = process_status(self.process(key)?, key.1.clone());
         let (pid, exit) = (status.state.pid(), status.state.exit().unwrap_or_else(|| Exit::now(137)));
+        self.bury(key, status.state);
         match &key.1 {
             None => self.forget(&key.0),
             Some(exec) => {

@@ -20,7 +20,8 @@ use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
-    id::{ExecId, Namespace, SandboxId},
+    event::Event,
+    id::{ContainerId, ExecId, Namespace, SandboxId},
     lifecycle::{ProcessState, SandboxState},
     stdio::Stdio,
     types::{ContainerHead, SandboxSpec},
@@ -30,6 +31,7 @@ use crate::{
 pub const VERSION: u32 = 1;
 
 const FILE: &str = "state.json";
+const TEMPORARY: &str = ".state.json.new";
 
 /// Everything known of a sandbox.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,6 +46,23 @@ pub struct SandboxRecord {
     pub backend: Value,
     /// Its containers.
     pub containers: Vec<ContainerRecord>,
+    /// What was deleted last: who asked for it may not have been answered.
+    #[serde(default)]
+    pub deleted: Vec<DeletedRecord>,
+    /// Events that containerd may not have got.
+    #[serde(default)]
+    pub events: Vec<Event>,
+}
+
+/// A process that has been deleted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeletedRecord {
+    /// The container.
+    pub container: ContainerId,
+    /// The exec; `None` for the container's first process.
+    pub exec: Option<ExecId>,
+    /// How it ended.
+    pub state: ProcessState,
 }
 
 /// Everything known of a container.
@@ -79,6 +98,8 @@ pub struct Loaded {
     pub records: Vec<SandboxRecord>,
     /// Files that cannot, where they have been put, and why.
     pub set_aside: Vec<(PathBuf, String)>,
+    /// Directories of sandboxes that were never saved, so nothing of them was started.
+    pub unsaved: Vec<PathBuf>,
 }
 
 #[derive(Serialize)]
@@ -132,7 +153,7 @@ impl Store {
     /// What the file system says; the earlier state is then still there.
     pub fn save(&self, record: &SandboxRecord) -> Result<()> {
         let dir = self.dir(&record.spec.namespace, &record.spec.id);
-        let temporary = dir.join(".state.json.new");
+        let temporary = dir.join(TEMPORARY);
         let write = || -> io::Result<()> {
             let mut file = File::create(&temporary)?;
             let bytes = serde_json::to_vec(&Envelope { version: VERSION, record })?;
@@ -164,6 +185,10 @@ impl Store {
         for namespace in list(&self.0)? {
             for dir in list(&namespace)? {
                 let file = dir.join(FILE);
+                if is_unsaved(&dir)? {
+                    loaded.unsaved.push(dir);
+                    continue;
+                }
                 match read(&file) {
                     Ok(record) if self.dir(&record.spec.namespace, &record.spec.id) == dir => loaded.records.push(record),
                     Ok(_) => set_aside(&file, "it describes another sandbox", &mut loaded),
@@ -197,12 +222,14 @@ fn read(file: &Path) -> Result<SandboxRecord, String> {
     }
 }
 
+/// Whether a daemon was killed, or the disk was full, between making the directory and the first save.
+fn is_unsaved(dir: &Path) -> Result<bool> {
+    let names =
+        fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>());
+    Ok(names.map_err(Error::io("list", dir))?.iter().all(|name| name == TEMPORARY))
+}
+
 fn set_aside(file: &Path, why: &str, loaded: &mut Loaded) {
-    if !file.exists() {
-        // Killed between making the directory and the first save: nothing had been started.
-        loaded.set_aside.push((file.to_path_buf(), "it was never written".into()));
-        return;
-    }
     let aside = file.with_extension("json.unreadable");
     match fs::rename(file, &aside) {
         Ok(()) => loaded.set_aside.push((aside, why.into())),
@@ -227,6 +254,8 @@ mod tests {
                 backend: serde_json::json!({"pid": 3}),
                 execs: Vec::new(),
             }],
+            deleted: Vec::new(),
+            events: Vec::new(),
         }
     }
 
@@ -256,8 +285,11 @@ mod tests {
             let dir = store.make(&good.spec.namespace, &id.parse().unwrap()).unwrap();
             fs::write(dir.join(FILE), text).unwrap();
         }
+        let unsaved = store.make(&good.spec.namespace, &"unsaved".parse().unwrap()).unwrap();
+        fs::write(unsaved.join(TEMPORARY), "{").unwrap();
         let loaded = store.load().unwrap();
         assert_eq!(loaded.records, [good]);
+        assert_eq!(loaded.unsaved, [unsaved]);
         assert_eq!(loaded.set_aside.len(), 4);
         for (path, why) in loaded.set_aside {
             assert!(path.ends_with("state.json.unreadable") && path.exists(), "{path:?}: {why}");

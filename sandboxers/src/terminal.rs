@@ -13,12 +13,18 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    pipe::{SpliceFlags, splice},
+    termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize},
+};
 use tokio::{
     fs::File,
     io::{AsyncWriteExt, Interest, unix::AsyncFd},
@@ -33,6 +39,7 @@ use tracing::{debug, warn};
 
 use crate::{
     error::{Error, Result},
+    fdstore::Held,
     stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own},
     sys,
     types::WindowSize,
@@ -57,6 +64,7 @@ pub struct Terminal {
     closing: CancellationToken,
     logger: Option<Logger>,
     streams: Streams,
+    _held: Vec<Held>,
 }
 
 impl Terminal {
@@ -65,25 +73,51 @@ impl Terminal {
     /// # Errors
     /// As [`ProcessIo::open`](crate::stdio::ProcessIo::open).
     pub async fn new(master: OwnedFd, stdio: &Stdio, context: &IoContext) -> Result<Self> {
+        // Without it the process is hung up.
+        let held = context.fds.leave(context.held("tty"), &[master.as_fd()])?;
+        Self::copying(master, held, stdio, context, false).await
+    }
+
+    /// Goes on copying for a process of an earlier daemon; `None` when that has left no master. A stream is lost with the daemon that had
+    /// it: containerd does not open it again.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub async fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Option<Self>> {
+        let Some((mut left, held)) = context.fds.take(&context.held("tty")) else { return Ok(None) };
+        let Some(master) = left.pop() else { return Ok(None) };
+        Self::copying(master, held, stdio, context, true).await.map(Some)
+    }
+
+    async fn copying(master: OwnedFd, held: Held, stdio: &Stdio, context: &IoContext, adopted: bool) -> Result<Self> {
         let stdio = Stdio { terminal: true, ..stdio.clone() };
         let ends = Endpoints::parse(&stdio)?;
         let mut streams = Streams::new(context);
         let mut logger = None;
+        let mut held = vec![held];
         let source = match &ends.stdin {
             // Open for writing too, so that a client that detaches does not end it.
-            Endpoint::Fifo(path) => Some(Fifo::find("stdin", path)?.both()?),
-            Endpoint::Stream(id) => Some(streams.open_input(id)?),
+            Endpoint::Fifo(path) => {
+                let (fifo, input) = fifo("stdin", "stdin", path, context)?;
+                held.push(input);
+                Some(fifo)
+            }
+            Endpoint::Stream(id) if !adopted => Some(streams.open_input(id, context)?),
             _ => None,
         };
         let sink = match &ends.stdout {
             Endpoint::None => Sink::Nowhere,
-            Endpoint::Fifo(path) => Sink::pipe(Fifo::find("stdout", path)?.both()?)?,
-            Endpoint::Stream(id) => Sink::pipe(streams.open_output(id)?)?,
+            Endpoint::Stream(_) if adopted => Sink::Nowhere,
+            Endpoint::Fifo(path) => {
+                let (fifo, held) = fifo("stdout", "output", path, context)?;
+                Sink::pipe(fifo, Some(held))?
+            }
+            Endpoint::Stream(id) => Sink::pipe(streams.open_output("stdout", id, context)?, None)?,
             Endpoint::File(path) => Sink::File(File::from_std(open_log(path)?.into())),
             Endpoint::Program(program) => {
                 let (started, stdout, _) = Logger::start(program, context).await?;
                 logger = Some(started);
-                Sink::pipe(own(stdout, context)?)?
+                Sink::pipe(own(stdout, context)?, None)?
             }
         };
         let source = source.map(pipe::Receiver::from_owned_fd).transpose().map_err(Error::failed("watch stdin"))?;
@@ -113,7 +147,7 @@ impl Terminal {
                 }
             })
         });
-        Ok(Self { master, output, drained, input, closing, logger, streams })
+        Ok(Self { master, output, drained, input, closing, logger, streams, _held: held })
     }
 
     /// The master, for whoever keeps a second hold on it.
@@ -164,21 +198,43 @@ impl Drop for Terminal {
     }
 }
 
+/// A FIFO of containerd's, held by the daemon's successors too: containerd takes it for ended when nobody has it open.
+fn fifo(field: &'static str, name: &str, path: &Path, context: &IoContext) -> Result<(OwnedFd, Held)> {
+    let name = context.held(name);
+    if let Some((mut left, held)) = context.fds.take(&name)
+        && let Some(fifo) = left.pop()
+    {
+        return Ok((fifo, held));
+    }
+    let fifo = own(Fifo::find(field, path)?.both()?, context)?;
+    let held = context.fds.leave(name, &[fifo.as_fd()])?;
+    Ok((fifo, held))
+}
+
 enum Sink {
     Nowhere,
-    Pipe(pipe::Sender),
+    Pipe {
+        pipe: AsyncFd<OwnedFd>,
+        /// Whether the kernel can move bytes from a terminal to a pipe.
+        splices: bool,
+        _held: Option<Held>,
+    },
     File(File),
 }
 
 impl Sink {
-    fn pipe(fd: OwnedFd) -> Result<Self> {
-        pipe::Sender::from_owned_fd(fd).map(Self::Pipe).map_err(Error::failed("watch stdout"))
+    fn pipe(fd: OwnedFd, held: Option<Held>) -> Result<Self> {
+        fcntl(&fd, FcntlArg::F_GETFL)
+            .and_then(|flags| fcntl(&fd, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK)))
+            .map_err(Error::failed("make stdout non-blocking"))?;
+        let pipe = sys::watch(fd, Interest::WRITABLE).map_err(Error::failed("watch stdout"))?;
+        Ok(Self::Pipe { pipe, splices: true, _held: held })
     }
 
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Nowhere => Ok(()),
-            Self::Pipe(pipe) => pipe.write_all(bytes).await,
+            Self::Pipe { pipe, .. } => write_all(pipe, bytes).await,
             Self::File(file) => {
                 file.write_all(bytes).await?;
                 file.flush().await
@@ -191,14 +247,20 @@ impl Sink {
 async fn copy_output(master: &AsyncFd<OwnedFd>, mut sink: Sink) -> io::Result<()> {
     let mut result = Ok(());
     loop {
+        if let Sink::Pipe { pipe, splices: splices @ true, .. } = &mut sink {
+            // Nothing that has left the terminal is in our memory, where it would be lost with us.
+            match splice_output(master, pipe).await {
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => *splices = false,
+                ended => return ended,
+            }
+        }
         let mut ready = master.readable().await?;
         let mut buffer = vec![0; CHUNK];
         loop {
             let length = match ready.try_io(|master| Ok(rustix::io::read(master.get_ref(), &mut buffer[..])?)) {
                 Ok(Ok(0)) => return result,
                 Ok(Ok(length)) => length,
-                // How Linux says that nobody has the slave open any more.
-                Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return result,
+                Ok(Err(error)) if is_hangup(&error) => return result,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Ok(Err(error)) => return Err(error),
                 Err(_) => break,
@@ -212,6 +274,38 @@ async fn copy_output(master: &AsyncFd<OwnedFd>, mut sink: Sink) -> io::Result<()
             }
         }
     }
+}
+
+/// How Linux says that nobody has the slave open any more.
+fn is_hangup(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EIO)
+}
+
+/// The same into a pipe, within the kernel.
+async fn splice_output(master: &AsyncFd<OwnedFd>, pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        let mut readable = master.readable().await?;
+        let mut writable = pipe.writable().await?;
+        // That one of them would block does not say which, so each is asked by itself.
+        if readable.try_io(|master| is_ready(master.get_ref(), PollFlags::IN)).is_err()
+            || writable.try_io(|pipe| is_ready(pipe.get_ref(), PollFlags::OUT)).is_err()
+        {
+            continue;
+        }
+        match splice(master.get_ref(), None, pipe.get_ref(), None, CHUNK, SpliceFlags::NONBLOCK) {
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(errno) if is_hangup(&errno.into()) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// # Errors
+/// `WouldBlock` when it is not.
+fn is_ready(fd: &OwnedFd, flags: PollFlags) -> io::Result<()> {
+    let ready = poll(&mut [PollFd::new(fd, flags)], Some(&Timespec::default()))?;
+    if ready > 0 { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
 }
 
 /// Copies until input is closed and all of it has arrived.
@@ -249,10 +343,10 @@ async fn copy_input(source: &pipe::Receiver, master: &AsyncFd<OwnedFd>, closing:
     Ok(())
 }
 
-async fn write_all(master: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        let mut ready = master.writable().await?;
-        match ready.try_io(|master| Ok(rustix::io::write(master.get_ref(), bytes)?)) {
+        let mut ready = fd.writable().await?;
+        match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
             Ok(Ok(length)) => bytes = &bytes[length..],
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
             Ok(Err(error)) => return Err(error),

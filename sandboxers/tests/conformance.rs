@@ -7,7 +7,7 @@ use std::{path::Path, sync::Arc};
 use kuasar_sandboxers::{
     Sandboxer,
     conformance::{self, Fixture},
-    fake::{self, Behaviour, FakeSandboxer},
+    fake::{self, Behaviour, FakeSandboxer, World},
     id::{ContainerId, ExecId},
     reaper::Reaper,
     spec::OciSpec,
@@ -17,13 +17,13 @@ use kuasar_sandboxers::{
 use serde_json::json;
 
 struct Fake {
-    sandboxer: FakeSandboxer,
+    world: World,
     reaper: Reaper,
 }
 
 impl Fixture for Fake {
     fn sandboxer(&self, _root: &Path) -> Arc<dyn Sandboxer> {
-        Arc::new(self.sandboxer.clone())
+        Arc::new(FakeSandboxer::new(self.world.clone()))
     }
 
     fn sandbox(&self, id: &str) -> SandboxSpec {
@@ -46,7 +46,7 @@ impl Fixture for Fake {
     }
 
     fn held(&self, _root: &Path) -> Vec<String> {
-        self.sandboxer.world.held()
+        self.world.held()
     }
 
     fn reaper(&self) -> Reaper {
@@ -56,7 +56,7 @@ impl Fixture for Fake {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_fake_sandboxer_conforms() {
-    let fixture = Fake { sandboxer: FakeSandboxer::default(), reaper: Reaper::install().unwrap() };
+    let fixture = Fake { world: World::default(), reaper: Reaper::install().unwrap() };
     let mut failed = 0;
     for (name, outcome) in conformance::run(&fixture).await {
         println!("{name}: {outcome:?}");

@@ -18,6 +18,7 @@ use std::{
 
 use kuasar_sandboxers::{
     Code, Error,
+    fdstore::{FdStore, MemoryHolder},
     reaper::{Child, Reaper},
     stdio::{IoContext, ProcessIo, Stdio, StreamEnd, StreamHub},
     terminal::Terminal,
@@ -47,6 +48,8 @@ fn context() -> IoContext {
         streams: StreamHub::default(),
         reaper: REAPER.get_or_init(|| Reaper::install().unwrap()).clone(),
         owner: (0, 0),
+        fds: FdStore::default(),
+        name: "pod/c1/1".into(),
     }
 }
 
@@ -169,18 +172,67 @@ fn the_child_gets_the_fifo_itself_in_blocking_mode() {
     });
 }
 
+/// The context of a daemon, and that of the next one, which has what the first has left.
+fn contexts() -> (MemoryHolder, IoContext, impl Fn(&MemoryHolder) -> IoContext) {
+    let holder = MemoryHolder::default();
+    let next = |holder: &MemoryHolder| IoContext { fds: holder.store(), ..context() };
+    let first = next(&holder);
+    (holder, first, next)
+}
+
 #[test]
-fn a_daemon_that_comes_back_holds_stdin_open_again() {
+fn stdin_is_not_closed_by_the_death_of_a_daemon() {
     run(async {
-        let (pipes, context) = (Pipes::new(), context());
+        let pipes = Pipes::new();
+        let (holder, context, next) = contexts();
         let first = ProcessIo::open(&pipes.stdio(false), &context).await.unwrap();
         let child = start(&first, &context, "exec cat >/dev/null");
-        let second = ProcessIo::adopt(&pipes.stdio(false), &context).unwrap();
+        let second = ProcessIo::adopt(&pipes.stdio(false), &next(&holder)).unwrap();
         drop(first);
         let mut exit = child.exit;
         assert!(timeout(Duration::from_millis(100), &mut exit).await.is_err());
         second.close_stdin();
         assert_eq!(exit.await.status, 0);
+        assert!(holder.names().is_empty());
+    });
+}
+
+#[test]
+fn output_streams_outlive_a_daemon() {
+    run(async {
+        let (holder, context, next) = contexts();
+        let url = |id: &str| format!("ttrpc+unix:///x?streaming_id={id}");
+        let stdio = Stdio { stdout: url("out"), stderr: url("err"), ..Stdio::default() };
+        let first = ProcessIo::open(&stdio, &context).await.unwrap();
+        // More than a pipe holds, and only SIGPIPE would end it early.
+        let child = start(&first, &context, "head -c 300000 /dev/zero; sleep 0.1; echo; exit 3");
+        let second = ProcessIo::adopt(&stdio, &next(&holder)).unwrap();
+        drop(first);
+        assert_eq!(child.exit.await.status, 3);
+        drop(second);
+        assert!(holder.names().is_empty());
+    });
+}
+
+#[test]
+fn a_terminal_outlives_a_daemon() {
+    run(async {
+        let pipes = Pipes::new();
+        let (holder, context, next) = contexts();
+        let stdio = pipes.stdio(true);
+        let tty = Tty::new(&stdio, &context).await;
+        let second = Terminal::adopt(&stdio, &next(&holder)).await.unwrap().unwrap();
+        let Tty { terminal, slave } = tty;
+        drop(terminal);
+        let mut output = OpenOptions::new().read(true).write(true).open(pipes.path("stdout")).unwrap();
+        File::from(slave).write_all(b"still here").unwrap();
+        let mut said = [0; 10];
+        output.read_exact(&mut said).unwrap();
+        assert_eq!(&said, b"still here");
+        drop(second);
+        assert!(holder.names().is_empty());
+        // Of one that nobody has left there is nothing to go on with.
+        assert!(Terminal::adopt(&stdio, &next(&holder)).await.unwrap().is_none());
     });
 }
 

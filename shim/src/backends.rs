@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use kuasar_runc::RuncSandboxer;
-use kuasar_sandboxers::{Error, Result, Sandboxer, reaper::Reaper};
+use kuasar_sandboxers::{Error, Result, Sandboxer, fdstore::FdStore, reaper::Reaper};
 use tracing::info;
 
 use crate::config::SandboxerConfig;
@@ -15,12 +15,13 @@ use crate::config::SandboxerConfig;
 pub async fn build(
     configs: BTreeMap<String, SandboxerConfig>,
     reaper: &Reaper,
+    fds: &FdStore,
 ) -> Result<BTreeMap<String, Arc<dyn Sandboxer>>> {
     let mut sandboxers: BTreeMap<String, Arc<dyn Sandboxer>> = BTreeMap::new();
     for (name, config) in configs {
         let sandboxer: Arc<dyn Sandboxer> = match config {
             SandboxerConfig::Runc(config) => {
-                let made = RuncSandboxer::open(config, reaper.clone()).await;
+                let made = RuncSandboxer::open(config, reaper.clone(), fds).await;
                 Arc::new(made.map_err(Error::failed(format!("set up sandboxer {name}")))?)
             }
         };

@@ -1,8 +1,8 @@
 //! Events for containerd: task events, in order, over containerd's ttrpc events service.
 //!
 //! containerd may be away (its restart is routine), so events wait here, bounded; when too many wait the oldest go, counted.
-//! An event is sent again when its answer was lost, so containerd may see one twice; its consumers allow for that. Exits do
-//! not depend on events (containerd waits for those with Task.Wait), OOM kills do.
+//! An event is sent again when its answer was lost, be it by our own death, so containerd may see one twice; its consumers allow for
+//! that. Exits do not depend on events (containerd waits for those with Task.Wait), OOM kills do.
 
 use std::{
     collections::VecDeque,
@@ -20,7 +20,10 @@ use containerd_shim_protos::{
     shim_async::EventsClient,
     topics,
 };
-use kuasar_sandboxers::event::{Event, EventKind};
+use kuasar_sandboxers::{
+    event::{Event, EventKind, Sent},
+    failpoint::{self, Failpoint},
+};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use tokio::{net::UnixStream, select, sync::mpsc::UnboundedReceiver, time};
 use tokio_util::sync::CancellationToken;
@@ -45,17 +48,17 @@ pub fn address(containerd: &Path) -> PathBuf {
 }
 
 /// Publishes events until told to stop and all that can be sent is sent, or until nobody can send any more.
-pub async fn publish(address: PathBuf, mut events: UnboundedReceiver<Event>, stop: CancellationToken) {
+pub async fn publish(address: PathBuf, mut events: UnboundedReceiver<Sent>, stop: CancellationToken) {
     let mut publisher = Publisher { address, client: None, waiting: VecDeque::new(), dropped: 0, pause: PAUSE.0 };
     loop {
         // Everything that has come, so that what waits is bounded here.
         while let Ok(event) = events.try_recv() {
-            publisher.add(&event);
+            publisher.add(event);
         }
         if publisher.waiting.is_empty() {
             select! {
                 event = events.recv() => match event {
-                    Some(event) => publisher.add(&event),
+                    Some(event) => publisher.add(event),
                     None => return,
                 },
                 () = stop.cancelled() => return,
@@ -81,31 +84,41 @@ pub async fn publish(address: PathBuf, mut events: UnboundedReceiver<Event>, sto
 struct Publisher {
     address: PathBuf,
     client: Option<EventsClient>,
-    waiting: VecDeque<Envelope>,
+    waiting: VecDeque<(Envelope, Sent)>,
     dropped: u64,
     pause: Duration,
 }
 
 impl Publisher {
-    fn add(&mut self, event: &Event) {
-        let envelope = match envelope(event) {
+    fn add(&mut self, sent: Sent) {
+        let envelope = match envelope(&sent.event) {
             Ok(Some(envelope)) => envelope,
-            Ok(None) => return,
-            Err(error) => return warn!(%error, container = %event.container, "cannot encode an event"),
+            Ok(None) => return sent.delivered(),
+            Err(error) => {
+                warn!(%error, container = %sent.event.container, "cannot encode an event");
+                return sent.delivered();
+            }
         };
         if self.waiting.len() == WAITING {
-            self.waiting.pop_front();
+            self.pop();
             if self.dropped == 0 {
                 warn!(waiting = WAITING, "containerd takes no events; the oldest are dropped from now on");
             }
             self.dropped += 1;
         }
-        self.waiting.push_back(envelope);
+        self.waiting.push_back((envelope, sent));
+    }
+
+    /// The first that waits is dealt with.
+    fn pop(&mut self) {
+        if let Some((_, sent)) = self.waiting.pop_front() {
+            sent.delivered();
+        }
     }
 
     /// Sends the first that waits. An error means that containerd could not be reached.
     async fn send_first(&mut self) -> io::Result<()> {
-        let Some(envelope) = self.waiting.front() else { return Ok(()) };
+        let Some((envelope, _)) = self.waiting.front() else { return Ok(()) };
         let topic = envelope.topic.clone();
         let request = ForwardRequest { envelope: MessageField::some(envelope.clone()), ..Default::default() };
         let client = match &self.client {
@@ -120,7 +133,8 @@ impl Publisher {
             }
             Err(error) => return Err(io::Error::other(error)),
         }
-        self.waiting.pop_front();
+        failpoint::reach(Failpoint::Published);
+        self.pop();
         self.pause = PAUSE.0;
         if self.dropped > 0 {
             info!(dropped = self.dropped, "containerd takes events again");
@@ -383,10 +397,10 @@ mod tests {
         let mut publisher =
             Publisher { address: "/none".into(), client: None, waiting: VecDeque::new(), dropped: 0, pause: PAUSE.0 };
         for pid in 0..WAITING as u32 + 5 {
-            publisher.add(&event("c1", EventKind::Started { pid }));
+            publisher.add(event("c1", EventKind::Started { pid }).into());
         }
         assert_eq!((publisher.waiting.len(), publisher.dropped), (WAITING, 5));
-        assert_eq!(unpack::<TaskStart>(&publisher.waiting[0]).pid, 5);
+        assert_eq!(unpack::<TaskStart>(&publisher.waiting[0].0).pid, 5);
     }
 
     #[test]

@@ -6,10 +6,11 @@
 //! after Shutdown, so none is taken that containerd still means to use.
 //!
 //! Nothing is asked while every sandbox has a container. A store that has never listed a sandbox of ours is not believed: the
-//! configuration may name another containerd than the one that calls.
+//! configuration may name another containerd than the one that calls. That it has is remembered in a file, for the next daemon.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -20,6 +21,7 @@ use kuasar_sandboxers::{
     id::{Namespace, SandboxId},
     registry::Registry,
 };
+use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
 use tonic::{
     Request,
@@ -37,8 +39,9 @@ use crate::{
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// Looks for forgotten sandboxes, and removes them, for as long as it is polled.
-pub async fn collect(containerd: PathBuf, registry: Registry, calls: Calls, interval: Duration) {
-    let mut collector = Collector { containerd, registry, calls, believed: BTreeSet::new(), missing: BTreeSet::new() };
+pub async fn collect(containerd: PathBuf, memory: PathBuf, registry: Registry, calls: Calls, interval: Duration) {
+    let believed = remembered(&memory, &containerd);
+    let mut collector = Collector { containerd, memory, registry, calls, believed, missing: BTreeSet::new() };
     loop {
         sleep(interval).await;
         if let Err(error) = collector.look().await {
@@ -49,8 +52,24 @@ pub async fn collect(containerd: PathBuf, registry: Registry, calls: Calls, inte
     }
 }
 
+/// The containerd that has listed sandboxes of ours, and in which namespaces.
+#[derive(Serialize, Deserialize)]
+struct Memory<A, N> {
+    containerd: A,
+    namespaces: N,
+}
+
+/// What an earlier daemon has written down of that containerd. Without it, it is found out again.
+fn remembered(memory: &Path, containerd: &Path) -> BTreeSet<Namespace> {
+    let known: Option<Memory<PathBuf, BTreeSet<Namespace>>> =
+        fs::read(memory).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    known.filter(|known| known.containerd == containerd).map(|known| known.namespaces).unwrap_or_default()
+}
+
 struct Collector {
     containerd: PathBuf,
+    /// Where `believed` is remembered.
+    memory: PathBuf,
     registry: Registry,
     calls: Calls,
     /// Namespaces in which the store has listed a sandbox of ours.
@@ -81,8 +100,8 @@ impl Collector {
         for (namespace, suspects) in suspects {
             let known = list(&mut store, &namespace).await?;
             let ours = |sandbox: &&SandboxHandle| sandbox.namespace == namespace && known.contains(sandbox.id.as_str());
-            if all.iter().any(|sandbox| ours(&sandbox)) {
-                self.believed.insert(namespace.clone());
+            if all.iter().any(|sandbox| ours(&sandbox)) && self.believed.insert(namespace.clone()) {
+                self.remember();
             }
             for sandbox in suspects.into_iter().filter(|sandbox| !known.contains(sandbox.id.as_str())) {
                 let key = (namespace.clone(), sandbox.id.clone());
@@ -95,6 +114,14 @@ impl Collector {
         }
         self.missing = missing;
         Ok(())
+    }
+
+    fn remember(&self) {
+        let memory = Memory { containerd: &self.containerd, namespaces: &self.believed };
+        let written = serde_json::to_vec(&memory).map_err(io::Error::from).and_then(|bytes| fs::write(&self.memory, bytes));
+        if let Err(error) = written {
+            debug!(file = %self.memory.display(), %error, "cannot remember which namespaces containerd lists");
+        }
     }
 
     async fn remove(&self, sandbox: SandboxHandle) {

@@ -7,15 +7,19 @@
 //! Sockets are bound before sandboxes are recovered, so that a client that comes early waits instead of failing.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result, event::Event, registry::Registry, stdio::StreamHub};
+use kuasar_sandboxers::{Error, Result, event::Sent, registry::Registry, stdio::StreamHub};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -36,11 +40,12 @@ use crate::{
     calls::Calls,
     controller::Controller,
     events, forgotten,
+    keeper::worker::{Keeper, Parked},
     proto::{admin::admin_server::AdminServer, sandbox::controller_server::ControllerServer},
     sys,
     task::{
         TaskService,
-        connection::{self, Acceptor},
+        connection::{self, Acceptor, Kept, Source},
     },
 };
 
@@ -48,7 +53,10 @@ use crate::{
 pub const CONTROL_SOCKET: &str = "kuasard.sock";
 /// The ttrpc socket's name in the state directory.
 pub const TASK_SOCKET: &str = "task.sock";
-const LOCK: &str = "kuasard.lock";
+/// The lock's name in the state directory.
+pub const LOCK: &str = "kuasard.lock";
+/// The name of the file that says in which namespaces containerd lists our sandboxes.
+const LISTED: &str = "listed.json";
 /// Where sockets are made before they get their permissions and their name.
 const NEW: &str = ".new";
 
@@ -67,14 +75,23 @@ pub struct StateDir {
     path: PathBuf,
     /// Names of the sockets that have been bound.
     bound: Mutex<Vec<&'static str>>,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 /// The listening sockets.
 #[derive(Debug)]
 pub struct Sockets {
     control: UnixListener,
-    task: UnixListener,
+    task: TaskSocket,
+}
+
+/// Who accepts on the Task socket.
+#[derive(Debug)]
+enum TaskSocket {
+    /// This process.
+    Ours(UnixListener),
+    /// The keeper.
+    Kept(Keeper, UnboundedReceiver<Parked>),
 }
 
 /// What is served.
@@ -84,7 +101,7 @@ pub struct Parts {
     /// Streams of their processes.
     pub hub: StreamHub,
     /// What happens in them.
-    pub events: UnboundedReceiver<Event>,
+    pub events: UnboundedReceiver<Sent>,
     /// Where operations run.
     pub workers: Handle,
     /// containerd's gRPC socket.
@@ -101,12 +118,20 @@ impl StateDir {
     /// # Errors
     /// [`Error::Unavailable`] when another daemon has it, [`Error::Io`] when it cannot be used.
     pub fn claim(path: &Path) -> Result<Self> {
+        Self::claim_with(path, None)
+    }
+
+    /// The same, with the locked file of the worker before this one, if there was one.
+    ///
+    /// # Errors
+    /// As for [`Self::claim`].
+    pub fn claim_with(path: &Path, locked: Option<OwnedFd>) -> Result<Self> {
         // Containers with a user namespace pass through it, so others may enter; what must be private says so itself.
         DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(Error::io("create", path))?;
         let path = fs::canonicalize(path).map_err(Error::io("find", path))?;
         let name = path.join(LOCK);
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&name);
-        let file = file.map_err(Error::io("open", &name))?;
+        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&name);
+        let file = locked.map_or_else(open, |file| Ok(File::from(file))).map_err(Error::io("open", &name))?;
         let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((mut file, Errno::EWOULDBLOCK)) => {
@@ -127,7 +152,7 @@ impl StateDir {
             writeln!(file, "{}", std::process::id())
         };
         write(&mut lock).map_err(Error::io("write", &name))?;
-        Ok(Self { path, bound: Mutex::default(), _lock: lock })
+        Ok(Self { path, bound: Mutex::default(), lock })
     }
 
     /// The directory.
@@ -141,14 +166,53 @@ impl StateDir {
     /// # Errors
     /// [`Error::Io`]; [`Error::Invalid`] when something that is no socket has one of the names.
     pub fn bind(&self) -> Result<Sockets> {
+        let (control, task) = self.bind_both()?;
+        Ok(Sockets { control, task: TaskSocket::Ours(task) })
+    }
+
+    fn bind_both(&self) -> Result<(UnixListener, UnixListener)> {
         let new = self.path.join(NEW);
         match DirBuilder::new().mode(0o700).create(&new) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &new)(error)),
             _ => {}
         }
-        let sockets = Sockets { control: self.bind_one(&new, CONTROL_SOCKET)?, task: self.bind_one(&new, TASK_SOCKET)? };
+        // Whoever waits until the first accepts finds the other accepting, too.
+        let task = self.bind_one(&new, TASK_SOCKET)?;
+        let control = self.bind_one(&new, CONTROL_SOCKET)?;
         fs::remove_dir(&new).map_err(Error::io("remove", &new))?;
-        Ok(sockets)
+        Ok((control, task))
+    }
+
+    /// The sockets of the worker before this one, out of what is `parked`; or new ones, which are parked together with the lock. The keeper
+    /// accepts Task connections, `connections` tells which.
+    ///
+    /// # Errors
+    /// As for [`Self::bind`]; [`Error::Failed`] when the keeper is gone.
+    pub fn bind_kept(
+        &self,
+        keeper: &Keeper,
+        parked: &mut BTreeMap<String, Vec<OwnedFd>>,
+        connections: UnboundedReceiver<Parked>,
+    ) -> Result<Sockets> {
+        let failed = || Error::failed("leave the sockets with the keeper");
+        let mut earlier = |name: &str| parked.remove(name)?.pop().filter(|_| self.path.join(name).exists());
+        if let (Some(control), Some(_)) = (earlier(CONTROL_SOCKET), earlier(TASK_SOCKET)) {
+            let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+            bound.extend([CONTROL_SOCKET, TASK_SOCKET]);
+            let control = UnixListener::from_std(control.into()).map_err(failed())?;
+            // Known to a keeper that has started this worker after another; not to one that has them from systemd.
+            keeper.accept(TASK_SOCKET).map_err(failed())?;
+            return Ok(Sockets { control, task: TaskSocket::Kept(keeper.clone(), connections) });
+        }
+        let (control, task) = self.bind_both()?;
+        let park = || {
+            keeper.park(LOCK, &[self.lock.as_fd()])?;
+            keeper.park(CONTROL_SOCKET, &[control.as_fd()])?;
+            keeper.park(TASK_SOCKET, &[task.as_fd()])?;
+            keeper.accept(TASK_SOCKET)
+        };
+        park().map_err(failed())?;
+        Ok(Sockets { control, task: TaskSocket::Kept(keeper.clone(), connections) })
     }
 
     fn bind_one(&self, new: &Path, name: &'static str) -> Result<UnixListener> {
@@ -201,11 +265,16 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
 
     let tidier = tokio::spawn(tidy(calls.clone()));
-    let collector = tokio::spawn(forgotten::collect(containerd, registry.clone(), calls.clone(), look_interval));
+    let collector =
+        tokio::spawn(forgotten::collect(containerd, state.path().join(LISTED), registry.clone(), calls.clone(), look_interval));
 
     let task = TaskService::new(registry.clone(), calls.clone());
     let task_limit = task_connections();
-    let tasks = tokio::spawn(connection::serve(Acceptor::new(sockets.task, task_limit), task, hub, stop.clone()));
+    let source = match sockets.task {
+        TaskSocket::Ours(listener) => Source::Listener(Acceptor::new(listener, task_limit)),
+        TaskSocket::Kept(keeper, connections) => Source::Keeper(Kept::new(keeper, connections, task_limit)),
+    };
+    let tasks = tokio::spawn(connection::serve(source, task, hub, stop.clone()));
 
     let acceptor = Acceptor::new(sockets.control, CONTROL_CONNECTIONS);
     let incoming = futures::stream::unfold(acceptor, |acceptor| async {

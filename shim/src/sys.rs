@@ -1,12 +1,32 @@
 //! What the kernel and the C library offer and no crate wraps.
 #![allow(unsafe_code)]
 
+use std::{
+    env, io,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    process::Command,
+};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
 /// Settings for glibc's allocator (Memory Allocation Tunables in its manual) that suit a daemon which is idle most of the time.
 ///
 /// One arena instead of one per thread: what another thread freed is never given back by those. No cache of freed pieces per
 /// thread: each piece in one keeps its page in the heap. Measured after fifty pods have come and gone, the heap is half as large.
 #[cfg(target_env = "gnu")]
 const TUNABLES: &str = "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0";
+#[cfg(target_env = "gnu")]
+const VARIABLE: &str = "GLIBC_TUNABLES";
+
+/// Lets a program start with [`tune_allocator`]'s settings, so that it need not start itself once more.
+pub fn start_tuned(command: &mut Command) {
+    #[cfg(target_env = "gnu")]
+    if env::var_os(VARIABLE).is_none() {
+        command.env(VARIABLE, TUNABLES);
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = command;
+}
 
 /// Makes the allocator frugal: glibc reads these settings only when a program starts, so the program starts itself once more, as
 /// the same process. Does nothing where the environment has settings already, and with other allocators.
@@ -15,9 +35,8 @@ const TUNABLES: &str = "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0";
 pub fn tune_allocator() {
     #[cfg(target_env = "gnu")]
     {
-        use std::{env, os::unix::process::CommandExt, process::Command};
+        use std::os::unix::process::CommandExt;
 
-        const VARIABLE: &str = "GLIBC_TUNABLES";
         match env::var_os(VARIABLE) {
             // Meant for us and not for the programs we start.
             // SAFETY: no other thread exists that could read the environment at the same time.
@@ -31,6 +50,81 @@ pub fn tune_allocator() {
             }
         }
     }
+}
+
+/// Takes a descriptor that the parent process has left for this one, whose number is in an environment variable. The variable is removed,
+/// and the descriptor is not inherited any further.
+///
+/// To be called while there is one thread, and once for each descriptor.
+///
+/// # Errors
+/// When there is no such descriptor.
+pub fn take_inherited(variable: &str, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: no other thread exists that could read the environment at the same time.
+    unsafe { env::remove_var(variable) };
+    // SAFETY: F_GETFD only looks whether the number is in use.
+    if number < 3 || unsafe { libc::fcntl(number, libc::F_GETFD) } == -1 {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    // SAFETY: it is open, and nobody in this process has opened it: the parent says that it is ours.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(descriptor)
+}
+
+/// Descriptors that systemd has left for this process, with their names (sd_listen_fds(3)). The variables are removed.
+///
+/// To be called once, while there is one thread.
+#[must_use]
+pub fn listen_fds() -> Vec<(String, OwnedFd)> {
+    // SAFETY: no other thread exists that could read the environment at the same time.
+    match unsafe { sd_notify::listen_fds_with_names_and_unset_env() } {
+        // SAFETY: systemd has opened them for this process, and nobody in it has taken them.
+        Ok(found) => found.map(|(number, name)| (name, unsafe { OwnedFd::from_raw_fd(number) })).collect(),
+        Err(error) => {
+            eprintln!("kuasard: cannot take what systemd has stored: {error}");
+            Vec::new()
+        }
+    }
+}
+
+/// How far into what has not been read the next peek begins (SO_PEEK_OFF, unix(7)).
+///
+/// # Errors
+/// When it is no socket.
+pub fn peek_offset(socket: impl AsFd) -> io::Result<i32> {
+    let mut offset: libc::c_int = 0;
+    let mut size = size_of_val(&offset) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `size` bytes to `offset`.
+    let result = unsafe {
+        let number = socket.as_fd().as_raw_fd();
+        libc::getsockopt(number, libc::SOL_SOCKET, libc::SO_PEEK_OFF, (&raw mut offset).cast(), &raw mut size)
+    };
+    if result == 0 { Ok(offset) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets the next peek begin with what is read next, and peeks after it where it ended.
+///
+/// # Errors
+/// When it is no socket of a kind that can do that.
+pub fn reset_peek_offset(socket: impl AsFd) -> io::Result<()> {
+    let offset: libc::c_int = 0;
+    // SAFETY: the kernel reads `offset`, whose size is given.
+    let result = unsafe {
+        let number = socket.as_fd().as_raw_fd();
+        let size = size_of_val(&offset) as libc::socklen_t;
+        libc::setsockopt(number, libc::SOL_SOCKET, libc::SO_PEEK_OFF, (&raw const offset).cast(), size)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets tokio watch a descriptor.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
 /// Gives memory that is free inside glibc's heap back to the kernel. Creating a container parses documents of some hundred

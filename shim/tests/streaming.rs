@@ -6,6 +6,7 @@ mod daemon;
 use std::{io::Write, os::fd::OwnedFd, time::Duration};
 
 use daemon::{Daemon, LONG};
+use kuasar_sandboxers::fdstore::FdStore;
 use kuasar_shim::proto::{
     containerd::services::streaming::v1::StreamInit,
     types::transfer::{Data, WindowUpdate},
@@ -129,7 +130,7 @@ async fn output_arrives_whole_and_ends() {
     let daemon = Daemon::start().await;
     // Opened before the process exists, as containerd does.
     let mut stream = Stream::open(&daemon, "c1-stdout").await;
-    let process = daemon.hub.open_output("c1-stdout").unwrap();
+    let process = daemon.hub.open_output("c1-stdout").unwrap().1;
     let sent = bytes(1 << 20);
     let copy = sent.clone();
     let writing = std::thread::spawn(move || std::fs::File::from(process).write_all(&copy).unwrap());
@@ -141,7 +142,7 @@ async fn output_arrives_whole_and_ends() {
 async fn output_waits_for_the_window() {
     let daemon = Daemon::start().await;
     let mut stream = Stream::open(&daemon, "s").await;
-    let process = daemon.hub.open_output("s").unwrap();
+    let process = daemon.hub.open_output("s").unwrap().1;
     std::fs::File::from(process).write_all(b"hello").unwrap();
     assert!(timeout(Duration::from_millis(50), stream.receiver.recv()).await.is_err());
     stream.grant(WINDOW).await;
@@ -153,7 +154,7 @@ async fn output_waits_for_the_window() {
 async fn no_byte_is_lost_or_repeated_when_containerd_restarts() {
     let daemon = Daemon::start().await;
     let mut stream = Stream::open(&daemon, "s").await;
-    let mut process = writer(daemon.hub.open_output("s").unwrap());
+    let mut process = writer(daemon.hub.open_output("s").unwrap().1);
     stream.grant(WINDOW).await;
     process.write_all(b"one ").await.unwrap();
     assert_eq!(stream.data().await.unwrap(), b"one ");
@@ -169,7 +170,7 @@ async fn no_byte_is_lost_or_repeated_when_containerd_restarts() {
 async fn a_connection_without_window_gives_way_to_the_next() {
     let daemon = Daemon::start().await;
     let stuck = Stream::open(&daemon, "s").await;
-    let mut process = writer(daemon.hub.open_output("s").unwrap());
+    let mut process = writer(daemon.hub.open_output("s").unwrap().1);
     process.write_all(b"kept").await.unwrap();
     drop(process);
     let mut stream = Stream::open(&daemon, "s").await;
@@ -183,7 +184,7 @@ async fn input_keeps_its_order_and_ends_with_the_stream() {
     let mut stream = Stream::open(&daemon, "c1-stdin").await;
     // Nothing is asked for before the process is there.
     assert!(timeout(Duration::from_millis(50), stream.receiver.recv()).await.is_err());
-    let mut process = reader(daemon.hub.open_input("c1-stdin").unwrap());
+    let mut process = reader(daemon.hub.open_input("c1-stdin", |_| FdStore::default().leave("stdin".into(), &[])).unwrap());
     let sent = bytes(300_000);
     let copy = sent.clone();
     let hub = daemon.hub.clone();
@@ -214,7 +215,7 @@ async fn input_sent_just_before_the_connection_closes_arrives() {
     let daemon = Daemon::start().await;
     for round in 0..20 {
         let id = format!("s{round}");
-        let mut process = reader(daemon.hub.open_input(&id).unwrap());
+        let mut process = reader(daemon.hub.open_input(&id, |_| FdStore::default().leave("stdin".into(), &[])).unwrap());
         let mut stream = Stream::open(&daemon, &id).await;
         stream.window().await;
         let sent = bytes(20_000);
@@ -231,7 +232,7 @@ async fn input_sent_just_before_the_connection_closes_arrives() {
 #[tokio::test]
 async fn a_process_that_takes_no_input_does_not_block_the_writer() {
     let daemon = Daemon::start().await;
-    let process = daemon.hub.open_input("s").unwrap();
+    let process = daemon.hub.open_input("s", |_| FdStore::default().leave("stdin".into(), &[])).unwrap();
     let mut stream = Stream::open(&daemon, "s").await;
     let mut window = stream.window().await;
     drop(process);

@@ -2,7 +2,8 @@
  * What the images of the tests need beyond busybox, as one static program that looks at its own name.
  *
  * critest looks for the programs of well-known images: pgrep and ipcs (Debian's busybox lacks both), a web server that
- * passes for nginx or httpd, a setuid program that shows its effective uid, a pause. Linked with libc only.
+ * passes for nginx or httpd, a setuid program that shows its effective uid, a pause. The chaos suite has containers that
+ * count without a process per number, as a shell's sleep would be. Linked with libc only.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -18,6 +19,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 static int die(const char *what)
@@ -189,6 +191,28 @@ static int nginx(int argc, char **argv)
 	return die("/proc/self/exe");
 }
 
+/* count MILLISECONDS: the numbers from 1 on, a line each and so far apart, until nobody can read them any more. */
+static int count(int argc, char **argv)
+{
+	long ms = argc > 1 ? atol(argv[1]) : 1000;
+	struct timespec apart = { .tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000 };
+	unsigned long number = 0;
+	char line[32];
+
+	for (;;) {
+		int left = snprintf(line, sizeof(line), "%lu\n", ++number), done = 0;
+
+		while (done < left) {
+			ssize_t wrote = write(STDOUT_FILENO, line + done, left - done);
+
+			if (wrote < 0 && errno != EINTR)
+				return die("write");
+			done += wrote > 0 ? wrote : 0;
+		}
+		nanosleep(&apart, NULL);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	const char *slash = strrchr(argv[0], '/');
@@ -199,6 +223,8 @@ int main(int argc, char **argv)
 		return pgrep(argc, argv);
 	if (!strcmp(name, "ipcs"))
 		return ipcs();
+	if (!strcmp(name, "count"))
+		return count(argc, argv);
 	if (!strcmp(name, "nnp"))
 		return show_uid();
 	if (!strcmp(name, "pause"))

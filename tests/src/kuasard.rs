@@ -1,20 +1,36 @@
-//! Our daemon as a child process.
+//! Our daemon as a child process: the keeper, whose child in turn is the worker.
+//!
+//! The harness starts and stops the keeper. The worker is what a test may kill by itself ([`Kuasard::kill_worker`]): the keeper starts
+//! another.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use kuasar_shim::proto::admin::admin_client::AdminClient;
+use kuasar_shim::proto::admin::{ListRequest, VersionRequest};
+use kuasar_shim::server::{CONTROL_SOCKET, LOCK};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
 use crate::containerd::Patch;
+use crate::cri;
+use crate::leak::census;
 use crate::process::{self, Daemon};
 use crate::scratch::Scratch;
 use crate::{tools, wait};
 
 const START: Duration = Duration::from_secs(30);
+/// How long the worker may live on when its keeper has been killed.
+const ORPHANED: Duration = Duration::from_secs(10);
+/// How often a worker that does not answer yet is asked again: time from kill to answer is measured in milliseconds.
+const ASK_AGAIN: Duration = Duration::from_millis(1);
+/// How long one question may remain unanswered before it is asked on another connection.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// A sandboxer to be configured.
 #[derive(Clone, Debug)]
@@ -25,9 +41,19 @@ pub struct Sandboxer {
     pub table: Value,
 }
 
+/// A worker that was killed.
+#[derive(Clone, Copy, Debug)]
+pub struct Killed {
+    /// Its pid.
+    pub pid: i32,
+    /// When.
+    pub at: Instant,
+}
+
 /// kuasard, running or stopped.
 pub struct Kuasard {
     program: PathBuf,
+    env: Vec<(String, String)>,
     config: PathBuf,
     state: PathBuf,
     root: PathBuf,
@@ -55,6 +81,7 @@ impl Kuasard {
     pub fn new(scratch: &Scratch, containerd: &Path, sandboxers: &[Sandboxer], patch: Option<&Patch>) -> Result<Self> {
         let kuasard = Self {
             program: tools::ours("kuasard")?,
+            env: Vec::new(),
             config: Self::config_in(scratch),
             state: scratch.run().join("kuasar"),
             root: scratch.root().join("kuasar"),
@@ -93,10 +120,30 @@ impl Kuasard {
         &self.config
     }
 
-    /// Its pid, while it runs.
+    /// Sets a variable of its environment from the next start on.
+    pub fn set_env(&mut self, key: &str, value: &Path) {
+        self.env.push((key.to_owned(), value.display().to_string()));
+    }
+
+    /// The keeper's pid, while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
         self.daemon.as_ref().map(Daemon::pid)
+    }
+
+    /// The worker's pid: what its lock file says, as soon as that is a child of the keeper.
+    ///
+    /// # Errors
+    /// It does not run, or has no worker for too long.
+    pub async fn worker_pid(&self) -> Result<i32> {
+        let keeper = self.pid().context("kuasard is not running")?;
+        let lock = self.state.join(LOCK);
+        wait::until("kuasard to have a worker", START, || async {
+            let pid = fs::read_to_string(&lock).ok().and_then(|text| text.trim().parse().ok());
+            // While one worker follows the other, the file names the one before.
+            Ok(pid.filter(|pid| census::parent(*pid) == Some(keeper)))
+        })
+        .await
     }
 
     /// The running process, for signals.
@@ -120,13 +167,14 @@ impl Kuasard {
     pub async fn start(&mut self) -> Result<()> {
         let mut command = Command::new(&self.program);
         command.arg("--config").arg(&self.config).arg("--state").arg(&self.state).arg("--root").arg(&self.root);
+        command.envs(self.env.iter().cloned());
         let daemon = self.daemon.insert(Daemon::spawn("kuasard", command, &self.log)?);
-        let socket = self.state.join("kuasard.sock");
-        let end = std::time::Instant::now() + START;
+        let socket = self.state.join(CONTROL_SOCKET);
+        let end = Instant::now() + START;
         while UnixStream::connect(&socket).await.is_err() {
             daemon.check_running()?;
-            if std::time::Instant::now() > end {
-                anyhow::bail!(
+            if Instant::now() > end {
+                bail!(
                     "{} does not accept after {} s; kuasard's log ends:\n{}",
                     socket.display(),
                     START.as_secs(),
@@ -145,17 +193,73 @@ impl Kuasard {
     pub fn stop(&mut self) -> Result<()> {
         let status = self.daemon.take().context("kuasard is not running")?.terminate()?;
         if !status.success() {
-            anyhow::bail!("kuasard ended with {status} on SIGTERM; its log ends:\n{}", self.log_tail());
+            bail!("kuasard ended with {status} on SIGTERM; its log ends:\n{}", self.log_tail());
         }
         Ok(())
     }
 
-    /// Ends it with SIGKILL.
+    /// Ends the whole daemon with SIGKILL: the keeper is killed, and the worker goes with it.
     ///
     /// # Errors
-    /// It does not run.
+    /// It does not run, or the worker lives on.
     pub fn kill(&mut self) -> Result<()> {
-        self.daemon.take().context("kuasard is not running")?.kill()
+        self.daemon.take().context("kuasard is not running")?.kill()?;
+        let mut left = Ok(Vec::new());
+        let gone = wait::until_sync(ORPHANED, || {
+            left = census::running(&self.program, &self.state);
+            left.as_ref().is_ok_and(Vec::is_empty)
+        });
+        let left = left?;
+        if !gone {
+            bail!("the keeper is dead, and after {} s its worker is not: {left:?}", ORPHANED.as_secs());
+        }
+        Ok(())
+    }
+
+    /// Ends the worker with SIGKILL.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn kill_worker(&self) -> Result<Killed> {
+        let pid = self.worker_pid().await?;
+        let at = Instant::now();
+        kill(Pid::from_raw(pid), Signal::SIGKILL).with_context(|| format!("kill the worker {pid}"))?;
+        Ok(Killed { pid, at })
+    }
+
+    /// Waits until a worker answers that is not the one killed, and returns how long that took from the kill on. The question is one
+    /// for which all that ran before has to have been found again.
+    ///
+    /// # Errors
+    /// None does in time, or the daemon has ended.
+    pub async fn wait_serving(&mut self, killed: Killed) -> Result<Duration> {
+        let mut last = None;
+        while killed.at.elapsed() < START {
+            match tokio::time::timeout(ANSWER, self.ask()).await {
+                Ok(Ok(pid)) if pid != i64::from(killed.pid) => return Ok(killed.at.elapsed()),
+                // It has yet to notice that it is dead.
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => last = Some(error),
+                Err(_) => last = Some(anyhow::anyhow!("no answer within {} s", ANSWER.as_secs())),
+            }
+            self.daemon()?.check_running()?;
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+        let last = last.map_or_else(|| "the killed one answers".to_owned(), |error| format!("{error:#}"));
+        bail!(
+            "no worker answers {} s after the kill of {}: {last}; the log ends:\n{}",
+            START.as_secs(),
+            killed.pid,
+            self.log_tail()
+        )
+    }
+
+    /// Asks for all sandboxes, and returns the pid of who answered.
+    async fn ask(&self) -> Result<i64> {
+        let mut admin = AdminClient::new(cri::channel(&self.state.join(CONTROL_SOCKET)).await?);
+        admin.list(ListRequest { namespace: String::new() }).await?;
+        let version: Value = serde_json::from_str(&admin.version(VersionRequest {}).await?.into_inner().json)?;
+        version["pid"].as_i64().context("kuasard does not tell its pid")
     }
 
     /// Waits until a line of its log holds `text`.

@@ -1,6 +1,6 @@
 //! The main entry: a node of one's own, [`Node::start`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +17,10 @@ use crate::registry::Registry;
 use crate::scratch::{Scratch, Storage};
 use crate::tools;
 
+/// What kuasard notes in its state when containerd has first listed its sandboxes.
+const LISTED: &str = "listed.json";
+/// Names the directory of failpoints to kuasard.
+const FAILPOINTS: &str = "KUASAR_FAILPOINTS";
 /// How long what a test has removed may take to be gone.
 const SETTLE: Duration = Duration::from_secs(15);
 
@@ -37,6 +41,8 @@ pub struct NodeOptions {
     storage: Storage,
     patch_containerd: Option<Patch>,
     patch_kuasard: Option<Patch>,
+    state_mib: Option<u32>,
+    failpoints: bool,
 }
 
 impl NodeOptions {
@@ -120,12 +126,30 @@ impl NodeOptions {
         self
     }
 
+    /// kuasard's volatile state on a file system of its own, of this size.
+    #[must_use]
+    pub fn state_mib(mut self, mib: u32) -> Self {
+        self.state_mib = Some(mib);
+        self
+    }
+
+    /// kuasard kills itself where a file in [`Node::failpoints`] says so.
+    #[must_use]
+    pub fn failpoints(mut self) -> Self {
+        self.failpoints = true;
+        self
+    }
+
     /// A last word on kuasard's configuration.
     #[must_use]
     pub fn patch_kuasard(mut self, patch: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
         self.patch_kuasard = Some(Box::new(patch));
         self
     }
+}
+
+fn failpoints_in(dir: &Path) -> PathBuf {
+    dir.join("failpoints")
 }
 
 /// A private containerd, with kuasard where a sandboxer was asked for, images imported, ready for pods.
@@ -194,7 +218,15 @@ impl Node {
         let mut kuasard = None;
         if !options.sandboxers.is_empty() {
             let socket = &containerd.paths().socket;
-            let daemon = Kuasard::new(&scratch, socket, &options.sandboxers, options.patch_kuasard.as_ref())?;
+            let mut daemon = Kuasard::new(&scratch, socket, &options.sandboxers, options.patch_kuasard.as_ref())?;
+            if let Some(mib) = options.state_mib {
+                scratch.limit(daemon.state(), mib)?;
+            }
+            if options.failpoints {
+                let dir = failpoints_in(scratch.dir());
+                std::fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
+                daemon.set_env(FAILPOINTS, &dir);
+            }
             kuasard = Some(daemon);
         }
         if let Some(kuasard) = &mut kuasard {
@@ -220,8 +252,14 @@ impl Node {
 
     /// The scratch directory.
     #[must_use]
-    pub fn dir(&self) -> &std::path::Path {
+    pub fn dir(&self) -> &Path {
         &self.owner.dir
+    }
+
+    /// Where a file by the name of a failpoint makes kuasard's worker kill itself there, when [`NodeOptions::failpoints`] was asked for.
+    #[must_use]
+    pub fn failpoints(&self) -> PathBuf {
+        failpoints_in(self.dir())
     }
 
     /// The cgroup that holds the node's pods, below each hierarchy's root.
@@ -279,15 +317,20 @@ impl Node {
         let paths = self.containerd.paths();
         let mut owner = self.owner.clone();
         owner.ids = self.cri.ids();
+        let kuasard_pid = self.kuasard.as_ref().and_then(Kuasard::pid);
+        // Another worker than before is no leak: there is one.
+        let mut daemons = kuasard_pid.map(census::own_family).transpose()?.unwrap_or_default();
+        daemons.extend(self.containerd.pid());
         Snapshot::take(&Scope {
             owner,
-            kuasard_pid: self.kuasard.as_ref().and_then(Kuasard::pid),
-            daemons: self.kuasard.as_ref().and_then(Kuasard::pid).into_iter().chain(self.containerd.pid()).collect(),
+            kuasard_pid,
+            daemons,
             deep: self
                 .kuasard
                 .iter()
                 .flat_map(|kuasard| [kuasard.state().to_path_buf(), kuasard.root().to_path_buf()])
                 .collect(),
+            kept: self.kuasard.iter().map(|kuasard| kuasard.state().join(LISTED)).collect(),
             shallow: vec![
                 paths.netns.clone(),
                 paths.root.join("io.containerd.grpc.v1.cri/sandboxes"),

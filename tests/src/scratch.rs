@@ -116,6 +116,17 @@ impl Scratch {
         if on_overlay || self.storage == Storage::Memory { self.run().join("root") } else { self.dir.join("root") }
     }
 
+    /// Gives a directory of the node a file system of its own that holds so much and no more.
+    ///
+    /// # Errors
+    /// It cannot be mounted.
+    pub fn limit(&self, dir: &Path, mib: u32) -> Result<()> {
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        let options = format!("mode=755,size={mib}m");
+        mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str()))
+            .with_context(|| format!("mount a tmpfs on {}", dir.display()))
+    }
+
     /// The directory's own name: unique, and part of the name of everything the node makes outside the directory.
     #[must_use]
     pub fn tag(&self) -> String {

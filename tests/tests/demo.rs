@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kuasar_tests::leak::census::{self, Owner};
-use kuasar_tests::{require, tools, wait};
+use kuasar_tests::{require, scratch, tools, wait};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -114,6 +114,27 @@ fn an_interrupted_demo_leaves_nothing() -> Result<()> {
         interrupt(lines, signal).with_context(|| format!("with {signal} after line {lines}"))?;
     }
     Ok(())
+}
+
+#[test]
+fn a_demo_that_is_killed_is_swept() -> Result<()> {
+    require!(tools::Containerd::find());
+    require!(tools::ours("kuasard"));
+    let mut demo = Demo::start()?;
+    let mut out = BufReader::new(demo.0.stdout.take().context("the demo has no stdout")?);
+    let mut shown = String::new();
+    // Until kuasard has pods.
+    for _ in 0..18 {
+        ensure!(out.read_line(&mut shown)? > 0, "the demo ended by itself:\n{shown}");
+    }
+    let dir = demo.dir().context("the demo has no directory")?;
+    demo.0.kill()?;
+    demo.0.wait()?;
+    // The keeper starts another worker for each that is killed before it.
+    scratch::sweep(false)?;
+    // A test beside this one may be about to sweep the same.
+    wait::until_sync(PATIENCE, || !dir.exists());
+    nothing_left(&dir)
 }
 
 #[test]

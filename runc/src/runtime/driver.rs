@@ -6,11 +6,16 @@ use std::{
     time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result, reaper::Reaper, stdio::ChildFds};
+use kuasar_sandboxers::{
+    Error, Result,
+    failpoint::{self, Failpoint},
+    reaper::Reaper,
+    stdio::ChildFds,
+};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{MemoryFile, Runtime, memory};
+use super::{CallFile, MemoryFile, Runtime, memory};
 
 /// How much of a runtime's own words is passed on, in bytes.
 const MESSAGE_LIMIT: u64 = 4096;
@@ -26,6 +31,14 @@ pub(crate) struct Driver {
     systemd: bool,
     reaper: Reaper,
     limit: Duration,
+}
+
+/// What a runtime knows of a container (runtime-spec, "State").
+#[derive(Debug, Deserialize)]
+pub(crate) struct State {
+    /// `created`, `running`, `stopped`, or a word of the runtime's own: `paused`.
+    pub(crate) status: String,
+    pub(crate) bundle: PathBuf,
 }
 
 /// How to create a container.
@@ -86,17 +99,21 @@ impl Driver {
             command.arg("--no-new-keyring");
         }
         command.arg(create.id);
-        self.call("create the container", command, log, io).await
+        self.call("create the container", command, log, io).await?;
+        failpoint::reach(Failpoint::ContainerMade);
+        Ok(())
     }
 
     /// Lets the first process run.
     pub(crate) async fn start(&self, id: &str) -> Result<()> {
-        self.simple("start the container", &["start", id]).await
+        self.simple("start the container", &["start", id]).await?;
+        failpoint::reach(Failpoint::ContainerStarted);
+        Ok(())
     }
 
     /// Adds a process to a running container.
     pub(crate) async fn exec(&self, exec: Exec<'_>, io: Option<ChildFds>) -> Result<()> {
-        let document = MemoryFile::sealed("process.json", exec.process.to_string().as_bytes())?;
+        let document = self.file(exec.process.to_string().as_bytes())?;
         let mut command = Command::new(self.runtime.program());
         let log = self.globals(&mut command)?;
         command.args(["exec", "--detach", "--process"]).arg(document.path()).arg("--pid-file").arg(exec.pid_file);
@@ -104,7 +121,9 @@ impl Driver {
             command.arg("--console-socket").arg(console);
         }
         command.arg(exec.id);
-        self.call("start a process in the container", command, log, io).await
+        self.call("start a process in the container", command, log, io).await?;
+        failpoint::reach(Failpoint::ExecStarted);
+        Ok(())
     }
 
     /// Removes what the runtime keeps of a container, and its cgroup. With `force` also what still runs in it; that takes runc 100 ms
@@ -124,20 +143,24 @@ impl Driver {
 
     /// Applies an OCI `linux.resources` object.
     pub(crate) async fn update(&self, id: &str, resources: &Value) -> Result<()> {
-        let document = MemoryFile::sealed("resources.json", resources.to_string().as_bytes())?;
+        let document = self.file(resources.to_string().as_bytes())?;
         let mut command = Command::new(self.runtime.program());
         let log = self.globals(&mut command)?;
         command.args(["update", "--resources"]).arg(document.path()).arg(id);
         self.call("update the container's resources", command, log, None).await
     }
 
-    /// Asks where a container's bundle is (runtime-spec, "State"); `None` where the runtime knows no such container.
-    pub(crate) async fn bundle(&self, id: &str) -> Result<Option<PathBuf>> {
+    /// Asks what the runtime knows of a container; `None` where it knows no such container.
+    pub(crate) async fn state(&self, id: &str) -> Result<Option<State>> {
         let mut command = Command::new(self.runtime.program());
         let _log = self.globals(&mut command)?;
         let said = memory::listen(&self.reaper, command.args(["state", id]), self.limit).await?;
-        let state: Option<Value> = serde_json::from_str(&said.stdout).ok().filter(|_| said.status == 0);
-        Ok(state.and_then(|state| state["bundle"].as_str().map(PathBuf::from)))
+        if said.status != 0 {
+            return Ok(None);
+        }
+        serde_json::from_str(&said.stdout)
+            .map(Some)
+            .map_err(Error::failed(format!("read the state that {} tells", self.runtime)))
     }
 
     async fn simple(&self, operation: &str, arguments: &[&str]) -> Result<()> {
@@ -147,8 +170,13 @@ impl Driver {
         self.call(operation, command, log, None).await
     }
 
-    fn globals(&self, command: &mut Command) -> Result<MemoryFile> {
-        let log = MemoryFile::empty("runtime.log")?;
+    /// A file for one call, beside what the runtime keeps.
+    fn file(&self, content: &[u8]) -> Result<CallFile> {
+        CallFile::new(self.root.parent().unwrap_or(&self.root), content)
+    }
+
+    fn globals(&self, command: &mut Command) -> Result<CallFile> {
+        let log = self.file(b"")?;
         command.arg("--root").arg(&self.root).arg("--log").arg(log.path()).args(["--log-format", "json"]);
         if self.systemd {
             command.arg("--systemd-cgroup");
@@ -160,7 +188,7 @@ impl Driver {
     }
 
     /// Runs the runtime to its end. Without `io` its own standard error is kept for the error message.
-    async fn call(&self, operation: &str, mut command: Command, mut log: MemoryFile, io: Option<ChildFds>) -> Result<()> {
+    async fn call(&self, operation: &str, mut command: Command, log: CallFile, io: Option<ChildFds>) -> Result<()> {
         let mut said = None;
         match io {
             Some(io) => command.stdin(io.stdin).stdout(io.stdout).stderr(io.stderr),
@@ -180,7 +208,7 @@ impl Driver {
         }
         let mut message = last_error(&log.tail(MESSAGE_LIMIT)?);
         if message.is_none()
-            && let Some(said) = &mut said
+            && let Some(said) = &said
         {
             message = Some(said.tail(MESSAGE_LIMIT)?.trim().to_owned()).filter(|said| !said.is_empty());
         }

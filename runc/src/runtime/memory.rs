@@ -1,11 +1,15 @@
-//! Files that live in memory, passed to the runtime by path.
+//! Files that are passed to the runtime.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::fd::{AsRawFd, OwnedFd},
-    path::PathBuf,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -19,12 +23,13 @@ use nix::{
     },
     unistd::Pid,
 };
+use rustix::fs::{FallocateFlags, fallocate};
 use tokio::time::timeout;
 
 /// How much of what a program says is read, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
 
-/// A file without a name. A runtime opens it through [`Self::path`], so no descriptor has to be inherited (which every other child started
+/// A file without a name, in memory. A program opens it through [`Self::path`], so no descriptor has to be inherited (which every other child started
 /// at the same moment would inherit too) and nothing has to be removed afterwards.
 #[derive(Debug)]
 pub(crate) struct MemoryFile(File);
@@ -36,11 +41,6 @@ impl MemoryFile {
         let fd: OwnedFd =
             create().map_err(io::Error::from).map_err(Error::failed(format!("make a file in memory for {name}")))?;
         Ok(Self(fd.into()))
-    }
-
-    /// A file with this content, which nobody can change any more.
-    pub(crate) fn sealed(name: &str, content: &[u8]) -> Result<Self> {
-        Self::empty(name)?.filled(name, content)
     }
 
     fn filled(mut self, name: &str, content: &[u8]) -> Result<Self> {
@@ -75,15 +75,101 @@ impl MemoryFile {
     }
 
     /// The last `limit` bytes, as text.
-    pub(crate) fn tail(&mut self, limit: u64) -> Result<String> {
-        let mut bytes = Vec::new();
-        let read = self.0.seek(SeekFrom::End(0)).and_then(|length| {
-            self.0.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
-            (&self.0).take(limit).read_to_end(&mut bytes)
-        });
-        read.map_err(Error::failed("read a file in memory"))?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    pub(crate) fn tail(&self, limit: u64) -> Result<String> {
+        tail(&self.0, limit).map_err(Error::failed("read a file in memory"))
     }
+}
+
+fn tail(mut file: &File, limit: u64) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    let length = file.seek(SeekFrom::End(0))?;
+    file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// A file for one call, removed with this. It has a name of its own, which the runtime finds even when this process has died meanwhile:
+/// one that cannot open its log says so on its standard error, which is a container's. On a full disk it is in memory all the same,
+/// because containers must be removable then.
+#[derive(Debug)]
+pub(crate) struct CallFile {
+    path: PathBuf,
+    file: File,
+    named: bool,
+}
+
+/// How much a [`CallFile`] can hold in any case, in bytes.
+const ROOM: u64 = 4096;
+
+/// How the names of [`CallFile`]s begin.
+const CALL: &str = ".call-";
+
+impl CallFile {
+    pub(crate) fn new(dir: &Path, content: &[u8]) -> Result<Self> {
+        let mut file = match Self::named(dir) {
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => Self::unnamed()?,
+            made => made?,
+        };
+        if let Err(error) = file.file.write_all(content) {
+            if error.kind() != io::ErrorKind::StorageFull {
+                return Err(Error::io("write", &file.path)(error));
+            }
+            file = Self::unnamed()?;
+            file.file.write_all(content).map_err(Error::failed("fill a file in memory"))?;
+        }
+        Ok(file)
+    }
+
+    fn named(dir: &Path) -> Result<Self> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let path = dir.join(format!("{CALL}{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+        // One of that name is what a daemon that has died left behind.
+        let create = || File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path);
+        let file = Self { file: create().map_err(Error::io("create", &path))?, path, named: true };
+        // When the disk gets full during the call, there is still room for what the runtime says of that.
+        fallocate(&file.file, FallocateFlags::KEEP_SIZE, 0, ROOM)
+            .map_err(|errno| Error::io("write", &file.path)(errno.into()))?;
+        Ok(file)
+    }
+
+    fn unnamed() -> Result<Self> {
+        let file = MemoryFile::empty("call")?;
+        Ok(Self { path: file.path(), file: file.0, named: false })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The last `limit` bytes, as text.
+    pub(crate) fn tail(&self, limit: u64) -> Result<String> {
+        tail(&self.file, limit).map_err(Error::io("read", &self.path))
+    }
+}
+
+impl Drop for CallFile {
+    fn drop(&mut self) {
+        if self.named {
+            // What remains goes with the directory.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Removes those that a daemon has left in a directory when it died.
+pub(crate) fn remove_call_files(dir: &Path) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        // A daemon that was deleting the sandbox has come that far.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(Error::io("list", dir))?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        if entry.file_name().as_encoded_bytes().starts_with(CALL.as_bytes()) {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 /// What a program that ran to its end has said.
@@ -97,7 +183,7 @@ pub(crate) struct Said {
 /// Runs a program to its end, without input, and takes what it says, at most `OUTPUT_LIMIT` bytes from the end of each stream. It is
 /// killed when it takes longer than `limit`. Files instead of pipes: nothing has to be read while it runs.
 pub(crate) async fn listen(reaper: &Reaper, command: &mut Command, limit: Duration) -> Result<Said> {
-    let (mut stdout, mut stderr) = (MemoryFile::empty("stdout")?, MemoryFile::empty("stderr")?);
+    let (stdout, stderr) = (MemoryFile::empty("stdout")?, MemoryFile::empty("stderr")?);
     command.stdin(Stdio::null()).stdout(stdout.descriptor()?).stderr(stderr.descriptor()?);
     let status = run(reaper, command, limit).await?;
     Ok(Said { status, stdout: stdout.tail(OUTPUT_LIMIT)?, stderr: stderr.tail(OUTPUT_LIMIT)? })

@@ -10,5 +10,5 @@ mod memory;
 mod probe;
 
 pub(crate) use driver::{Create, Driver, Exec};
-pub(crate) use memory::{MemoryFile, listen};
+pub(crate) use memory::{CallFile, MemoryFile, listen, remove_call_files};
 pub use probe::{Kind, Runtime, Version};

@@ -2,17 +2,28 @@
 
 use std::{
     env, fmt,
-    os::unix::fs::PermissionsExt,
+    fs::File,
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
     time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use kuasar_sandboxers::{
+    Error, Result,
+    fdstore::{FdStore, Held},
+    reaper::Reaper,
+};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tracing::debug;
 
-use super::memory::listen;
+use super::memory::{MemoryFile, listen};
 use crate::config::{RuntimeChoice, RuntimeName};
 
 /// How long a runtime may take to say its version.
@@ -22,7 +33,7 @@ const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A version as far as it is compared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version(pub u32, pub u32, pub u32);
 
 impl fmt::Display for Version {
@@ -45,7 +56,7 @@ impl Version {
 }
 
 /// Which program it is, by what it calls itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// One that we know.
     Known(RuntimeName),
@@ -70,7 +81,28 @@ impl Kind {
 #[derive(Clone, Debug)]
 pub struct Runtime(Arc<Facts>);
 
-#[derive(Debug)]
+/// What is remembered, as long as the program is the same file.
+#[derive(Serialize, Deserialize)]
+struct Memory<F> {
+    identity: [i64; 5],
+    facts: F,
+}
+
+fn remembered(left: OwnedFd) -> Option<Facts> {
+    let mut file = File::from(left);
+    let mut text = String::new();
+    file.rewind().and_then(|()| file.read_to_string(&mut text)).ok()?;
+    let memory: Memory<Facts> = serde_json::from_str(&text).ok()?;
+    (identity(&memory.facts.program).ok()? == memory.identity).then_some(memory.facts)
+}
+
+/// What changes when a file is replaced or written.
+fn identity(program: &Path) -> io::Result<[i64; 5]> {
+    let file = program.metadata()?;
+    Ok([file.dev().cast_signed(), file.ino().cast_signed(), file.size().cast_signed(), file.mtime(), file.ctime_nsec()])
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 struct Facts {
     program: PathBuf,
     kind: Kind,
@@ -115,6 +147,34 @@ impl Runtime {
                 }
             }
         }
+    }
+
+    /// The same, or what a daemon before this one has left of it. To ask a runtime takes it tens of milliseconds, for which containerd would
+    /// wait.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub async fn find_again(choice: &RuntimeChoice, reaper: &Reaper, fds: &FdStore) -> Result<(Self, Option<Held>)> {
+        let name = format!("runtime/{choice:?}");
+        if let Some((left, held)) = fds.take(&name)
+            && let Some(facts) = left.into_iter().next().and_then(remembered)
+        {
+            return Ok((Self(Arc::new(facts)), Some(held)));
+        }
+        let found = Self::find(choice, reaper).await?;
+        // Without it the next one asks again.
+        let held =
+            found.remember(name, fds).inspect_err(|error| debug!(error = error.report(), "cannot remember a runtime")).ok();
+        Ok((found, held))
+    }
+
+    fn remember(&self, name: String, fds: &FdStore) -> Result<Held> {
+        let failed = || Error::failed("write down what a runtime is");
+        let file = MemoryFile::empty("runtime")?.descriptor()?;
+        let memory = Memory { identity: identity(&self.0.program).map_err(failed())?, facts: &*self.0 };
+        let bytes = serde_json::to_vec(&memory).map_err(Error::failed("write down what a runtime is"))?;
+        File::from(file.try_clone().map_err(failed())?).write_all(&bytes).map_err(failed())?;
+        fds.leave(name, &[file.as_fd()])
     }
 
     async fn named(name: RuntimeName, reaper: &Reaper) -> Result<Self> {

@@ -57,10 +57,4 @@ impl Fifo {
         let keeper = self.open(OFlag::O_WRONLY)?;
         Ok((self.open(OFlag::O_RDONLY)?, keeper))
     }
-
-    /// The writing end of [`Self::reader_and_keeper`] again, for a process that has the reading end already.
-    pub(crate) fn keeper(&self) -> Result<OwnedFd> {
-        let _both = self.both()?;
-        self.open(OFlag::O_WRONLY)
-    }
 }

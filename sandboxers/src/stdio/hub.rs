@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     io,
     ops::Deref,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -23,7 +23,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fdstore::Held,
+};
 
 /// The largest [`Chunk`] in bytes: well below ttrpc's frame limit and containerd's window of 64 KiB.
 const CHUNK: usize = 16 << 10;
@@ -53,7 +56,13 @@ enum Side {
     /// The process writes, we read.
     Output(pipe::Receiver),
     /// The process reads, we write, until it is closed.
-    Input(Mutex<Option<Arc<pipe::Sender>>>),
+    Input(Mutex<Option<Arc<Writer>>>),
+}
+
+#[derive(Debug)]
+struct Writer {
+    sender: pipe::Sender,
+    _held: Held,
 }
 
 #[derive(Debug, Default)]
@@ -84,32 +93,72 @@ pub struct Chunk<'a> {
     unsent: tokio::sync::MutexGuard<'a, Vec<u8>>,
 }
 
+impl Stream {
+    /// Throws output away until somebody attaches, or the process has ended.
+    async fn discard(self: Arc<Self>) {
+        let mut chunk = vec![0; CHUNK];
+        while let Some(Side::Output(receiver)) = self.side.get() {
+            if receiver.readable().await.is_err() || lock(&self.attachment).count > 0 {
+                return;
+            }
+            if let Ok(0) = receiver.try_read(&mut chunk) {
+                return;
+            }
+        }
+    }
+}
+
 /// Nothing here panics while it holds a lock of this module, and each change under one is complete in itself.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl StreamHub {
-    /// The process's writing end of an output stream. containerd may have opened the stream already, or will.
+    /// A new output stream: a copy of our reading end, and the process's writing end. containerd may have opened the stream already, or
+    /// will.
     ///
     /// # Errors
     /// When another process has the stream, or descriptors have run out.
-    pub fn open_output(&self, id: &str) -> Result<OwnedFd> {
+    pub fn open_output(&self, id: &str) -> Result<(OwnedFd, OwnedFd)> {
         let (reader, writer) = new_pipe()?;
+        let copy = reader.try_clone().map_err(Error::failed("copy a descriptor"))?;
         let receiver = pipe::Receiver::from_owned_fd(reader).map_err(Error::failed("watch a stream's pipe"))?;
         self.open(id, Side::Output(receiver))?;
-        Ok(writer)
+        Ok((copy, writer))
     }
 
-    /// The process's reading end of an input stream.
+    /// The process's reading end of a new input stream. `hold` sees our writing end before.
+    ///
+    /// # Errors
+    /// As [`Self::open_output`], and what `hold` says.
+    pub fn open_input(&self, id: &str, hold: impl FnOnce(BorrowedFd<'_>) -> Result<Held>) -> Result<OwnedFd> {
+        let (reader, writer) = new_pipe()?;
+        let held = hold(writer.as_fd())?;
+        self.adopt_input(id, writer, held)?;
+        Ok(reader)
+    }
+
+    /// An output stream of an earlier daemon, of which our reading end is left. containerd does not open a stream again until it starts
+    /// again itself; until then output is thrown away, or the process would stop.
     ///
     /// # Errors
     /// As [`Self::open_output`].
-    pub fn open_input(&self, id: &str) -> Result<OwnedFd> {
-        let (reader, writer) = new_pipe()?;
+    pub fn adopt_output(&self, id: &str, reader: OwnedFd) -> Result<()> {
+        let receiver = pipe::Receiver::from_owned_fd(reader).map_err(Error::failed("watch a stream's pipe"))?;
+        self.open(id, Side::Output(receiver))?;
+        if let Some(stream) = self.get(id) {
+            tokio::spawn(stream.discard());
+        }
+        Ok(())
+    }
+
+    /// An input stream of an earlier daemon, of which our writing end is left.
+    ///
+    /// # Errors
+    /// As [`Self::open_output`].
+    pub fn adopt_input(&self, id: &str, writer: OwnedFd, held: Held) -> Result<()> {
         let sender = pipe::Sender::from_owned_fd(writer).map_err(Error::failed("watch a stream's pipe"))?;
-        self.open(id, Side::Input(Mutex::new(Some(Arc::new(sender)))))?;
-        Ok(reader)
+        self.open(id, Side::Input(Mutex::new(Some(Arc::new(Writer { sender, _held: held })))))
     }
 
     fn open(&self, id: &str, side: Side) -> Result<()> {
@@ -273,7 +322,8 @@ impl StreamEnd {
         let Side::Input(sender) = self.stream.side.wait().await else {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "the stream carries output"));
         };
-        let Some(sender) = lock(sender).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let Some(writer) = lock(sender).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let sender = &writer.sender;
         while !bytes.is_empty() {
             sender.writable().await?;
             match sender.try_write(bytes) {
@@ -341,6 +391,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::fdstore::FdStore;
 
     async fn text(end: &StreamEnd) -> Option<String> {
         let chunk = end.next().await.unwrap()?;
@@ -353,7 +404,7 @@ mod tests {
     async fn output_survives_a_new_connection_without_loss_or_repetition() {
         let hub = StreamHub::default();
         let first = hub.attach("c-stdout");
-        let mut process = File::from(hub.open_output("c-stdout").unwrap());
+        let mut process = File::from(hub.open_output("c-stdout").unwrap().1);
         process.write_all(b"one").unwrap();
         assert_eq!(text(&first).await.unwrap(), "one");
         process.write_all(b"two").unwrap();
@@ -376,7 +427,7 @@ mod tests {
     #[tokio::test]
     async fn drained_waits_for_the_reader_and_not_for_an_absent_one() {
         let hub = StreamHub::default();
-        let mut process = File::from(hub.open_output("s").unwrap());
+        let mut process = File::from(hub.open_output("s").unwrap().1);
         process.write_all(b"last words").unwrap();
         drop(process);
         hub.drained("s").await;
@@ -397,7 +448,7 @@ mod tests {
         let hub = StreamHub::default();
         let first = hub.attach("s");
         let writing = tokio::spawn(async move { first.write(b"a").await });
-        let mut process = File::from(hub.open_input("s").unwrap());
+        let mut process = File::from(hub.open_input("s", |_| FdStore::default().leave("stdin".into(), &[])).unwrap());
         writing.await.unwrap().unwrap();
         let second = hub.attach("s");
         second.write(b"b").await.unwrap();
@@ -419,7 +470,7 @@ mod tests {
     async fn a_client_that_leaves_the_stream_open_does_not_keep_the_process_waiting() {
         let hub = StreamHub::default();
         let end = hub.attach("s");
-        let mut process = File::from(hub.open_input("s").unwrap());
+        let mut process = File::from(hub.open_input("s", |_| FdStore::default().leave("stdin".into(), &[])).unwrap());
         end.write(b"x").await.unwrap();
         hub.close_input("s");
         tokio::time::sleep(3 * LATE_INPUT).await;
@@ -438,7 +489,7 @@ mod tests {
         assert_eq!(lock(&hub.0).len(), 1);
         drop(second);
         assert!(lock(&hub.0).is_empty());
-        let _one = hub.open_output("s").unwrap();
+        let _one = hub.open_output("s").unwrap().1;
         assert!(matches!(hub.open_output("s"), Err(Error::AlreadyExists { .. })));
     }
 }

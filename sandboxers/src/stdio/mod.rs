@@ -29,6 +29,7 @@ pub use process::{ChildFds, ProcessIo};
 pub(crate) use process::{Streams, open_log, own};
 
 use crate::{
+    fdstore::FdStore,
     id::{ContainerId, Namespace},
     reaper::Reaper,
 };
@@ -60,4 +61,15 @@ pub struct IoContext {
     pub reaper: Reaper,
     /// User and group id that own the pipes made for the process (`IoUid`, `IoGid`).
     pub owner: (u32, u32),
+    /// Where descriptors are left that the process must not lose when the daemon dies.
+    pub fds: FdStore,
+    /// What names them: unique to the process, at most 240 bytes.
+    pub name: String,
+}
+
+impl IoContext {
+    /// The name of one of the process's descriptors.
+    pub(crate) fn held(&self, which: &str) -> String {
+        format!("{}/{which}", self.name)
+    }
 }

@@ -14,10 +14,13 @@ use std::{
 
 use nix::unistd::{Gid, Uid, fchown};
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fdstore::Held,
+};
 
 /// How long containerd may take to read the rest of a stream after the process has ended. A descendant that the process left
 /// behind may hold the stream open for ever.
@@ -39,7 +42,10 @@ pub struct ChildFds {
 pub struct ProcessIo {
     child: Mutex<Option<ChildFds>>,
     /// Our writer of the stdin FIFO; closed by CloseIO.
-    keeper: Mutex<Option<OwnedFd>>,
+    keeper: Mutex<Option<(OwnedFd, Held)>>,
+    /// Our ends of the output's FIFOs. containerd stops reading one for good when nobody has it open for writing, as when this daemon dies
+    /// between opening it and handing it over.
+    outputs: Mutex<Vec<Held>>,
     logger: Option<Logger>,
     streams: Streams,
 }
@@ -50,6 +56,8 @@ pub(crate) struct Streams {
     hub: StreamHub,
     input: Option<String>,
     outputs: Vec<String>,
+    /// Our ends of the output's pipes.
+    held: Vec<Held>,
 }
 
 impl ProcessIo {
@@ -64,11 +72,14 @@ impl ProcessIo {
         let (stdin, keeper) = match &ends.stdin {
             Endpoint::Fifo(path) => {
                 let (reader, keeper) = Fifo::find("stdin", path)?.reader_and_keeper()?;
-                (own(reader, context)?, Some(keeper))
+                // When nobody has it open for writing, the process takes that for the end of its input.
+                let held = context.fds.leave(context.held("stdin"), &[keeper.as_fd()])?;
+                (own(reader, context)?, Some((keeper, held)))
             }
-            Endpoint::Stream(id) => (own(streams.open_input(id)?, context)?, None),
+            Endpoint::Stream(id) => (own(streams.open_input(id, context)?, context)?, None),
             _ => (null()?, None),
         };
+        let mut outputs = Vec::new();
         let mut logger = None;
         let mut logger_stderr = None;
         let stdout = match (&ends.stdout, &ends.stderr) {
@@ -82,36 +93,46 @@ impl ProcessIo {
                 let (started, _, stderr) = Logger::start(program, context).await?;
                 logger = Some(started);
                 logger_stderr = Some(own(stderr, context)?);
-                open_output("stdout", end, &mut streams, context)?
+                open_output("stdout", end, &mut streams, &mut outputs, context)?
             }
-            (end, _) => open_output("stdout", end, &mut streams, context)?,
+            (end, _) => open_output("stdout", end, &mut streams, &mut outputs, context)?,
         };
         let stderr = match (&ends.stderr, logger_stderr) {
             // One log program takes both, whatever the second URI says.
             (Endpoint::Program(_), Some(stderr)) => stderr,
-            (end, _) => open_output("stderr", end, &mut streams, context)?,
+            (end, _) => open_output("stderr", end, &mut streams, &mut outputs, context)?,
         };
         let child = Some(ChildFds { stdin, stdout, stderr });
-        Ok(Self { child: Mutex::new(child), keeper: Mutex::new(keeper), logger, streams })
+        Ok(Self { child: Mutex::new(child), keeper: Mutex::new(keeper), outputs: Mutex::new(outputs), logger, streams })
     }
 
-    /// Takes the stdio of a running process over after a restart of the daemon: holds its stdin open again. The process still
-    /// has FIFOs, files and log programs; a stream's pipe was lost with the daemon that had it.
+    /// Takes the stdio of a running process over from an earlier daemon: what that has left of it. The process still has FIFOs, files
+    /// and log programs.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a field that cannot be understood.
     pub fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Self> {
-        let keeper = match Endpoints::parse(stdio)?.stdin {
-            Endpoint::Fifo(path) => match Fifo::find("stdin", &path).and_then(|fifo| fifo.keeper()) {
-                Ok(keeper) => Some(keeper),
-                Err(error) => {
-                    debug!(container = %context.container, error = error.report(), "stdin is not held open again");
-                    None
-                }
-            },
-            _ => None,
-        };
-        Ok(Self { child: Mutex::default(), keeper: Mutex::new(keeper), logger: None, streams: Streams::new(context) })
+        let ends = Endpoints::parse(stdio)?;
+        let mut streams = Streams::new(context);
+        let mut keeper = None;
+        match &ends.stdin {
+            Endpoint::Fifo(_) => {
+                let left = context.fds.take(&context.held("stdin"));
+                keeper = left.and_then(|(mut left, held)| Some((left.pop()?, held)));
+            }
+            Endpoint::Stream(id) => streams.adopt_input(id, context)?,
+            _ => {}
+        }
+        let mut outputs = Vec::new();
+        for (field, end) in [("stdout", &ends.stdout), ("stderr", &ends.stderr)] {
+            match end {
+                Endpoint::Stream(id) => streams.adopt_output(field, id, context)?,
+                // The process has the descriptor itself.
+                _ => outputs.extend(context.fds.take(&context.held(field)).map(|(_, held)| held)),
+            }
+        }
+        let (keeper, outputs) = (Mutex::new(keeper), Mutex::new(outputs));
+        Ok(Self { child: Mutex::default(), keeper, outputs, logger: None, streams })
     }
 
     /// The descriptors for the process, handed over: once it has been started none of them may stay open here, or readers
@@ -132,6 +153,7 @@ impl ProcessIo {
     /// After the process's end: waits, within bounds, until streams and log programs have taken its output.
     pub async fn finish(&self) {
         lock(&self.child).take();
+        lock(&self.outputs).clear();
         self.streams.drained().await;
         if let Some(logger) = &self.logger {
             logger.finish().await;
@@ -145,19 +167,39 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Streams {
     pub(crate) fn new(context: &IoContext) -> Self {
-        Self { hub: context.streams.clone(), input: None, outputs: Vec::new() }
+        Self { hub: context.streams.clone(), input: None, outputs: Vec::new(), held: Vec::new() }
     }
 
-    pub(crate) fn open_input(&mut self, id: &str) -> Result<OwnedFd> {
-        let fd = self.hub.open_input(id)?;
+    pub(crate) fn open_input(&mut self, id: &str, context: &IoContext) -> Result<OwnedFd> {
+        let theirs = self.hub.open_input(id, |ours| context.fds.leave(context.held("stdin"), &[ours]))?;
         self.input = Some(id.into());
-        Ok(fd)
+        Ok(theirs)
     }
 
-    pub(crate) fn open_output(&mut self, id: &str) -> Result<OwnedFd> {
-        let fd = self.hub.open_output(id)?;
+    pub(crate) fn open_output(&mut self, field: &str, id: &str, context: &IoContext) -> Result<OwnedFd> {
+        let (ours, theirs) = self.hub.open_output(id)?;
         self.outputs.push(id.into());
-        Ok(fd)
+        self.held.push(context.fds.leave(context.held(field), &[ours.as_fd()])?);
+        Ok(theirs)
+    }
+
+    fn adopt_input(&mut self, id: &str, context: &IoContext) -> Result<()> {
+        let Some((mut left, held)) = context.fds.take(&context.held("stdin")) else { return Ok(()) };
+        if let Some(ours) = left.pop() {
+            self.hub.adopt_input(id, ours, held)?;
+            self.input = Some(id.into());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn adopt_output(&mut self, field: &str, id: &str, context: &IoContext) -> Result<()> {
+        let Some((mut left, held)) = context.fds.take(&context.held(field)) else { return Ok(()) };
+        if let Some(ours) = left.pop() {
+            self.hub.adopt_output(id, ours)?;
+            self.outputs.push(id.into());
+            self.held.push(held);
+        }
+        Ok(())
     }
 
     /// Ends the input stream; `false` when there is none.
@@ -186,12 +228,22 @@ impl Drop for Streams {
     }
 }
 
-fn open_output(field: &'static str, end: &Endpoint, streams: &mut Streams, context: &IoContext) -> Result<OwnedFd> {
+fn open_output(
+    field: &'static str,
+    end: &Endpoint,
+    streams: &mut Streams,
+    outputs: &mut Vec<Held>,
+    context: &IoContext,
+) -> Result<OwnedFd> {
     match end {
         Endpoint::None | Endpoint::Program(_) => null(),
-        Endpoint::Fifo(path) => own(Fifo::find(field, path)?.both()?, context),
+        Endpoint::Fifo(path) => {
+            let fifo = own(Fifo::find(field, path)?.both()?, context)?;
+            outputs.push(context.fds.leave(context.held(field), &[fifo.as_fd()])?);
+            Ok(fifo)
+        }
         Endpoint::File(path) => open_log(path),
-        Endpoint::Stream(id) => own(streams.open_output(id)?, context),
+        Endpoint::Stream(id) => own(streams.open_output(field, id, context)?, context),
     }
 }
 

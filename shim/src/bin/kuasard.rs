@@ -18,12 +18,18 @@ use kuasar_sandboxers::{event::EventSink, reaper::Reaper, registry::Registry, st
 use kuasar_shim::{
     backends,
     config::{Config, LogLevel},
-    server::{Parts, StateDir, serve},
+    keeper::{
+        keep,
+        worker::{self, Inheritance, Keeper, Parked},
+    },
+    server::{LOCK, Parts, StateDir, serve},
     sys,
 };
 use tokio::{
     runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
+    sync::mpsc::unbounded_channel,
+    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Level, error, info, warn};
@@ -35,6 +41,9 @@ use tracing_subscriber::{
 
 /// How long operations may take to finish after SIGTERM, below systemd's default of 90 s before it kills.
 const GRACE: Duration = Duration::from_secs(30);
+
+/// How often the keeper is told that the worker works. It takes silence of three times that for a worker that hangs.
+const ALIVE: Duration = Duration::from_secs(20);
 
 /// How often to look for sandboxes that containerd has forgotten; one is removed at the second look.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -61,9 +70,16 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    sys::tune_allocator();
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+    let args = Args::parse();
+    let ended = match worker::is_worker() {
+        false => keep().context("the keeper cannot go on"),
+        true => {
+            sys::tune_allocator();
+            run(&args).map(|()| ExitCode::SUCCESS)
+        }
+    };
+    match ended {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("kuasard: {error:#}");
             ExitCode::FAILURE
@@ -72,11 +88,13 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    let mut inherited = worker::inherit().context("cannot take over from the keeper")?;
     let path = args.config.clone().unwrap_or_else(Config::default_path);
     let state = std::path::absolute(&args.state).with_context(|| format!("cannot use --state {}", args.state.display()))?;
     let config = Config::load(&path, &state)?;
     log_to_stderr(config.log.level);
-    let state = StateDir::claim(&state).map_err(report)?;
+    let lock = inherited.parked.remove(LOCK).and_then(|mut parked| parked.pop());
+    let state = StateDir::claim_with(&state, lock).map_err(report)?;
     std::fs::create_dir_all(&args.root).with_context(|| format!("cannot create {}", args.root.display()))?;
 
     let workers = Builder::new_multi_thread()
@@ -88,33 +106,60 @@ fn run(args: &Args) -> Result<()> {
         .build()
         .context("cannot start the worker threads")?;
     let faces = Builder::new_current_thread().enable_all().build().context("cannot start the main loop")?;
-    let served = faces.block_on(daemon(config, &state, &workers));
+    let served = faces.block_on(daemon(config, &state, &workers, inherited));
     // Containers run on; what has not finished by now has been reported.
     workers.shutdown_background();
     served
 }
 
-async fn daemon(config: Config, state: &StateDir, workers: &Runtime) -> Result<()> {
+async fn daemon(config: Config, state: &StateDir, workers: &Runtime, mut inherited: Inheritance) -> Result<()> {
     let stop = stop_on_signals()?;
+    let fds = inherited.fd_store();
+    let Inheritance { keeper, mut parked, exits } = inherited;
     let hub = StreamHub::default();
     let (sink, events) = EventSink::channel();
     // Among the workers, because owner tasks live where they are made.
-    let registry = {
+    let (registry, reaper) = {
         let (dir, hub, sandboxers) = (state.path().to_owned(), hub.clone(), config.sandboxers);
         let build = async move {
-            let reaper = Reaper::install().map_err(report)?;
-            let sandboxers = backends::build(sandboxers, &reaper).await.map_err(report)?;
-            Registry::new(&dir, sandboxers, sink, hub, reaper).map_err(report)
+            let reaper = Reaper::install_under(Keeper::pid()).map_err(report)?;
+            exits.into_iter().for_each(|ended| reaper.hear(ended));
+            let sandboxers = backends::build(sandboxers, &reaper, &fds).await.map_err(report)?;
+            let registry = Registry::new(&dir, sandboxers, sink, hub, reaper.clone(), fds).map_err(report)?;
+            anyhow::Ok((registry, reaper))
         };
         workers.spawn(build).await.context("the start broke off")??
     };
+    let (tell, connections) = unbounded_channel();
     // A socket that accepts means that there will be answers: nothing of the configuration is in doubt any more. Calls wait in
     // the socket while what ran before is found again, which is sooner than containerd would dial again.
-    let sockets = state.bind().map_err(report)?;
+    let sockets = state.bind_kept(&keeper, &mut parked, connections).map_err(report)?;
+    for (name, descriptors) in parked {
+        // What is not a connection was somebody else's, who has taken it.
+        tell.send(Parked { name, descriptors }).context("nobody takes connections")?;
+    }
+    tokio::spawn({
+        let (keeper, stop) = (keeper.clone(), stop.clone());
+        async move {
+            let error = keeper.listen(&reaper, &tell).await;
+            if !stop.is_cancelled() {
+                error!(%error, "cannot go on without the keeper: stopping");
+                stop.cancel();
+            }
+        }
+    });
+    tokio::spawn({
+        let (keeper, workers) = (keeper.clone(), workers.handle().clone());
+        async move {
+            // By way of both kinds of threads: when one of them hangs, nothing is said.
+            while workers.spawn(sleep(ALIVE)).await.is_ok() && keeper.alive().is_ok() {}
+        }
+    });
     let recovered = {
         let registry = registry.clone();
         workers.spawn(async move { registry.recover().await })
     };
+    // It goes on while calls are served.
     recovered.await.context("the recovery broke off")?.map_err(report)?;
     let parts = Parts {
         registry,
@@ -126,6 +171,7 @@ async fn daemon(config: Config, state: &StateDir, workers: &Runtime) -> Result<(
         look_interval: LOOK_INTERVAL,
     };
     info!(state = %state.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    keeper.ready().context("cannot tell the keeper")?;
     serve(state, sockets, parts, stop).await.map_err(report)
 }
 

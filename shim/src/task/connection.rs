@@ -1,5 +1,8 @@
 //! The Task socket's connections.
 //!
+//! They come from the keeper, each with its [journal](super::journal): what a worker that died has read of one and not answered is read
+//! again. Without a keeper they are accepted here.
+//!
 //! containerd keeps one connection per container and dials once more per stdio stream, so there may be many; how many
 //! are served at a time is bounded, the rest wait in the socket's backlog. Each gets a ttrpc server of its own, because only so can the
 //! streams on it learn that it has gone.
@@ -8,20 +11,21 @@
 //! a stream keep their order.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     io,
+    os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use kuasar_sandboxers::stdio::StreamHub;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{UnixListener, UnixStream},
     select,
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc::UnboundedReceiver, watch},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, warn};
@@ -30,8 +34,14 @@ use ttrpc::{
     asynchronous::transport::Listener,
 };
 
-use super::TaskService;
-use crate::streaming::Streaming;
+use super::{
+    TaskService,
+    journal::{Journal, Left},
+};
+use crate::{
+    keeper::worker::{Keeper, Parked},
+    streaming::Streaming,
+};
 
 /// How long to wait before accepting again after it failed, which means that descriptors have run out.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -59,7 +69,7 @@ impl Acceptor {
         let place = self.places.clone().acquire_owned().await.ok();
         loop {
             match self.listener.accept().await {
-                Ok((stream, _)) => return Connection { stream, heard: None, _place: place, _guard: None },
+                Ok((stream, _)) => return Connection { stream, kept: None, heard: None, _place: place, _guard: None },
                 Err(error) => {
                     warn!(%error, "cannot accept a connection; trying again");
                     tokio::time::sleep(PAUSE).await;
@@ -69,10 +79,85 @@ impl Acceptor {
     }
 }
 
+/// Where Task connections come from.
+#[derive(Debug)]
+pub enum Source {
+    /// A socket of our own.
+    Listener(Acceptor),
+    /// The keeper.
+    Keeper(Kept),
+}
+
+/// Connections that the keeper has accepted.
+#[derive(Debug)]
+pub struct Kept {
+    keeper: Keeper,
+    fresh: UnboundedReceiver<Parked>,
+    places: Arc<Semaphore>,
+}
+
+impl Kept {
+    /// What comes through `fresh`, at most `limit` at a time.
+    #[must_use]
+    pub fn new(keeper: Keeper, fresh: UnboundedReceiver<Parked>, limit: usize) -> Self {
+        Self { keeper, fresh, places: Arc::new(Semaphore::new(limit)) }
+    }
+
+    /// The next connection; `None` when the keeper is gone.
+    async fn accept(&mut self) -> Option<Connection> {
+        loop {
+            let Parked { name, descriptors } = self.fresh.recv().await?;
+            // Never closed.
+            let place = self.places.clone().acquire_owned().await.ok();
+            let hold = Hold { keeper: self.keeper.clone(), name };
+            match take(descriptors) {
+                Ok(Some((stream, left))) => {
+                    let kept = Journalled { journal: left.journal, replay: left.replay.into(), _hold: hold };
+                    return Some(Connection { stream, kept: Some(kept), heard: None, _place: place, _guard: None });
+                }
+                Ok(None) => debug!(name = hold.name, "a connection with streams ends with its worker"),
+                Err(error) => warn!(%error, name = hold.name, "cannot take over a connection; it is closed"),
+            }
+        }
+    }
+}
+
+fn take(descriptors: Vec<OwnedFd>) -> io::Result<Option<(UnixStream, Left)>> {
+    let Ok([socket, journal]) = <[OwnedFd; 2]>::try_from(descriptors) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a connection with its journal"));
+    };
+    let stream = UnixStream::from_std(socket.into())?;
+    Ok(Journal::open(journal, &stream)?.map(|left| (stream, left)))
+}
+
+/// The keeper's hold on a connection, which ends with ours.
+#[derive(Debug)]
+struct Hold {
+    keeper: Keeper,
+    name: String,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // Without a keeper nobody holds it.
+        let _ = self.keeper.drop_parked(&self.name);
+    }
+}
+
+/// What a connection has that outlives this process.
+#[derive(Debug)]
+struct Journalled {
+    journal: Journal,
+    /// What is read before anything from the socket.
+    replay: VecDeque<u8>,
+    _hold: Hold,
+}
+
 /// An accepted connection.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    kept: Option<Journalled>,
     /// Told whenever the peer has sent something.
     heard: Option<watch::Sender<()>>,
     _place: Option<OwnedSemaphorePermit>,
@@ -96,9 +181,13 @@ impl Connection {
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let Self { stream, kept, heard, .. } = &mut *self;
+        let polled = match kept {
+            None => Pin::new(stream).poll_read(cx, buf),
+            Some(kept) => kept.poll_read(stream, cx, buf),
+        };
         if buf.filled().len() > before
-            && let Some(heard) = &self.heard
+            && let Some(heard) = heard
         {
             heard.send_replace(());
         }
@@ -106,9 +195,37 @@ impl AsyncRead for Connection {
     }
 }
 
+impl Journalled {
+    fn poll_read(&mut self, stream: &UnixStream, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.replay.is_empty() {
+            let (first, _) = self.replay.as_slices();
+            let count = first.len().min(buf.remaining());
+            buf.put_slice(&first[..count]);
+            self.replay.drain(..count);
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            ready!(stream.poll_read_ready(cx))?;
+            let free = buf.initialize_unfilled();
+            match stream.try_io(Interest::READABLE, || self.journal.read(stream, free)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(count) => {
+                    buf.advance(count);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+}
+
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let count = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
+        if let Some(kept) = &mut self.kept {
+            kept.journal.sent(&buf[..count])?;
+        }
+        Poll::Ready(Ok(count))
     }
 
     fn poll_write_vectored(
@@ -116,7 +233,16 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let count = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs))?;
+        if let Some(kept) = &mut self.kept {
+            let mut left = count;
+            for buf in bufs {
+                let part = buf.len().min(left);
+                kept.journal.sent(&buf[..part])?;
+                left -= part;
+            }
+        }
+        Poll::Ready(Ok(count))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -137,13 +263,20 @@ impl tonic::transport::server::Connected for Connection {
     fn connect_info(&self) {}
 }
 
-/// Serves the Task socket until `stop`; connections live on until they are closed or the runtime ends.
-pub async fn serve(acceptor: Acceptor, task: TaskService, hub: StreamHub, stop: CancellationToken) {
+/// Serves Task connections until `stop`; they live on until they are closed or the runtime ends.
+pub async fn serve(mut source: Source, task: TaskService, hub: StreamHub, stop: CancellationToken) {
     loop {
+        let next = async {
+            match &mut source {
+                Source::Listener(acceptor) => Some(acceptor.accept().await),
+                Source::Keeper(kept) => kept.accept().await,
+            }
+        };
         let connection = select! {
-            connection = acceptor.accept() => connection,
+            connection = next => connection,
             () = stop.cancelled() => return,
         };
+        let Some(connection) = connection else { return };
         tokio::spawn(serve_one(connection, task.clone(), hub.clone()));
     }
 }

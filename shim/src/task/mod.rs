@@ -5,6 +5,8 @@
 
 mod bundle;
 pub mod connection;
+mod journal;
+mod replay;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -34,6 +36,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use self::replay::or_earlier;
 use crate::{calls::Calls, events, metrics, status::IntoStatus};
 
 /// Names of the service: containerd 2.x asks for the first, 1.7 for the second.
@@ -66,8 +69,8 @@ impl TaskService {
         NAMES
             .into_iter()
             .flat_map(|name| {
-                let services = create_task(service.clone()).into_values();
-                services.map(move |service| (name.to_owned(), service))
+                let services = replay::guarded(create_task(service.clone()));
+                services.map(move |(_, service)| (name.to_owned(), service))
             })
             .collect()
     }
@@ -83,13 +86,28 @@ impl TaskService {
         context: &TtrpcContext,
         id: &str,
         work: impl FnOnce(ContainerHandle) -> W + Send,
-    ) -> ttrpc::Result<T>
+    ) -> Result<T>
     where
         T: Send + 'static,
         W: Future<Output = Result<T>> + Send + 'static,
     {
-        let container = self.container(context, id).ttrpc()?;
-        self.calls.run(name, id, work(container)).await.ttrpc()
+        let container = self.container(context, id)?;
+        self.calls.run(name, id, work(container)).await
+    }
+
+    /// The state of a process, be it deleted by the daemon before this one.
+    async fn last_state(&self, context: &TtrpcContext, id: &str, exec: Option<ExecId>) -> Option<ProcessState> {
+        match self.container(context, id) {
+            Ok(container) => match container.status(exec.clone()).await {
+                Ok(found) => Some(found.process.state),
+                Err(_) => self.deleted(context, id, exec.as_ref()),
+            },
+            Err(_) => self.deleted(context, id, exec.as_ref()),
+        }
+    }
+
+    fn deleted(&self, context: &TtrpcContext, id: &str, exec: Option<&ExecId>) -> Option<ProcessState> {
+        self.registry.deleted(&namespace(context).ok()?, &id.parse().ok()?, exec)
     }
 
     /// Ends the connection some time after the container is deleted.
@@ -155,7 +173,7 @@ impl Task for TaskService {
     async fn state(&self, context: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let exec = exec(&request.exec_id).ttrpc()?;
         let work = |container: ContainerHandle| async move { container.status(exec).await };
-        let found = self.on("Task.State", context, &request.id, work).await?;
+        let found = self.on("Task.State", context, &request.id, work).await.ttrpc()?;
         let state = found.process.state;
         let stdio = found.process.stdio;
         let exit = state.exit();
@@ -179,28 +197,49 @@ impl Task for TaskService {
     async fn create(&self, context: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let namespace = namespace(context).ttrpc()?;
         let id: ContainerId = request.id.parse().ttrpc()?;
-        let (registry, subject, named) = (self.registry.clone(), id.clone(), id.clone());
+        let (registry, named) = (self.registry.clone(), (namespace, id));
+        let (namespace, id) = named.clone();
         let work = async move {
-            let (sandbox, spec) = bundle::read(id, request)?;
+            let (sandbox, spec) = bundle::read(id.clone(), request)?;
             let pid = registry.sandbox(&namespace, &sandbox)?.create_container(spec).await?;
-            Ok((pid, registry.container(&namespace, &named)?))
+            Ok((pid, registry.container(&namespace, &id)?))
         };
-        let (pid, container) = self.calls.run("Task.Create", subject, work).await.ttrpc()?;
+        let created = self.calls.run("Task.Create", named.1.clone(), work).await;
+        let created = or_earlier(created, context, async |error| match error {
+            Error::AlreadyExists { .. } => {
+                let container = self.registry.container(&named.0, &named.1).ok()?;
+                Some((container.status(None).await.ok()?.process.state.pid(), container))
+            }
+            _ => None,
+        });
+        let (pid, container) = created.await.ttrpc()?;
         self.close_after(container);
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, context: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let exec = exec(&request.exec_id).ttrpc()?;
-        let work = |container: ContainerHandle| async move { container.start(exec).await };
-        let pid = self.on("Task.Start", context, &request.id, work).await?;
+        let subject = exec.clone();
+        let work = |container: ContainerHandle| async move { container.start(subject).await };
+        let started = self.on("Task.Start", context, &request.id, work).await;
+        let started = or_earlier(started, context, async |_| match self.last_state(context, &request.id, exec).await? {
+            ProcessState::Created { .. } => None,
+            state => Some(state.pid()),
+        });
+        let pid = started.await.ttrpc()?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn delete(&self, context: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let exec = exec(&request.exec_id).ttrpc()?;
-        let work = |container: ContainerHandle| async move { container.delete(exec).await };
-        let state = self.on("Task.Delete", context, &request.id, work).await?.state;
+        let subject = exec.clone();
+        let work = |container: ContainerHandle| async move { Ok(container.delete(subject).await?.state) };
+        let deleted = self.on("Task.Delete", context, &request.id, work).await;
+        let deleted = or_earlier(deleted, context, async |error| match error {
+            Error::NotFound { .. } => self.deleted(context, &request.id, exec.as_ref()),
+            _ => None,
+        });
+        let state = deleted.await.ttrpc()?;
         let exit = state.exit();
         Ok(DeleteResponse {
             pid: state.pid(),
@@ -212,20 +251,29 @@ impl Task for TaskService {
 
     async fn pids(&self, context: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let work = |container: ContainerHandle| async move { container.pids().await };
-        let found = self.on("Task.Pids", context, &request.id, work).await?;
+        let found = self.on("Task.Pids", context, &request.id, work).await.ttrpc()?;
         let processes = found.into_iter().map(process).collect::<Result<_>>().ttrpc()?;
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
     async fn pause(&self, context: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let work = |container: ContainerHandle| async move { container.pause().await };
-        self.on("Task.Pause", context, &request.id, work).await?;
+        let paused = self.on("Task.Pause", context, &request.id, work).await;
+        let is_paused = |state: &ProcessState| matches!(state, ProcessState::Paused { .. });
+        let paused = or_earlier(paused, context, async |_| {
+            self.last_state(context, &request.id, None).await.filter(is_paused).map(drop)
+        });
+        paused.await.ttrpc()?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, context: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let work = |container: ContainerHandle| async move { container.resume().await };
-        self.on("Task.Resume", context, &request.id, work).await?;
+        let resumed = self.on("Task.Resume", context, &request.id, work).await;
+        let runs = |state: &ProcessState| matches!(state, ProcessState::Running { .. });
+        let resumed =
+            or_earlier(resumed, context, async |_| self.last_state(context, &request.id, None).await.filter(runs).map(drop));
+        resumed.await.ttrpc()?;
         Ok(Empty::default())
     }
 
@@ -238,7 +286,11 @@ impl Task for TaskService {
         let exec = exec(&request.exec_id).ttrpc()?;
         let signal = signal(request.signal).ttrpc()?;
         let work = move |container: ContainerHandle| async move { container.kill(exec, signal, request.all).await };
-        self.on("Task.Kill", context, &request.id, work).await?;
+        let killed = self.on("Task.Kill", context, &request.id, work).await;
+        let killed = or_earlier(killed, context, async |error| {
+            matches!(error, Error::Finished { .. } | Error::NotFound { .. }).then_some(())
+        });
+        killed.await.ttrpc()?;
         Ok(Empty::default())
     }
 
@@ -248,7 +300,9 @@ impl Task for TaskService {
         let stdio = stdio(request.stdin, request.stdout, request.stderr, request.terminal);
         let spec = ExecSpec { id, process, stdio };
         let work = |container: ContainerHandle| async move { container.exec(spec).await };
-        self.on("Task.Exec", context, &request.id, work).await?;
+        let added = self.on("Task.Exec", context, &request.id, work).await;
+        let added = or_earlier(added, context, async |error| matches!(error, Error::AlreadyExists { .. }).then_some(()));
+        added.await.ttrpc()?;
         Ok(Empty::default())
     }
 
@@ -256,7 +310,7 @@ impl Task for TaskService {
         let exec = exec(&request.exec_id).ttrpc()?;
         let size = size(request.width, request.height).ttrpc()?;
         let work = move |container: ContainerHandle| async move { container.resize(exec, size).await };
-        self.on("Task.ResizePty", context, &request.id, work).await?;
+        self.on("Task.ResizePty", context, &request.id, work).await.ttrpc()?;
         Ok(Empty::default())
     }
 
@@ -265,33 +319,38 @@ impl Task for TaskService {
         let work = move |container: ContainerHandle| async move {
             if request.stdin { container.close_stdin(exec).await } else { Ok(()) }
         };
-        self.on("Task.CloseIO", context, &request.id, work).await?;
+        self.on("Task.CloseIO", context, &request.id, work).await.ttrpc()?;
         Ok(Empty::default())
     }
 
     async fn update(&self, context: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources = document("resources", request.resources.as_ref()).ttrpc()?;
         let work = |container: ContainerHandle| async move { container.update(resources).await };
-        self.on("Task.Update", context, &request.id, work).await?;
+        self.on("Task.Update", context, &request.id, work).await.ttrpc()?;
         Ok(Empty::default())
     }
 
     async fn wait(&self, context: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let exec = exec(&request.exec_id).ttrpc()?;
-        let container = self.container(context, &request.id).ttrpc()?;
-        let exit = self.calls.wait("Task.Wait", &request.id, container.wait(exec)).await.ttrpc()?;
+        let wait = async { self.container(context, &request.id)?.wait(exec.clone()).await };
+        let exit = self.calls.wait("Task.Wait", &request.id, wait).await;
+        let exit = or_earlier(exit, context, async |error| match error {
+            Error::NotFound { .. } => self.deleted(context, &request.id, exec.as_ref())?.exit(),
+            _ => None,
+        });
+        let exit = exit.await.ttrpc()?;
         Ok(WaitResponse { exit_status: exit.status, exited_at: MessageField::some(exit.at.into()), ..Default::default() })
     }
 
     async fn stats(&self, context: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let work = |container: ContainerHandle| async move { container.stats().await };
-        let stats = self.on("Task.Stats", context, &request.id, work).await?;
+        let stats = self.on("Task.Stats", context, &request.id, work).await.ttrpc()?;
         Ok(StatsResponse { stats: MessageField::some(metrics::ttrpc(&stats).ttrpc()?), ..Default::default() })
     }
 
     async fn connect(&self, context: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         let work = |container: ContainerHandle| async move { container.status(None).await };
-        let found = self.on("Task.Connect", context, &request.id, work).await?;
+        let found = self.on("Task.Connect", context, &request.id, work).await.ttrpc()?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid: found.process.state.pid(),

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // it is test code, though not in a test function
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
@@ -18,10 +18,10 @@ use containerd_shim_protos::{
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1 as cri;
 use kuasar_sandboxers::{
-    Result, Sandbox, SandboxContext, Sandboxer,
+    Known, Leftover, Result, Sandbox, SandboxContext, Sandboxer,
     event::EventSink,
     fake::{FakeSandboxer, World},
-    id::{Namespace, SandboxId},
+    fdstore::FdStore,
     reaper::Reaper,
     registry::Registry,
     stdio::StreamHub,
@@ -88,8 +88,8 @@ impl Sandboxer for Gated {
         self.fake.recover(spec, context, record).await
     }
 
-    async fn collect(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<String>> {
-        self.fake.collect(known).await
+    async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>> {
+        self.fake.leftovers(known).await
     }
 }
 
@@ -161,7 +161,7 @@ impl Daemon {
         let (sink, events) = EventSink::channel();
         let sandboxers: BTreeMap<String, Arc<dyn Sandboxer>> = [("fake".to_owned(), Arc::new(gated.clone()) as _)].into();
         let reaper = Reaper::install().unwrap();
-        let registry = Registry::new(state.path(), sandboxers, sink, hub.clone(), reaper).unwrap();
+        let registry = Registry::new(state.path(), sandboxers, sink, hub.clone(), reaper, FdStore::default()).unwrap();
         registry.recover().await.unwrap();
         let parts = Parts {
             registry,

@@ -40,15 +40,7 @@ impl Cri {
     /// # Errors
     /// Nobody listens there.
     pub async fn connect(socket: &Path) -> Result<Self> {
-        let path: PathBuf = socket.to_path_buf();
-        let channel = Endpoint::from_static("http://containerd")
-            .connect_with_connector(tower::service_fn(move |_: Uri| {
-                let path = path.clone();
-                async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-            }))
-            .await
-            .with_context(|| format!("connect to {}", socket.display()))?;
-        Ok(Self { channel, ids: Arc::default() })
+        Ok(Self { channel: channel(socket).await?, ids: Arc::default() })
     }
 
     /// The raw runtime service, for calls that have no method here.
@@ -143,6 +135,12 @@ impl Cri {
         Ok(self.runtime().list_containers(request).await?.into_inner().containers)
     }
 
+    /// A handle to a container that somebody else has made; its log is not known.
+    #[must_use]
+    pub fn container(&self, id: &str) -> Container {
+        Container { id: id.to_owned(), log: None, cri: self.clone() }
+    }
+
     /// Stops and removes every pod, as `crictl rmp --all --force` does.
     ///
     /// # Errors
@@ -156,6 +154,18 @@ impl Cri {
         }
         Ok(())
     }
+}
+
+/// A gRPC connection over a Unix socket.
+pub(crate) async fn channel(socket: &Path) -> Result<Channel> {
+    let path: PathBuf = socket.to_path_buf();
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(tower::service_fn(move |_: Uri| {
+            let path = path.clone();
+            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+        }))
+        .await
+        .with_context(|| format!("connect to {}", socket.display()))
 }
 
 fn image_spec(reference: &str) -> ImageSpec {

@@ -183,7 +183,7 @@ pub struct Container {
     pub id: String,
     /// Its log file, where it has one.
     pub log: Option<PathBuf>,
-    cri: Cri,
+    pub(super) cri: Cri,
 }
 
 impl Container {

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{Recipe, Store};
 use crate::{process, tools};
 
-/// busybox, with `pgrep`, `ipcs`, and a shell as its command.
+/// busybox, with `pgrep`, `ipcs`, `count`, and a shell as its command.
 pub const BUSYBOX: &str = "localhost/busybox:1";
 /// The pause image that the runc shim puts into each pod.
 pub const PAUSE: &str = "localhost/pause:1";
@@ -87,7 +87,8 @@ fn base_with(passwd: &str, group: &str) -> Result<Recipe> {
         .file("etc/group", 0o644, group)
         .file("bin/busybox", 0o755, busybox.program.clone())
         .file("usr/bin/pgrep", 0o755, APPLETS)
-        .hard_link("usr/bin/ipcs", "usr/bin/pgrep");
+        .hard_link("usr/bin/ipcs", "usr/bin/pgrep")
+        .hard_link("usr/bin/count", "usr/bin/pgrep");
     for applet in &busybox.applets {
         recipe = recipe.hard_link(&format!("bin/{applet}"), "bin/busybox");
     }

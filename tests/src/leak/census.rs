@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result};
 
@@ -164,20 +165,52 @@ fn pids() -> Result<Vec<i32>> {
         .collect())
 }
 
+/// The parent of a process; `None` when it has ended.
+#[must_use]
+pub fn parent(pid: i32) -> Option<i32> {
+    stat(pid, 4)
+}
+
+/// When a process began, in clock ticks since the machine did; `None` when it has ended. With its pid it names the process: pids
+/// are used again.
+#[must_use]
+pub fn start_time(pid: i32) -> Option<u64> {
+    stat(pid, 22)
+}
+
+/// A field of `/proc/<pid>/stat`, counted as proc(5) does; none of a zombie, which has ended.
+fn stat<T: FromStr>(pid: i32, field: usize) -> Option<T> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // comm may hold anything, a closing parenthesis too: the third field begins after the last one.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    if matches!(fields.first(), Some(&("Z" | "X"))) {
+        return None;
+    }
+    fields.get(field.checked_sub(3)?)?.parse().ok()
+}
+
+/// Processes that were run as this program with this argument among others.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn running(program: &Path, argument: &Path) -> Result<Vec<i32>> {
+    let [program, argument] = [program, argument].map(|path| path.as_os_str().as_encoded_bytes().to_vec());
+    let runs = |pid: &i32| {
+        // One that has ended has no command line.
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        words.next() == Some(&*program) && words.any(|word| word == argument)
+    };
+    Ok(pids()?.into_iter().filter(runs).collect())
+}
+
 /// `pid` and all its descendants.
 ///
 /// # Errors
 /// /proc cannot be listed.
 pub fn descendants(pid: i32) -> Result<Vec<i32>> {
-    let mut parents = Vec::new();
-    for pid in pids()? {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // comm may hold anything, a closing parenthesis too: the fields begin after the last one.
-        let parent = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().nth(1)?.parse::<i32>().ok());
-        if let Some(parent) = parent {
-            parents.push((pid, parent));
-        }
-    }
+    let parents: Vec<(i32, i32)> = pids()?.into_iter().filter_map(|pid| Some((pid, parent(pid)?))).collect();
     let mut family = vec![pid];
     let mut next = 0;
     while next < family.len() {
@@ -254,5 +287,22 @@ mod tests {
     fn descendants_begin_with_the_process_itself() {
         let own = std::process::id().cast_signed();
         assert_eq!(descendants(own).unwrap().first(), Some(&own));
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_parent_its_start_and_its_command_line() {
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let own = std::process::id().cast_signed();
+        assert_eq!(parent(pid), Some(own));
+        assert!(start_time(pid) >= start_time(own));
+        let sleepers = || running(Path::new("/bin/sleep"), Path::new("1000")).unwrap();
+        assert!(crate::wait::until_sync(std::time::Duration::from_secs(10), || sleepers().contains(&pid)));
+        child.kill().unwrap();
+        // A zombie by now, or about to be one.
+        assert!(crate::wait::until_sync(std::time::Duration::from_secs(10), || start_time(pid).is_none()));
+        assert!(!sleepers().contains(&pid));
+        child.wait().unwrap();
+        assert_eq!(parent(pid), None);
     }
 }

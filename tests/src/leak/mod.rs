@@ -31,6 +31,8 @@ pub struct Scope {
     pub daemons: Vec<i32>,
     /// Directories whose whole content counts (kuasard's state and root).
     pub deep: Vec<PathBuf>,
+    /// What is in them and does not count: a daemon writes it once, sooner or later, and keeps it.
+    pub kept: Vec<PathBuf>,
     /// Directories whose entries count (containerd's lists of pods and tasks, network namespaces, leases).
     pub shallow: Vec<PathBuf>,
     /// The node's bridge.
@@ -69,7 +71,11 @@ impl Snapshot {
             snapshot.count("process", format!("{} {}", process.pid, process.command));
         }
         for dir in &scope.deep {
-            walk(dir, &mut |path| snapshot.count("state", path.display().to_string()));
+            walk(dir, &mut |path| {
+                if !scope.kept.iter().any(|kept| kept == path) {
+                    snapshot.count("state", path.display().to_string());
+                }
+            });
         }
         for dir in &scope.shallow {
             for path in entries(dir) {

@@ -1,4 +1,4 @@
-//! Restarts: of containerd with pods running, and of kuasard.
+//! Restarts: of containerd with pods running, and of kuasard, its worker alone or both its processes.
 
 use std::fs;
 use std::path::Path;
@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use futures::future::join_all;
 use kuasar_tests::cri::k8s_cri::v1::{ContainerState, PodSandboxState};
 use kuasar_tests::cri::logs::Line;
+use kuasar_tests::leak::census;
 use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, tools, wait};
 use nix::sys::signal::Signal;
 use tonic::Code;
@@ -18,7 +19,9 @@ pub(crate) fn cases() -> Vec<Entry> {
     let mut cases = cases![Stdio Alone: containerd_restarts];
     cases.extend(cases![Ours Alone:
         kuasard_is_away,
-        kuasard_is_killed,
+        the_worker_is_killed,
+        the_keeper_is_killed,
+        the_keeper_and_containerd_are_killed,
         kuasard_is_stopped_while_calls_are_in_flight,
         several_sandboxers,
     ]);
@@ -162,12 +165,152 @@ async fn some_pods(node: &Node, handler: &str) -> Result<Vec<Pod>> {
     Ok(pods)
 }
 
-async fn kuasard_is_killed(lone: &Lone) -> Result<()> {
+async fn kill_worker(node: &mut Node) -> Result<Duration> {
+    let kuasard = kuasard(node)?;
+    let killed = kuasard.kill_worker().await?;
+    kuasard.wait_serving(killed).await
+}
+
+/// Waits for a file that a container makes.
+async fn made(path: &Path) -> Result<()> {
+    wait::until(&format!("{}", path.display()), kuasar_tests::cri::SOON, || async { Ok(path.exists().then_some(())) }).await
+}
+
+async fn the_worker_is_killed(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let flags = node.dir().join("run/flags");
+    fs::create_dir(&flags)?;
+    let with_flags = |name: &str, script: &str| ContainerSpec::new(name).sh(script).mount(&flags, "/flags", false);
+    let pod = node.run_pod(lone.pod().shared_pid()).await?;
+    let other = node.run_pod(lone.pod().host_network()).await?;
+    let counter = pod.run(ContainerSpec::new("counter").sh("i=0; while :; do i=$((i+1)); echo $i; sleep 0.005; done")).await?;
+    let terminal = other.run(ContainerSpec::new("terminal").command(&["sh"]).tty().stdin()).await?;
+    let mut pids = Vec::new();
+    for container in [&counter, &terminal] {
+        let pid = container.pid().await?;
+        pids.push((container, pid, census::start_time(pid)));
+    }
+    counter.wait_log("20").await?;
+    for round in 0..3 {
+        let flag = |name: &str| format!("{name}-{round}");
+        let script = format!("trap 'touch /flags/{}; sleep 0.5; exit 5' TERM; while :; do sleep 0.01; done", flag("term"));
+        let stopping = other.run(with_flags("stopping", &script)).await?;
+        let script = format!("until test -e /flags/{}; do sleep 0.01; done; exit 42", flag("go"));
+        let ending = other.run(with_flags("ending", &script)).await?;
+        let script = format!("touch /flags/{}; until test -e /flags/{}; do sleep 0.01; done; exit 9", flag("exec"), flag("go"));
+        let exec = other.run(with_flags("exec", "exec sleep 100000")).await?;
+        let mut session = exec.exec_session(&["sh", "-c", "read x; echo got $x; exit 6"], false, true).await?;
+        let mut terminal_session = exec.exec_session(&["sh"], true, true).await?;
+        terminal_session.write(b"echo rea'd'y\n").await?;
+        terminal_session.wait_for("ready\r\n").await?;
+
+        // Three calls in flight, and what they wait for comes about while there is no worker, or a new one.
+        let kill = async {
+            made(&flags.join(flag("term"))).await?;
+            made(&flags.join(flag("exec"))).await?;
+            kill_worker(&mut node).await?;
+            Ok::<_, anyhow::Error>(fs::write(flags.join(flag("go")), "")?)
+        };
+        let (stopped, ran, killed) = tokio::join!(stopping.stop(20), exec.sh(&script), kill);
+        killed?;
+        stopped.context("StopContainer in flight")?;
+        assert_eq!(ran.context("ExecSync in flight")?.exit_code, 9);
+        assert_eq!(stopping.wait_exit().await?.exit_code, 5);
+        assert_eq!(ending.wait_exit().await?.exit_code, 42);
+        session.write(b"it\n").await?;
+        assert_eq!(session.finish().await.context("an exec with stdin")?, (6, "got it\n".to_owned()));
+        terminal_session.write(b"exit 4\n").await?;
+        assert_eq!(terminal_session.wait().await.context("an exec with a terminal")?, 4);
+
+        for (container, pid, start) in &pids {
+            assert_eq!(container.state().await?, ContainerState::ContainerRunning, "{}", container.id);
+            assert_eq!((container.pid().await?, census::start_time(*pid)), (*pid, *start));
+            assert_eq!(container.sh("echo on; exit 3").await?.exit_code, 3);
+        }
+        assert_eq!(other.state().await?, PodSandboxState::SandboxReady);
+        let mut attached = terminal.attach(true, true).await?;
+        attached.write(b"echo ty'p'ed\n").await?;
+        attached.wait_for("typed\r\n").await.context("a container with a terminal")?;
+        attached.close().await?;
+        let seen = numbers(&counter.logs()?)?.len();
+        wait::until("the log to go on", kuasar_tests::cri::SOON, || async {
+            Ok((counter.logs()?.len() > seen + 20).then_some(()))
+        })
+        .await?;
+        let new = node.run_pod(lone.pod()).await?;
+        assert_eq!(new.run(ContainerSpec::new("new").sleep()).await?.sh("echo new").await?.stdout(), "new\n");
+        new.remove_all().await?;
+    }
+    counter.stop(0).await?;
+    assert_eq!(counter.wait_exit().await?.exit_code, 137);
+    let seen = numbers(&counter.logs()?)?;
+    ensure!(seen.iter().copied().eq(1..=seen.len() as u64), "lines were lost or repeated: {:?}", around_the_gap(&seen));
+    pod.remove_all().await?;
+    other.remove_all().await?;
+    fs::remove_dir_all(&flags)?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+async fn the_keeper_and_containerd_are_killed(lone: &Lone) -> Result<()> {
     let mut node = lone.node().await?;
     let before = lone.baseline(&node).await?;
     let pods = some_pods(&node, &lone.handler).await?;
+    let counter =
+        pods[0].run(ContainerSpec::new("counter").sh("i=0; while :; do i=$((i+1)); echo $i; sleep 0.005; done")).await?;
+    counter.wait_log("20").await?;
+    let count = node.cri.containers().await?.len();
+    let pid = counter.pid().await?;
+    let start = census::start_time(pid);
+    // containerd first: it would save at once that the containers have ended.
+    node.containerd.kill()?;
+    kuasard(&mut node)?.kill()?;
+    assert_eq!(census::start_time(pid), start, "containers run on");
+    kuasard(&mut node)?.start().await?;
+    node.containerd.start().await?;
+
+    let containers = node.cri.containers().await?;
+    assert_eq!(containers.len(), count);
+    ensure!(containers.iter().all(|container| container.state() == ContainerState::ContainerRunning), "{containers:#?}");
+    for pod in &pods {
+        assert_eq!(pod.state().await?, PodSandboxState::SandboxReady);
+    }
+    assert_eq!((counter.pid().await?, census::start_time(pid)), (pid, start));
+    assert_eq!(counter.sh("exit 3").await?.exit_code, 3);
+    agree(&node).await?;
+    let seen = counter.logs()?.len();
+    wait::until("the log to go on", kuasar_tests::cri::SOON, || async {
+        Ok((counter.logs()?.len() > seen + 20).then_some(()))
+    })
+    .await?;
+    counter.stop(0).await?;
+    assert_eq!(counter.wait_exit().await?.exit_code, 137);
+    let seen = numbers(&counter.logs()?)?;
+    ensure!(seen.is_sorted_by(|one, next| one < next), "lines were repeated");
+    node.cri.remove_all_pods().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let pods = some_pods(&node, &lone.handler).await?;
+    let mut pids = Vec::new();
+    for container in node.cri.containers().await? {
+        let pid = node.cri.container(&container.id).pid().await?;
+        pids.push((pid, census::start_time(pid)));
+    }
     kuasard(&mut node)?.kill()?;
     kuasard(&mut node)?.start().await?;
+    // A lost connection is the container's death to containerd, which never dials again; the processes run on.
+    for container in node.cri.containers().await? {
+        assert_eq!(node.cri.container(&container.id).wait_exit().await?.exit_code, 255);
+    }
+    for (pid, start) in &pids {
+        assert_eq!(census::start_time(*pid), *start, "{pid}");
+    }
     // What becomes of its containers is containerd's word; that they can be removed, wholly, is ours.
     for pod in pods {
         wait::until("the pod to be removed", kuasar_tests::cri::SOON, || async {

@@ -1,0 +1,214 @@
+//! Descriptors that outlive this process, left with somebody who holds them for its successor.
+//!
+//! A process with a terminal is hung up when the last descriptor of the terminal's master is closed, and one that writes to a pipe
+//! without a reader is killed: such descriptors may not go with the daemon.
+
+use std::{
+    collections::HashMap,
+    fmt::Debug,
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::error::{Error, Result};
+
+/// Who holds them.
+pub trait Holder: Debug + Send + Sync {
+    /// Holds copies of descriptors under a name.
+    ///
+    /// # Errors
+    /// When the holder is gone, or cannot hold more.
+    fn hold(&self, name: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()>;
+
+    /// Closes what it holds under a name.
+    ///
+    /// # Errors
+    /// When the holder is gone.
+    fn release(&self, name: &str) -> io::Result<()>;
+}
+
+/// Descriptors by name. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct FdStore(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// `None`: nobody outlives this process.
+    holder: Option<Box<dyn Holder>>,
+    names: Mutex<Names>,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    /// What has not been taken.
+    inherited: HashMap<String, Vec<OwnedFd>>,
+    /// The numbers of those that are held for this process.
+    current: HashMap<String, u64>,
+    count: u64,
+}
+
+impl Names {
+    fn next(&mut self, name: &str) -> u64 {
+        self.count += 1;
+        self.current.insert(name.to_owned(), self.count);
+        self.count
+    }
+}
+
+/// Descriptors that are held; they are released with this, unless others have got their name.
+#[derive(Debug)]
+pub struct Held {
+    store: FdStore,
+    name: String,
+    number: u64,
+}
+
+impl FdStore {
+    /// A store at `holder`, which already holds what is `inherited` for the processes before this one.
+    #[must_use]
+    pub fn new(holder: impl Holder + 'static, inherited: HashMap<String, Vec<OwnedFd>>) -> Self {
+        let names = Mutex::new(Names { inherited, ..Names::default() });
+        Self(Arc::new(Inner { holder: Some(Box::new(holder)), names }))
+    }
+
+    fn names(&self) -> MutexGuard<'_, Names> {
+        self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves copies of descriptors under a name, in place of what was: without a moment in which neither is held.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when they cannot be held.
+    pub fn leave(&self, name: String, descriptors: &[BorrowedFd<'_>]) -> Result<Held> {
+        let mut names = self.names();
+        if let Some(holder) = &self.0.holder {
+            holder.hold(&name, descriptors).map_err(Error::failed(format!("leave {name} for the daemon's successors")))?;
+        }
+        names.inherited.remove(&name);
+        let number = names.next(&name);
+        Ok(Held { store: self.clone(), name, number })
+    }
+
+    /// What a process before this one has left under a name, to go on with; once.
+    #[must_use]
+    pub fn take(&self, name: &str) -> Option<(Vec<OwnedFd>, Held)> {
+        let mut names = self.names();
+        let descriptors = names.inherited.remove(name)?;
+        let number = names.next(name);
+        Some((descriptors, Held { store: self.clone(), name: name.to_owned(), number }))
+    }
+
+    /// Releases what was inherited and has not been taken: its owners are gone.
+    pub fn release_rest(&self) {
+        let mut names = self.names();
+        for (name, _) in std::mem::take(&mut names.inherited) {
+            self.release(&name);
+        }
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(holder) = &self.0.holder
+            && let Err(error) = holder.release(name)
+        {
+            tracing::debug!(name, %error, "cannot release what was left for the daemon's successors");
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Under the lock, or it could take what is left under the name at the same time.
+        let mut names = self.store.names();
+        if names.current.get(&self.name) == Some(&self.number) {
+            names.current.remove(&self.name);
+            self.store.release(&self.name);
+        }
+    }
+}
+
+/// A holder that lives as long as its clones, for tests.
+#[cfg(any(test, feature = "testing"))]
+#[derive(Clone, Debug, Default)]
+pub struct MemoryHolder(Arc<Mutex<HashMap<String, Vec<OwnedFd>>>>);
+
+#[cfg(any(test, feature = "testing"))]
+impl MemoryHolder {
+    fn held(&self) -> MutexGuard<'_, HashMap<String, Vec<OwnedFd>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names of what is held.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.held().keys().cloned().collect()
+    }
+
+    /// A store as the next process gets it.
+    ///
+    /// # Panics
+    /// When descriptors have run out.
+    #[must_use]
+    #[allow(clippy::expect_used)]
+    pub fn store(&self) -> FdStore {
+        let copy = |descriptor: &OwnedFd| descriptor.try_clone().expect("a descriptor");
+        let inherited = self.held().iter().map(|(name, held)| (name.clone(), held.iter().map(copy).collect())).collect();
+        FdStore::new(self.clone(), inherited)
+    }
+}
+
+#[cfg(any(test, feature = "testing"))]
+impl Holder for MemoryHolder {
+    fn hold(&self, name: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let copies = descriptors.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
+        self.held().insert(name.to_owned(), copies);
+        Ok(())
+    }
+
+    fn release(&self, name: &str) -> io::Result<()> {
+        self.held().remove(name);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::fd::AsFd};
+
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_found_once_by_the_next() {
+        let holder = MemoryHolder::default();
+        let (reader, mut writer) = io::pipe().unwrap();
+        let first = holder.store();
+        let held = first.leave("pipe".into(), &[reader.as_fd()]).unwrap();
+        drop(reader);
+        // As when the process dies.
+        std::mem::forget(held);
+        writer.write_all(b"x").unwrap();
+        let second = holder.store();
+        let (descriptors, held) = second.take("pipe").unwrap();
+        assert_eq!(descriptors.len(), 1);
+        assert!(second.take("pipe").is_none());
+        // Others get its name.
+        let other = second.leave("pipe".into(), &[descriptors[0].as_fd()]).unwrap();
+        drop(held);
+        assert_eq!(holder.names(), ["pipe"]);
+        drop(other);
+        assert!(holder.names().is_empty());
+        // The last reader.
+        drop((first, descriptors));
+        assert!(writer.write_all(b"x").is_err());
+    }
+
+    #[test]
+    fn what_nobody_takes_is_released() {
+        let holder = MemoryHolder::default();
+        let (reader, _writer) = io::pipe().unwrap();
+        std::mem::forget(holder.store().leave("pipe".into(), &[reader.as_fd()]).unwrap());
+        let next = holder.store();
+        next.release_rest();
+        assert!(holder.names().is_empty() && next.take("pipe").is_none());
+    }
+}

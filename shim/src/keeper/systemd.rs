@@ -1,0 +1,79 @@
+//! systemd, where it has started the daemon: what is parked is stored there too (FDSTORE, sd_notify(3)), so that the keeper's own death does
+//! not close it. The next keeper gets it back as a service with sockets does (sd_listen_fds(3)).
+//!
+//! Without systemd nothing here does anything.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use sd_notify::NotifyState;
+
+use crate::sys;
+
+/// The longest name that systemd takes, in bytes.
+const NAME_LIMIT: usize = 255;
+
+/// What an earlier keeper has stored, by name. To be called once, while there is one thread.
+pub(super) fn stored() -> BTreeMap<String, Vec<OwnedFd>> {
+    let mut numbered = BTreeMap::<String, BTreeMap<usize, OwnedFd>>::new();
+    for (name, descriptor) in sys::listen_fds() {
+        // Others are not ours, as a socket of a unit that somebody has written.
+        if let Some((name, number)) = name.rsplit_once('#').and_then(|(name, number)| Some((name, number.parse().ok()?))) {
+            numbered.entry(name.to_owned()).or_default().insert(number, descriptor);
+        }
+    }
+    numbered.into_iter().map(|(name, descriptors)| (name, descriptors.into_values().collect())).collect()
+}
+
+/// The name of one of the descriptors that are parked together; `None` for what is not stored: what systemd has no name for, and output that
+/// goes through no terminal, which its process holds too and of which there is some for each exec.
+fn name_of(name: &str, number: usize) -> Option<String> {
+    let is_output = name.ends_with("/stdout") || name.ends_with("/stderr");
+    Some(format!("{name}#{number}")).filter(|name| !is_output && name.len() <= NAME_LIMIT && !name.contains(':'))
+}
+
+/// Stores what is parked under a name, in place of what was.
+pub(super) fn store(name: &str, descriptors: &[OwnedFd], earlier: usize) {
+    forget(name, earlier);
+    for (number, descriptor) in descriptors.iter().enumerate() {
+        let Some(name) = name_of(name, number) else { continue };
+        say(sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(&name)], &[descriptor.as_fd()]));
+    }
+}
+
+/// Removes what is stored under a name.
+pub(super) fn forget(name: &str, count: usize) {
+    for name in (0..count).filter_map(|number| name_of(name, number)) {
+        say(sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)]));
+    }
+}
+
+/// Says that calls are answered.
+pub(super) fn ready() {
+    say(sd_notify::notify(&[NotifyState::Ready]));
+}
+
+/// Says that the daemon is stopping.
+pub(super) fn stopping() {
+    say(sd_notify::notify(&[NotifyState::Stopping]));
+}
+
+/// Says that the keeper lives.
+pub(super) fn alive() {
+    say(sd_notify::notify(&[NotifyState::Watchdog]));
+}
+
+/// How often to say so, where systemd wants that.
+pub(super) fn watchdog() -> Option<Duration> {
+    Some(sd_notify::watchdog_enabled()? / 2)
+}
+
+fn say(told: io::Result<()>) {
+    if let Err(error) = told {
+        eprintln!("kuasard: cannot reach systemd: {error}");
+    }
+}

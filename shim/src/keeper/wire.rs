@@ -1,0 +1,185 @@
+//! What keeper and worker say to each other: a datagram per message, on a pair of connected sockets.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, SystemTime},
+};
+
+use kuasar_sandboxers::{reaper::Ended, types::Exit};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
+    sendmsg,
+};
+
+/// The longest name, in bytes.
+const NAME_LIMIT: usize = 300;
+/// The longest message: an exit, or a name.
+const SIZE_LIMIT: usize = 1 + NAME_LIMIT;
+/// The most descriptors parked under one name.
+const DESCRIPTORS: usize = 2;
+
+/// One message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// The descriptors that come with it are parked under a name, in place of what was.
+    Park(String),
+    /// What is parked under a name is closed.
+    Drop(String),
+    /// To the keeper: accept on the listening socket of that name. Each connection is parked as `<name>/<number>`, with an empty
+    /// journal, and told with [`Self::Park`].
+    Accept(String),
+    /// To the keeper: calls are answered from now on.
+    Ready,
+    /// To the keeper: the worker still works.
+    Alive,
+    /// To the worker: a process has ended.
+    Exit(Ended),
+    /// To the worker: all that was parked and all exits have been told.
+    Complete,
+}
+
+impl Message {
+    fn encode(&self) -> Vec<u8> {
+        let named = |tag: u8, name: &str| [&[tag], name.as_bytes()].concat();
+        match self {
+            Self::Park(name) => named(b'p', name),
+            Self::Drop(name) => named(b'd', name),
+            Self::Accept(name) => named(b'a', name),
+            Self::Ready => vec![b'r'],
+            Self::Alive => vec![b'l'],
+            Self::Complete => vec![b'c'],
+            Self::Exit(Ended { pid, start, exit }) => {
+                let at = exit.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let nanoseconds = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
+                let mut bytes = vec![b'e'];
+                for number in [u64::from(*pid), *start, u64::from(exit.status), nanoseconds] {
+                    bytes.extend(number.to_le_bytes());
+                }
+                bytes
+            }
+        }
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (tag, rest) = bytes.split_first()?;
+        let name = || String::from_utf8(rest.to_vec()).ok().filter(|name| !name.is_empty() && name.len() <= NAME_LIMIT);
+        Some(match tag {
+            b'p' => Self::Park(name()?),
+            b'd' => Self::Drop(name()?),
+            b'a' => Self::Accept(name()?),
+            b'r' if rest.is_empty() => Self::Ready,
+            b'l' if rest.is_empty() => Self::Alive,
+            b'c' if rest.is_empty() => Self::Complete,
+            b'e' => {
+                let (numbers, []) = rest.as_chunks::<8>() else { return None };
+                let [pid, start, status, at] = *numbers else { return None };
+                let [start, at] = [start, at].map(u64::from_le_bytes);
+                let [pid, status] = [pid, status].map(|number| u32::try_from(u64::from_le_bytes(number)));
+                let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(at);
+                Self::Exit(Ended { pid: pid.ok()?, start, exit: Exit { status: status.ok()?, at } })
+            }
+            _ => return None,
+        })
+    }
+}
+
+/// Sends a message with descriptors.
+///
+/// # Errors
+/// `WouldBlock` when the other side has not read enough and `flags` say not to wait; `BrokenPipe` when it is gone.
+pub fn send(socket: impl AsFd, message: &Message, descriptors: &[BorrowedFd<'_>], flags: SendFlags) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    // Alignment may leave room for one more than is asked for.
+    if descriptors.len() > DESCRIPTORS
+        || !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors))
+    {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors under one name"));
+    }
+    let bytes = message.encode();
+    if bytes.len() > SIZE_LIMIT {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name is too long"));
+    }
+    rustix::io::retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(&bytes)], &mut ancillary, flags | SendFlags::NOSIGNAL))?;
+    Ok(())
+}
+
+/// Receives a message with its descriptors; `None` when the other side is gone.
+///
+/// # Errors
+/// `WouldBlock` when there is none and `flags` say not to wait; `InvalidData` for what is no message.
+pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+    let mut bytes = [0; SIZE_LIMIT + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let received = rustix::io::retry_on_intr(|| recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags))?;
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
+        }
+    }
+    // A message is never empty.
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    match Message::decode(&bytes[..received.bytes]) {
+        Some(message) => Ok(Some((message, descriptors))),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, "not a message of keeper or worker")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    #[test]
+    fn messages_arrive_with_their_descriptors() {
+        let (one, other) = pair();
+        let exit =
+            Ended { pid: 7, start: 9, exit: Exit { status: 137, at: SystemTime::UNIX_EPOCH + Duration::from_nanos(11) } };
+        let messages = [
+            Message::Park("a/1".into()),
+            Message::Drop("a".into()),
+            Message::Accept("a".into()),
+            Message::Ready,
+            Message::Complete,
+        ];
+        for message in messages.into_iter().chain([Message::Exit(exit)]) {
+            let file = std::fs::File::open("/dev/null").unwrap();
+            send(&one, &message, &[file.as_fd(), one.as_fd()], SendFlags::empty()).unwrap();
+            let (received, descriptors) = receive(&other, RecvFlags::empty()).unwrap().unwrap();
+            assert_eq!((received, descriptors.len()), (message, 2));
+        }
+        drop(one);
+        assert!(receive(&other, RecvFlags::empty()).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let (one, _other) = pair();
+        let long = Message::Park("x".repeat(NAME_LIMIT + 1));
+        assert_eq!(send(&one, &long, &[], SendFlags::empty()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let many = [one.as_fd(); DESCRIPTORS + 1];
+        assert_eq!(send(&one, &Message::Ready, &many, SendFlags::empty()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    proptest! {
+        #[test]
+        fn anything_is_decoded_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            if let Some(message) = Message::decode(&bytes) {
+                prop_assert_eq!(Message::decode(&message.encode()), Some(message));
+            }
+        }
+    }
+}
