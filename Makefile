@@ -18,7 +18,7 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 SHIMS := kuasar-runc
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test check e2e conformance bench install clean
+.PHONY: help deps build demo test check e2e conformance chaos bench install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,8 @@ build: deps ## Build the daemon, its tools and the test programs (release)
 demo: build ## Run a pod in each sandboxer on a private containerd, beside the runc shim
 	@$(RELEASE)/kuasar-demo
 
-test: build ## check, end-to-end tests and conformance, with a summary
-	@scripts/test.sh check e2e conformance
+test: build ## check, end-to-end tests, conformance and a minute of chaos, with a summary
+	@scripts/test.sh check e2e conformance chaos
 
 check: deps ## Format, lints, unit tests, licences and advisories
 	@scripts/test.sh check
@@ -43,6 +43,9 @@ e2e: build ## End-to-end tests on each containerd there is
 
 conformance: build ## critest with SANDBOXER=kuasar-runc, compared with the runc shim
 	@scripts/test.sh conformance
+
+chaos: build ## Kill daemons at random under load, CHAOS_MINUTES long; nobody may notice
+	@$(RELEASE)/kuasar-chaos --kills 200 --out $(TARGET)/chaos
 
 bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute's worth
 	@$(RELEASE)/kuasar-bench

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs groups of stages, then sums up: scripts/test.sh check|e2e|conformance...
+# Runs groups of stages, then sums up: scripts/test.sh check|e2e|conformance|chaos...
 # Every stage runs, whatever became of the one before it.
 . "$(dirname "$0")/lib.sh"
 
@@ -72,6 +72,14 @@ conformance_of() {
     KUASAR_BIN_DIR=$bin "$bin/kuasar-conformance" --sandboxer "$1" --out "$target/conformance" --results "$KUASAR_RESULTS"
 }
 
+# A minute of it; `make chaos` is the long form.
+chaos() { stage "chaos-${SANDBOXER:-kuasar-runc}" chaos_of "${SANDBOXER:-kuasar-runc}"; }
+
+chaos_of() {
+    local quick=(--minutes 0.5 --pods 5 --containers 20 --serving-pods 15 --serving-kills 8)
+    KUASAR_BIN_DIR=$bin "$bin/kuasar-chaos" --sandboxer "$1" "${quick[@]}" --out "$target/chaos" --results "$KUASAR_RESULTS"
+}
+
 check() {
     stage fmt cargo fmt --all --check -- --color never
     stage clippy cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
@@ -80,11 +88,11 @@ check() {
 }
 
 export cache target bin
-export -f say unit_tests deny end_to_end missing_containerd conformance_of
+export -f say unit_tests deny end_to_end missing_containerd conformance_of chaos_of
 for group in "$@"; do
     case $group in
-    check | e2e | conformance) $group ;;
-    *) fail "no group $group: check, e2e, conformance" ;;
+    check | e2e | conformance | chaos) $group ;;
+    *) fail "no group $group: check, e2e, conformance, chaos" ;;
     esac
 done
 scripts/summary.sh "${stages[@]}"
