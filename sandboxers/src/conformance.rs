@@ -90,6 +90,7 @@ pub async fn run(fixture: &dyn Fixture) -> Vec<(&'static str, Outcome)> {
         stopping_deletes_what_was_never_started,
         deleting_a_live_sandbox_leaves_nothing,
         a_failed_start_can_be_deleted,
+        a_failed_start_names_its_stage,
         many_containers_at_once,
         pause_and_resume,
         a_new_daemon_takes_over,
@@ -452,6 +453,41 @@ async fn a_failed_start_can_be_deleted(daemon: &mut Daemon<'_>) -> Outcome {
     within("delete of the exec", container.delete(Some(exec))).await?;
     let status = within("status", container.status(None)).await?;
     ensure!(status.process.state.phase() == ProcessPhase::Running, "a failed exec took the container along: {status:?}");
+    Ok(())
+}
+
+async fn a_failed_start_names_its_stage(daemon: &mut Daemon<'_>) -> Outcome {
+    let pod = daemon.pod("pod").await?;
+    let started = match pod.create_container(daemon.container_spec("bad", Behaviour::FailToStart)?).await {
+        Ok(_) => daemon.find(&pod, "bad")?.start(None).await,
+        created => created,
+    };
+    let Err(error) = started else { return Err("what cannot be started was".into()) };
+    let failures = daemon.registry.failures().map_err(|error| error.report())?;
+    let [failure] = failures.as_slice() else { return Err(format!("one start failed, told are {failures:?}")) };
+    let Some(stage) = failure.stages.last() else { return Err(format!("no stage in {failure:?}")) };
+    for part in [format!(" (stage: {}, ", stage.name), format!("; log: {})", failure.file.display())] {
+        ensure!(error.report().contains(&part), "no {part:?} in {}", error.report());
+    }
+    ensure!(failure.file.is_file(), "{} is not there", failure.file.display());
+    ensure!(failure.code == error.code() && error.report().starts_with(&failure.error), "{failure:?} for {}", error.report());
+    let ids = (&failure.namespace, &failure.sandbox, failure.container.as_ref().map(ContainerId::as_str));
+    ensure!(ids == (&pod.namespace, &pod.id, Some("bad")), "{failure:?}");
+    // A refusal is none, nor is an exec.
+    fails("a second start", pod.start().await, Code::FailedPrecondition)?;
+    daemon.container(&pod, "good", Behaviour::Run).await?;
+    let again = pod.create_container(daemon.container_spec("good", Behaviour::Run)?).await;
+    fails("the same container again", again, Code::AlreadyExists)?;
+    let container = daemon.find(&pod, "good")?;
+    within("start", container.start(None)).await?;
+    let exec: ExecId = parse("e")?;
+    within("exec", container.exec(daemon.fixture.exec(exec.clone(), Behaviour::FailToStart))).await?;
+    ensure!(container.start(Some(exec)).await.is_err(), "an exec that cannot be started runs");
+    // They outlive what failed, and the daemon.
+    within("delete", pod.delete()).await?;
+    let next = daemon.successor(daemon.state.clone()).await?;
+    let told = next.registry.failures().map_err(|error| error.report())?;
+    ensure!(told == failures, "{told:?} instead of {failures:?}");
     Ok(())
 }
 

@@ -8,6 +8,7 @@
 //!   process; calls for different processes of a sandbox do run at the same time;
 //! - a call is never cancelled half way: when the client goes away the call still runs to its end;
 //! - a call that fails has undone its own steps (see [`undo`](crate::undo));
+//! - a create or start that takes several steps names each as it begins (see [`stages`](crate::stages)), for the report of its failure;
 //! - a daemon that dies in the middle of a call leaves what `recover`, `leftovers` and a repetition of the call cope with: a
 //!   container that was half made is a leftover, a process that was half started tells what became of it (`Process::started`);
 //! - after [`Sandbox::delete`] nothing of the sandbox may be left on the node, however the calls before it ended.

@@ -5,10 +5,12 @@
 
 use std::{io, path::PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::lifecycle::Denial;
 
 /// The status codes this project answers with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Code {
     /// The request itself is wrong and will be wrong again.
     InvalidArgument,
@@ -118,6 +120,14 @@ pub enum Error {
         /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A start failed half way. Its text has all causes, so that the account stands at the end.
+    #[error("{} ({account})", .error.report())]
+    Staged {
+        /// What went wrong.
+        error: Box<Error>,
+        /// In which stage, how long each took, and where it is written down (see [`failures`](crate::failures)).
+        account: String,
+    },
 }
 
 /// The result of the contract's operations.
@@ -156,6 +166,7 @@ impl Error {
             Self::Unavailable { .. } => Code::Unavailable,
             Self::TimedOut { .. } => Code::DeadlineExceeded,
             Self::Backend { .. } => Code::Internal,
+            Self::Staged { error, .. } => error.code(),
             Self::Io { source, .. } => io_code(source),
             Self::Failed { source, .. } => {
                 if let Some(inner) = source.downcast_ref::<Self>() {

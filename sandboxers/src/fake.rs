@@ -19,6 +19,7 @@ use crate::{
     contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
     id::{ExecId, SandboxId},
+    stages,
     stdio::Stdio,
     types::{
         Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodMetadata, PodNamespaces, PodResources, ProcessInfo,
@@ -207,6 +208,7 @@ impl Sandboxer for FakeSandboxer {
     }
 
     async fn create(&self, spec: Arc<SandboxSpec>, _context: SandboxContext) -> Result<Arc<dyn Sandbox>> {
+        stages::enter("make the fake sandbox");
         if spec.annotations.contains_key("fake/refuse") {
             return Err(Error::invalid("annotation fake/refuse", "it asks for a refusal"));
         }
@@ -357,7 +359,9 @@ impl Process for FakeProcess {
     }
 
     async fn start(&self) -> Result<u32> {
+        stages::enter("start the fake process");
         if self.behaviour == Behaviour::FailToStart {
+            stages::keep_log("fake", "exec: \"fail\": executable file not found");
             return Err(Error::Backend {
                 program: "fake".into(),
                 operation: "start the process".into(),

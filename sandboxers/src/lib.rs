@@ -24,6 +24,7 @@ pub mod contract;
 pub mod error;
 pub mod event;
 pub mod failpoint;
+pub mod failures;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 pub mod fdstore;
@@ -37,6 +38,7 @@ pub mod reaper;
 pub mod registry;
 mod requests;
 pub mod spec;
+pub mod stages;
 pub mod stdio;
 pub mod store;
 mod sys;

@@ -21,12 +21,14 @@ use crate::{
     contract::{Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
     event::{EventKind, EventSink},
+    failures::{Attempt, Failure, Failures},
     fdstore::FdStore,
     handle::{ContainerHandle, SandboxHandle},
     id::{ContainerId, ExecId, Namespace, SandboxId},
     lifecycle::{ProcessState, ProcessStep, SandboxState, SandboxStep},
     owner::{ContainerEntry, Key, Owner, ProcessEntry},
     reaper::Reaper,
+    stages,
     stdio::StreamHub,
     store::{ContainerRecord, DeletedRecord, SandboxRecord, Store},
     types::{Capabilities, Exit, SandboxSpec},
@@ -36,6 +38,9 @@ use crate::{
 /// How long after a recovery requests that the daemon before has not answered may still be repeated: they are at once.
 const REPEATED: Duration = Duration::from_secs(20);
 
+/// The stage after a backend's own ones.
+pub(crate) const SAVE: &str = "save the state";
+
 /// Every sandbox of the daemon. Clones share it.
 #[derive(Clone)]
 pub struct Registry(Arc<Inner>);
@@ -43,6 +48,7 @@ pub struct Registry(Arc<Inner>);
 struct Inner {
     sandboxers: BTreeMap<String, Entry>,
     store: Store,
+    failures: Failures,
     events: EventSink,
     streams: StreamHub,
     reaper: Reaper,
@@ -78,10 +84,10 @@ impl Registry {
         reaper: Reaper,
         fds: FdStore,
     ) -> Result<Self> {
-        let store = Store::open(state)?;
+        let (store, failures) = (Store::open(state)?, Failures::below(state));
         let entry = |sandboxer: Arc<dyn Sandboxer>| Entry { capabilities: Arc::new(sandboxer.capabilities()), sandboxer };
         let sandboxers = sandboxers.into_iter().map(|(name, sandboxer)| (name, entry(sandboxer))).collect();
-        Ok(Self(Arc::new(Inner { sandboxers, store, events, streams, reaper, fds, index: Mutex::default() })))
+        Ok(Self(Arc::new(Inner { sandboxers, store, failures, events, streams, reaper, fds, index: Mutex::default() })))
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -91,6 +97,19 @@ impl Registry {
 
     pub(crate) fn store(&self) -> &Store {
         &self.0.store
+    }
+
+    /// Starts that have failed, those of earlier daemons too, oldest first: the newest [`KEPT`](crate::failures::KEPT) of them.
+    ///
+    /// # Errors
+    /// When their directory cannot be listed.
+    pub fn failures(&self) -> Result<Vec<Failure>> {
+        self.0.failures.list()
+    }
+
+    /// A start that begins: of a container, or of the sandbox itself.
+    pub(crate) fn attempt(&self, spec: &SandboxSpec, container: Option<&ContainerId>, operation: &'static str) -> Attempt {
+        Attempt::new(&self.0.failures, (&spec.namespace, &spec.id), container, operation)
     }
 
     /// Names of the configured sandboxers.
@@ -154,10 +173,14 @@ impl Registry {
         }
         self.index().sandboxes.insert(key.clone(), None);
         let registry = self.clone();
+        let attempt = self.attempt(&spec, None, "create the sandbox");
         let work = async move {
-            let mut undo = Undo::new("create sandbox");
-            let created = registry.create_now(spec, &mut undo).await;
-            let created = undo.settle(created).await;
+            let create = async {
+                let mut undo = Undo::new("create sandbox");
+                let created = registry.create_now(spec, &mut undo).await;
+                undo.settle(created).await
+            };
+            let created = attempt.watch(create).await;
             if created.is_err() {
                 registry.index().sandboxes.remove(&key);
             }
@@ -168,6 +191,7 @@ impl Registry {
 
     async fn create_now(&self, spec: SandboxSpec, undo: &mut Undo) -> Result<()> {
         let Entry { sandboxer, capabilities } = self.entry(&spec.sandboxer)?;
+        stages::enter("make the sandbox's directory");
         let context = self.context(self.store().make(&spec.namespace, &spec.id)?);
         let (store, namespace, id) = (self.store().clone(), spec.namespace.clone(), spec.id.clone());
         undo.push("remove the sandbox's directory", async move { store.remove(&namespace, &id) });
@@ -175,6 +199,7 @@ impl Registry {
         let sandbox = sandboxer.create(spec.clone(), context.clone()).await?;
         let made = sandbox.clone();
         undo.push("delete the sandbox", async move { made.delete().await });
+        stages::enter(SAVE);
         let (state, now) = (SandboxState::Created, SystemTime::now());
         let owner = Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), state, now);
         let (store, record) = (self.store().clone(), owner.record());

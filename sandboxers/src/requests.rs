@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures::future::join_all;
+use futures::future::{Either, join_all};
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tracing::error;
@@ -17,6 +17,7 @@ use crate::{
     handle::{ContainerStatus, ProcessStatus, SandboxStatus},
     lifecycle::{ProcessRequest, ProcessState, ProcessStep, SandboxRequest, SandboxState, SandboxStep},
     owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply, name},
+    registry::SAVE,
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, Support},
 };
 
@@ -27,15 +28,19 @@ impl Owner {
                 return owner.answer(reply, Err(denial.into()));
             }
             owner.sandbox_step(SandboxStep::Start);
+            let attempt = owner.registry.attempt(&owner.spec, None, "start the sandbox");
             let sandbox = owner.sandbox.clone();
-            owner.job(None, async move { sandbox.start().await }, move |owner, started| match started {
+            owner.job(None, attempt.watch(async move { sandbox.start().await }), move |owner, started| match started {
                 Ok(pid) => {
+                    attempt.enter(SAVE);
                     owner.sandbox_step(SandboxStep::Started { pid, at: SystemTime::now() });
                     owner.watch_sandbox();
                     owner.after_save(move |owner, saved| match saved {
                         Ok(()) => drop(reply.send(Ok(owner.status()))),
                         // It would come back as one that is not started, and cannot be started any more.
-                        Err(why) => owner.discard(reply, Error::failed("save that the sandbox is started")(why)),
+                        Err(why) => {
+                            owner.discard(reply, attempt.failed(Error::failed("save that the sandbox is started")(why)))
+                        }
                     });
                 }
                 Err(error) => owner.discard(reply, error),
@@ -215,9 +220,10 @@ impl Owner {
         }
         let head = ContainerHead { id: spec.id.clone(), bundle: spec.bundle.clone(), stdio: spec.stdio.clone() };
         let rootfs = spec.rootfs.clone();
+        let attempt = self.registry.attempt(&self.spec, Some(&head.id), "create the container");
         let sandbox = self.sandbox.clone();
         self.creating += 1;
-        self.background(async move { sandbox.create_container(spec).await }, move |owner, created| {
+        self.background(attempt.watch(async move { sandbox.create_container(spec).await }), move |owner, created| {
             owner.creating -= 1;
             let container = match created {
                 Ok(container) => container,
@@ -242,11 +248,13 @@ impl Owner {
             let (bundle, stdio) = (head.bundle.clone(), head.stdio.clone());
             let kind = EventKind::Created { bundle, rootfs, stdio, pid };
             let event = owner.keep_event(Event::now(&owner.spec.namespace, &head.id, kind));
+            attempt.enter(SAVE);
             owner.after_save(move |owner, saved| {
                 if let Err(why) = saved {
                     owner.containers.remove(&head.id);
                     owner.drop_event(event);
-                    return owner.take_back(head, container, reply, Error::failed("save the container's state")(why));
+                    let error = attempt.failed(Error::failed("save the container's state")(why));
+                    return owner.take_back(head, container, reply, error);
                 }
                 owner.tell_event(event);
                 owner.watch_process((head.id, None), container);
@@ -308,7 +316,13 @@ impl Owner {
                 Err(error) => return owner.answer(reply, Err(error)),
             };
             let start = process.clone();
-            owner.job(Some(key.clone()), async move { start.start().await }, move |owner, started| {
+            let start = async move { start.start().await };
+            // An exec has no report: a probe whose program is missing fails every few seconds, and would drive out all others.
+            let start = match &key {
+                (id, None) => Either::Left(owner.registry.attempt(&owner.spec, Some(id), "start the container").watch(start)),
+                (_, Some(_)) => Either::Right(start),
+            };
+            owner.job(Some(key.clone()), start, move |owner, started| {
                 if let Ok(pid) = started {
                     owner.step(&key, ProcessStep::Started { pid });
                     if key.1.is_some() {
@@ -364,11 +378,11 @@ impl Owner {
                 return owner.answer(reply, Err(error));
             }
             let delete = match (&key.1, owner.container(&key.0)) {
-                (None, Ok(entry)) => futures::future::Either::Left(delete_container(entry)),
+                (None, Ok(entry)) => Either::Left(delete_container(entry)),
                 (_, _) => match owner.process(&key) {
                     Ok(process) => {
                         let process = process.process.clone();
-                        futures::future::Either::Right(async move { process.delete().await })
+                        Either::Right(async move { process.delete().await })
                     }
                     Err(error) => return owner.answer(reply, Err(error)),
                 },

@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 use tracing::error;
 
-use crate::error::Result;
+use crate::{error::Result, stages};
 
 /// Steps that take an operation back, newest first. Each successful step of a start pushes one; the end either
 /// [disarms](Self::disarm) the stack or [unwinds](Self::unwind) it.
@@ -31,6 +31,7 @@ impl Undo {
 
     /// Runs the steps, newest first. A step that fails is logged and the rest still run.
     pub async fn unwind(mut self) {
+        stages::fail();
         while let Some((what, step)) = self.steps.pop() {
             if let Err(error) = step.await {
                 error!(operation = self.operation, step = what, error = error.report(), "failed to undo a step");
