@@ -22,6 +22,7 @@ use kuasar_sandboxers::{
     mount,
     reaper::ExitFuture,
     spec::OciSpec,
+    stages,
     stdio::{IoContext, Stdio},
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, ProcessInfo, WindowSize},
     undo::Undo,
@@ -149,7 +150,9 @@ impl RuncContainer {
 async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<Arc<Contained>> {
     let ContainerSpec { id, bundle, spec: mut oci, rootfs, stdio } = spec;
     expect_move();
+    stages::enter("wait for the container's name");
     let _claim = pod.claim(id.as_str()).await;
+    stages::enter("rewrite the specification");
     let systemd = pod.spec.options.systemd_cgroup || rewrite::wants_systemd(&oci);
     let driver = pod.driver.with_systemd(systemd);
     let target = bundle.join("rootfs");
@@ -166,10 +169,12 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
 
     if driver.knows(id.as_str()) {
         // An earlier daemon was cut off in the middle of this.
+        stages::enter("remove what is left of an earlier attempt");
         driver.delete(id.as_str(), true).await?;
         mount::unmount_all(&target).await?;
     }
     if mounted {
+        stages::enter("mount the rootfs");
         fs::create_dir_all(&target).map_err(Error::io("create", &target))?;
         mount::mount_all(&rootfs, &target).await?;
         let target = target.clone();
@@ -183,6 +188,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             group.remove().await
         });
     }
+    stages::enter("write the bundle");
     let config = bundle.join("config.json");
     fs::write(&config, oci.as_value().to_string()).map_err(Error::io("write", &config))?;
     let born = give_birth(&pod, &driver, &id, &bundle, &stdio, undo).await?;
@@ -226,6 +232,7 @@ async fn give_birth(
     stdio: &Stdio,
     undo: &mut Undo,
 ) -> Result<Born> {
+    stages::enter("open its input and output");
     let context = io_context(pod, id, None);
     let io = Prepared::open(stdio, &context, &pod.dir).await?;
     let pid_file = pod.dir.join(format!("{id}.pid"));
@@ -242,8 +249,10 @@ async fn give_birth(
     undo.push("remove what the OCI runtime made", async move {
         if taken_back.knows(named.as_str()) { taken_back.delete(named.as_str(), true).await } else { Ok(()) }
     });
+    stages::enter(format!("create the container with {}", driver.runtime()));
     let mark = pod.context.reaper.mark();
     driver.create(create, io.child_fds()?).await?;
+    stages::enter("take hold of its first process");
     let pid = read_pid(&pid_file)?;
     remove_file(&pid_file)?;
     let exit = pod.context.reaper.exit_of(pid, mark);
@@ -403,7 +412,9 @@ impl Process for RuncContainer {
     }
 
     async fn start(&self) -> Result<u32> {
-        self.0.driver.start(self.0.head.id.as_str()).await?;
+        let driver = &self.0.driver;
+        stages::enter(format!("start the container with {}", driver.runtime()));
+        driver.start(self.0.head.id.as_str()).await?;
         Ok(self.0.identity.pid)
     }
 

@@ -26,6 +26,7 @@ use std::{
 use kuasar_sandboxers::{
     Error, Result, mount,
     reaper::{ExitFuture, Reaper},
+    stages,
     types::{IdMapping, IdMappings, NamespaceMode, SandboxSpec},
     undo::Undo,
 };
@@ -122,6 +123,7 @@ pub(crate) async fn make(
     let (ipc, uts) = (modes.ipc != NamespaceMode::Node, pod_network);
     let netns = spec.netns.as_deref().filter(|_| pod_network);
 
+    stages::enter("open the namespaces that the pod was given");
     let mut arguments: Vec<OsString> = Vec::new();
     let opened = netns.map(open_netns).transpose()?;
     if let Some(path) = netns {
@@ -149,6 +151,7 @@ pub(crate) async fn make(
     let made = made.into_iter().filter_map(|(kind, made)| made.then_some(kind));
     let mut init = None;
     if shares_pid {
+        stages::enter("make the pod's namespaces, its sysctls and its process 1");
         arguments.push(argument("root", program.empty_root().as_os_str().as_bytes()));
         arguments.push(format!("oom={INIT_OOM_SCORE}").into());
         arguments.push(argument("init", dir.as_os_str().as_bytes()));
@@ -165,6 +168,7 @@ pub(crate) async fn make(
         }
         init = Some((process, exit));
     } else {
+        stages::enter("make the pod's namespaces and its sysctls");
         let pins = pins(dir);
         DirBuilder::new().recursive(true).mode(0o711).create(&pins).map_err(Error::io("create", &pins))?;
         let dir = dir.to_owned();

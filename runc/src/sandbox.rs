@@ -28,6 +28,7 @@ use kuasar_sandboxers::{
     id::ContainerId,
     mount,
     podfiles::PodFiles,
+    stages,
     types::{ContainerHead, ContainerSpec, Exit, NamespaceMode, PodResources, SandboxSpec},
     undo::Undo,
 };
@@ -107,11 +108,13 @@ impl Pod {
     }
 
     async fn prepare_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
+        stages::enter("make the pod's directory");
         let files = self.dir.join("files");
         let dir = self.dir.clone();
         undo.push(format!("remove {}", dir.display()), async move { remove_dir(dir) });
         // Search permission for others: processes in a user namespace reach their hosts file through here.
         DirBuilder::new().recursive(true).mode(0o711).create(&files).map_err(Error::io("create", &files))?;
+        stages::enter("make the pod's files");
         PodFiles::create(&files, &self.spec).await?;
         Ok(())
     }

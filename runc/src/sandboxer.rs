@@ -17,6 +17,7 @@ use kuasar_sandboxers::{
     id::{Namespace, SandboxId},
     mount,
     reaper::Reaper,
+    stages,
     types::{Capabilities, SandboxSpec},
 };
 use serde_json::Value;
@@ -99,7 +100,11 @@ impl Inner {
 
     async fn program(&self) -> Result<&InitProgram> {
         let scratch = self.config.root.join(SCRATCH);
-        self.program.get_or_try_init(|| InitProgram::load(&scratch, self.reaper.clone())).await
+        let load = async || {
+            stages::enter("load kuasar-init");
+            InitProgram::load(&scratch, self.reaper.clone()).await
+        };
+        self.program.get_or_try_init(load).await
     }
 
     async fn runtime_for(&self, spec: &SandboxSpec) -> Result<Runtime> {
@@ -110,6 +115,7 @@ impl Inner {
         if let Some(known) = others().get(binary) {
             return Ok(known.clone());
         }
+        stages::enter("find the OCI runtime");
         let found = Runtime::of_option(binary, &self.reaper).await?;
         others().insert(binary.to_owned(), found.clone());
         Ok(found)
@@ -195,10 +201,12 @@ impl Sandboxer for RuncSandboxer {
     async fn create(&self, spec: Arc<SandboxSpec>, context: SandboxContext) -> Result<Arc<dyn Sandbox>> {
         // Its start and its first container tend to follow at once.
         expect_move();
+        stages::enter("check what the pod asks for");
         namespaces::check(&spec)?;
         let pod = self.inner.pod(spec, context).await?;
         if pod.dir.exists() {
             // Cut off between making it and saving that it is there.
+            stages::enter("remove what an earlier sandbox of the same id left behind");
             warn!(dir = %pod.dir.display(), "removing what an earlier sandbox of the same id left behind");
             self.inner.remove_leftover(&pod.dir).await?;
         }

@@ -16,10 +16,11 @@ use std::{
 
 use kuasar_runc::{RuncConfig, RuncSandboxer, Runtime};
 use kuasar_sandboxers::{
-    Container, Error, Leftover, Sandbox, SandboxContext, Sandboxer,
+    Code, Container, Error, Leftover, Sandbox, SandboxContext, Sandboxer,
     event::{EventKind, EventSink, Sent},
     fdstore::MemoryHolder,
     reaper::Reaper,
+    registry::Registry,
     stdio::{Stdio, StreamHub},
     types::{ContainerHead, ContainerSpec, ExecSpec, IdMapping, IdMappings, NamespaceMode, SandboxSpec, WindowSize},
 };
@@ -171,6 +172,7 @@ async fn pods() {
             another_containers_process_ids,
             the_runtimes_message_is_kept,
             bad_requests_leave_nothing,
+            failed_starts_name_their_stage,
             output_and_input,
             terminals,
             a_stop_with_grace,
@@ -309,6 +311,68 @@ async fn bad_requests_leave_nothing(node: &mut Node) {
     assert!(pod.create_container(spec).await.is_err());
     assert_eq!(host::held(node.dir.path(), MARK), before);
     node.end(pod).await;
+}
+
+async fn failed_starts_name_their_stage(node: &mut Node) {
+    let state = node.dir.path().join("registry");
+    let sandboxer: Arc<dyn Sandboxer> = Arc::new(Node::sandboxer(node.dir.path(), &node.runtime, &node.reaper));
+    let (sandboxers, store) = (BTreeMap::from([("runc".to_owned(), sandboxer)]), node.holder.store());
+    let registry =
+        Registry::new(&state, sandboxers, node.sink.clone(), StreamHub::default(), node.reaper.clone(), store).unwrap();
+    // What the last failure was, of which the error tells the same.
+    let last = |error: Error| {
+        let failure = registry.failures().unwrap().pop().unwrap();
+        let told = format!("; log: {})", failure.file.display());
+        assert!(error.report().ends_with(&told), "no {told:?} in {}", error.report());
+        assert!(error.report().contains(&failure.error), "{failure:?} of {}", error.report());
+        let stages: Vec<_> = failure.stages.iter().map(|stage| stage.name.clone()).collect();
+        assert!(error.report().contains(&format!(" (stage: {}, ", stages.last().unwrap())), "{}", error.report());
+        (failure, stages)
+    };
+
+    let mut spec = host::pod("runc", "pod", NamespaceMode::Pod);
+    spec.hostname = "x".repeat(65);
+    let (failure, stages) = last(registry.create(spec.clone()).await.unwrap_err());
+    assert_eq!((failure.code, stages.last().unwrap().as_str()), (Code::InvalidArgument, "check what the pod asks for"));
+
+    spec.hostname.clear();
+    spec.sysctls = [("kernel.shm_rmid_forced".into(), "many".into())].into();
+    registry.create(spec.clone()).await.unwrap();
+    let pod = registry.sandbox(&spec.namespace, &spec.id).unwrap();
+    let (failure, stages) = last(pod.start().await.unwrap_err());
+    assert_eq!((failure.operation.as_str(), failure.container), ("start the sandbox", None));
+    assert_eq!(stages.last().unwrap(), "make the pod's namespaces, its sysctls and its process 1");
+    assert!(failure.error.contains("shm_rmid_forced"), "{}", failure.error);
+    assert!(registry.sandbox(&spec.namespace, &spec.id).is_err(), "a sandbox that cannot be started stays");
+
+    spec.sysctls.clear();
+    registry.create(spec.clone()).await.unwrap();
+    let pod = registry.sandbox(&spec.namespace, &spec.id).unwrap();
+    pod.start().await.unwrap();
+    let mut rootfs = node.spec("rootfs", &["true"], None);
+    rootfs.rootfs[0].source = "/no/such/directory".into();
+    let (failure, stages) = last(pod.create_container(rootfs).await.unwrap_err());
+    assert_eq!((failure.container.unwrap().as_str(), stages.last().unwrap().as_str()), ("rootfs", "mount the rootfs"));
+    assert!(failure.log.is_none() && failure.error.contains("/no/such/directory"), "{}", failure.error);
+    let mut fifo = node.spec("fifo", &["true"], None);
+    fifo.stdio.stdout = node.dir.path().join("vanished").display().to_string();
+    let (_, stages) = last(pod.create_container(fifo).await.unwrap_err());
+    assert_eq!(stages.last().unwrap(), "open its input and output");
+
+    // What the OCI runtime has written outlives the call.
+    let with_runtime = format!("create the container with {}", node.runtime);
+    let mut bind = node.spec("mount", &["true"], None);
+    bind.spec.mounts_mut().push(json!({"destination": "/x", "type": "bind", "source": "/no/such", "options": ["bind"]}));
+    for (spec, word) in [(bind, "/no/such"), (node.spec("program", &["no-such-program"], None), "no-such-program")] {
+        let (failure, stages) = last(pod.create_container(spec).await.unwrap_err());
+        assert_eq!(stages.last(), Some(&with_runtime));
+        assert!(stages.contains(&"mount the rootfs".to_owned()), "{stages:?}");
+        let log = failure.log.unwrap();
+        assert_eq!(log.program, node.runtime.program().display().to_string());
+        assert!(log.text.contains("\"level\"") && log.text.contains(word), "{}", log.text);
+    }
+    assert_eq!(registry.failures().unwrap().len(), 6);
+    pod.delete().await.unwrap();
 }
 
 async fn output_and_input(node: &mut Node) {

@@ -10,6 +10,7 @@ use kuasar_sandboxers::{
     Error, Result,
     failpoint::{self, Failpoint},
     reaper::Reaper,
+    stages,
     stdio::ChildFds,
 };
 use serde::Deserialize;
@@ -202,10 +203,11 @@ impl Driver {
         // Its descriptors are the process's stdio, whose readers wait for the last writer to go: it must not outlive the call.
         let status = memory::run(&self.reaper, &mut command, self.limit).await;
         drop(command);
-        let status = status?;
-        if status == 0 {
+        if let Ok(0) = status {
             return Ok(());
         }
+        self.keep_log(&log, said.as_ref())?;
+        let status = status?;
         let mut message = last_error(&log.tail(MESSAGE_LIMIT)?);
         if message.is_none()
             && let Some(said) = &said
@@ -217,6 +219,19 @@ impl Driver {
             operation: operation.into(),
             message: message.unwrap_or_else(|| format!("it ended with status {} and said nothing", status)),
         })
+    }
+
+    /// Keeps all that a failed call has written, of which the error has only the last.
+    fn keep_log(&self, log: &CallFile, said: Option<&MemoryFile>) -> Result<()> {
+        let limit = stages::LOG_LIMIT as u64;
+        let mut written = log.tail(limit)?;
+        if let Some(said) = said {
+            written.push_str(&said.tail(limit)?);
+        }
+        if !written.is_empty() {
+            stages::keep_log(self.runtime.program().display().to_string(), &written);
+        }
+        Ok(())
     }
 }
 
