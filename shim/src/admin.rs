@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     calls::Calls,
+    inspect,
     proto::admin::{Document, InspectRequest, ListRequest, VersionRequest, admin_server},
     status::IntoStatus,
 };
@@ -46,31 +47,6 @@ async fn sandboxes(registry: Registry, namespace: String) -> Result<Vec<SandboxS
     Ok(found)
 }
 
-/// The one sandbox that is meant by an id of it or of a container in it, or by the beginning of one.
-fn only(found: Vec<SandboxStatus>, id: &str) -> Result<SandboxStatus> {
-    if id.is_empty() {
-        return Err(Error::invalid("id", "it is empty; give the id of a sandbox or container, or the beginning of one"));
-    }
-    let ids = |status: &SandboxStatus| {
-        let containers = status.containers.iter().map(|container| container.id.to_string());
-        containers.chain([status.spec.id.to_string()]).collect::<Vec<_>>()
-    };
-    let exact = |status: &SandboxStatus| ids(status).iter().any(|candidate| candidate == id);
-    let begins = |status: &SandboxStatus| ids(status).iter().any(|candidate| candidate.starts_with(id));
-    let (mut matching, rest): (Vec<_>, Vec<_>) = found.into_iter().partition(exact);
-    if matching.is_empty() {
-        matching = rest.into_iter().filter(begins).collect();
-    }
-    let mut matching = matching.into_iter();
-    match (matching.next(), matching.len()) {
-        (Some(status), 0) => Ok(status),
-        (Some(_), more) => {
-            Err(Error::invalid("id", format!("{id:?} fits {} sandboxes; give more of it, or the namespace", more + 1)))
-        }
-        (None, _) => Err(Error::NotFound { kind: "sandbox or container", id: id.into() }),
-    }
-}
-
 fn document(value: &impl Serialize) -> Result<Response<Document>, Status> {
     let json = serde_json::to_string(value).map_err(Error::failed("write the answer as JSON")).grpc()?;
     Ok(Response::new(Document { json }))
@@ -85,9 +61,13 @@ impl admin_server::Admin for Admin {
 
     async fn inspect(&self, request: Request<InspectRequest>) -> Result<Response<Document>, Status> {
         let InspectRequest { namespace, id } = request.into_inner();
-        let work = sandboxes(self.registry.clone(), namespace);
-        let found = self.calls.run("Admin.Inspect", &id, work).await.grpc()?;
-        document(&only(found, &id).grpc()?)
+        let (registry, wanted) = (self.registry.clone(), id.clone());
+        let work = async move {
+            let found = sandboxes(registry.clone(), namespace.clone()).await?;
+            let failures = tokio::task::spawn_blocking(move || registry.failures()).await;
+            inspect::only(found, failures.map_err(Error::failed("read the failures"))??, &namespace, &wanted)
+        };
+        document(&self.calls.run("Admin.Inspect", &id, work).await.grpc()?)
     }
 
     async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {

@@ -100,6 +100,11 @@ mod tests {
                 8,
                 "failed to write /s: No space left on device (os error 28)",
             ),
+            (
+                Error::Staged { error: Error::invalid("netns", "it is gone").into(), account: text("stage: look, 0 ms") },
+                3,
+                "invalid netns: it is gone (stage: look, 0 ms)",
+            ),
         ]
     }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use containerd_shim_protos::api::{DeleteResponse, StartRequest, StateRequest, WaitRequest};
-use daemon::{Daemon, context, status};
+use daemon::{Daemon, annotated, context, request, status};
 use kuasar_sandboxers::fake::Behaviour;
 use protobuf::Message;
 use serde_json::{Value, json};
@@ -81,6 +81,44 @@ async fn kuasarctl_shows_what_the_daemon_has() {
     assert!(said.contains("\"x\" does not exist"), "{said}");
     let (version, _) = kuasarctl(&daemon, &["version"]).await;
     assert!(version.contains(&format!("(process {})", std::process::id())) && version.contains("fake"), "{version}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kuasarctl_tells_why_a_start_failed() {
+    let daemon = Daemon::start().await;
+    let _controller = daemon.pod("p1").await;
+    let error = daemon.controller().await.create(request(annotated("lost", "fake/refuse"))).await.unwrap_err();
+    let file = daemon.state().join("failures").read_dir().unwrap().next().unwrap().unwrap().path();
+    let told = [
+        "(stage: make the fake sandbox, ".to_owned(),
+        " ms; after: make the sandbox's directory ".to_owned(),
+        format!(" ms; log: {})", file.display()),
+    ];
+    assert!(told.iter().all(|part| error.message().contains(part)), "{error}");
+    // The sandbox is gone; what there is to tell is not.
+    for id in ["lost", "lo"] {
+        let (account, said) = kuasarctl(&daemon, &["inspect", id]).await;
+        for word in ["FAILED TO  create the sandbox", "make the fake sandbox  (failed)", file.to_str().unwrap()] {
+            assert!(account.contains(word), "no {word:?} in {account}{said}");
+        }
+    }
+    let (json, _) = kuasarctl(&daemon, &["inspect", "lost", "--json"]).await;
+    let failure = &serde_json::from_str::<Value>(&json).unwrap()["failures"][0];
+    assert_eq!((&failure["code"], &failure["container"]), (&json!("InvalidArgument"), &Value::Null));
+    let (_, said) = kuasarctl(&daemon, &["inspect", "lost", "-n", "elsewhere"]).await;
+    assert!(said.contains("does not exist"), "{said}");
+
+    // Of a sandbox that is here they are a part.
+    let task = daemon.task().await;
+    task.create(context(), &daemon.container("p1", "c1", &Behaviour::FailToStart.process())).await.unwrap();
+    let (code, text) = status(task.start(context(), &StartRequest { id: "c1".into(), ..Default::default() }).await);
+    assert_eq!(code, Code::INTERNAL);
+    assert!(text.contains("executable file not found (stage: start the fake process, "), "{text}");
+    let (json, _) = kuasarctl(&daemon, &["inspect", "c1"]).await;
+    let pod: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&pod["spec"]["id"], &pod["failures"][0]["container"]), (&json!("p1"), &json!("c1")));
+    assert_eq!(pod["failures"][0]["log"]["program"], "fake");
+    assert_eq!(pod["failures"].as_array().unwrap().len(), 1);
 }
 
 async fn delete(daemon: &Daemon, bundle: &str, id: &str) -> (DeleteResponse, String) {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use kuasar_sandboxers::failures;
 use serde_json::{Value, json};
 use tonic::Status;
 
@@ -330,7 +331,11 @@ impl Node {
                 .iter()
                 .flat_map(|kuasard| [kuasard.state().to_path_buf(), kuasard.root().to_path_buf()])
                 .collect(),
-            kept: self.kuasard.iter().map(|kuasard| kuasard.state().join(LISTED)).collect(),
+            kept: self
+                .kuasard
+                .iter()
+                .flat_map(|kuasard| [LISTED, failures::DIRECTORY].map(|name| kuasard.state().join(name)))
+                .collect(),
             shallow: vec![
                 paths.netns.clone(),
                 paths.root.join("io.containerd.grpc.v1.cri/sandboxes"),

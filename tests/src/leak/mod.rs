@@ -31,7 +31,8 @@ pub struct Scope {
     pub daemons: Vec<i32>,
     /// Directories whose whole content counts (kuasard's state and root).
     pub deep: Vec<PathBuf>,
-    /// What is in them and does not count: a daemon writes it once, sooner or later, and keeps it.
+    /// What is in them and does not count, with all below it: a daemon writes it once, sooner or later, and keeps it, or bounds it
+    /// by itself.
     pub kept: Vec<PathBuf>,
     /// Directories whose entries count (containerd's lists of pods and tasks, network namespaces, leases).
     pub shallow: Vec<PathBuf>,
@@ -72,7 +73,7 @@ impl Snapshot {
         }
         for dir in &scope.deep {
             walk(dir, &mut |path| {
-                if !scope.kept.iter().any(|kept| kept == path) {
+                if !scope.kept.iter().any(|kept| path.starts_with(kept)) {
                     snapshot.count("state", path.display().to_string());
                 }
             });

@@ -1,16 +1,18 @@
 //! kuasarctl beside a containerd that runs pods.
 
+use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, ensure};
 use kuasar_tests::{ContainerSpec, Node, tools};
-use serde_json::Value;
+use serde_json::{Value, json};
+use tonic::Status;
 
 use crate::suite::{Case, Entry, Lone, cases};
 
 pub(crate) fn cases() -> Vec<Entry> {
     let mut cases = cases![Ours Alone: containerd_takes_its_drop_in, without_a_daemon];
-    cases.extend(cases![Ours Shared: pods_are_listed_and_inspected, versions_and_check]);
+    cases.extend(cases![Ours Shared: pods_are_listed_and_inspected, starts_that_fail_are_told, versions_and_check]);
     cases
 }
 
@@ -59,6 +61,49 @@ async fn pods_are_listed_and_inspected(case: &Case) -> Result<()> {
     pod.remove_all().await?;
     assert!(!said(&case.node, &["ps", "--no-trunc"])?.contains(&pod.id));
     refused(&case.node, &["inspect", &pod.id])?;
+    Ok(())
+}
+
+/// The report that an error names.
+fn report(error: &Status) -> Result<(String, Value)> {
+    let (_, rest) = error.message().split_once("; log: ").with_context(|| format!("no log in {error}"))?;
+    let (file, _) = rest.split_once(')').with_context(|| format!("no end of the log's name in {error}"))?;
+    let text = std::fs::read_to_string(file).with_context(|| format!("read {file}"))?;
+    Ok((file.to_owned(), serde_json::from_str(&text)?))
+}
+
+async fn starts_that_fail_are_told(case: &Case) -> Result<()> {
+    let failed = case.run(case.spec().shared_pid().sysctl("kernel.shm_rmid_forced", "many")).await;
+    let error = crate::suite::refused(failed, &["shm_rmid_forced", "(stage: make the pod's namespaces, its sysctls"])?;
+    let (file, failure) = report(&error)?;
+    let state = case.node.kuasard.as_ref().context("the node has no kuasard")?.state().join("failures");
+    assert!(Path::new(&file).starts_with(&state), "{file}");
+    assert_eq!(failure["operation"], "start the sandbox");
+    // containerd has deleted it.
+    let id = failure["sandbox"].as_str().context("no sandbox in the report")?;
+    let account = said(&case.node, &["inspect", id])?;
+    for word in ["FAILED TO  start the sandbox", "shm_rmid_forced", "(failed)", &file] {
+        assert!(account.contains(word), "no {word:?} in:\n{account}");
+    }
+    let json: Value = serde_json::from_str(&said(&case.node, &["inspect", &id[..20], "--json"])?)?;
+    assert_eq!(json, json!({ "failures": [failure] }));
+
+    let pod = case.run(case.spec().host_network()).await?;
+    let missing = pod.create(ContainerSpec::new("missing").command(&["/no/such/program"])).await?;
+    let error = crate::suite::refused(missing.start().await, &["/no/such/program", "(stage: create the container with "])?;
+    let (_, failure) = report(&error)?;
+    let log = failure["log"]["text"].as_str().context("the OCI runtime's log is not kept")?;
+    assert!(log.contains("/no/such/program"), "{log}");
+    let stages: Vec<&str> = failure["stages"].as_array().into_iter().flatten().filter_map(|s| s["name"].as_str()).collect();
+    assert!(stages.contains(&"mount the rootfs"), "{stages:?}");
+    // While the pod is there it tells, and after it as well.
+    let inspected: Value = serde_json::from_str(&said(&case.node, &["inspect", &missing.id])?)?;
+    assert_eq!((&inspected["spec"]["id"], &inspected["failures"][0]), (&json!(pod.id), &failure));
+    pod.remove_all().await?;
+    for id in [&pod.id, &missing.id] {
+        let account = said(&case.node, &["inspect", id])?;
+        assert!(account.contains("FAILED TO  create the container") && account.contains(log.trim_end()), "{account}");
+    }
     Ok(())
 }
 

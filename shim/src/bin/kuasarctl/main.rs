@@ -2,6 +2,7 @@
 
 mod admin;
 mod drop_in;
+mod failures;
 mod ps;
 mod table;
 
@@ -91,7 +92,7 @@ enum Command {
         #[arg(long)]
         no_trunc: bool,
     },
-    /// Print all that is known of a pod, as JSON
+    /// Print all that is known of a pod, as JSON, or why a pod or container that is gone could not be started
     Inspect {
         /// Id of the pod or of a container in it, or the beginning of one
         id: String,
@@ -144,7 +145,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let list = ask(global, async |daemon| daemon.list(namespace).await)?;
             if global.json { pretty(&list)? } else { ps::render(&list, *no_trunc, SystemTime::now())? }
         }
-        Command::Inspect { id, namespace } => pretty(&ask(global, async |daemon| daemon.inspect(namespace, id).await)?)?,
+        Command::Inspect { id, namespace } => {
+            let inspected = ask(global, async |daemon| daemon.inspect(namespace, id).await)?;
+            match failures::render(&inspected, SystemTime::now())?.filter(|_| !global.json) {
+                Some(account) => account,
+                None => pretty(&inspected)?,
+            }
+        }
         Command::Version => return version(global),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -90,7 +90,7 @@ fn shown(pid: Option<u32>) -> String {
 }
 
 /// The largest unit that is not zero.
-fn age(age: Duration) -> String {
+pub(crate) fn age(age: Duration) -> String {
     const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
     let seconds = age.as_secs();
     let unit = UNITS.iter().find(|(size, _)| seconds >= *size);
