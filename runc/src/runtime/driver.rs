@@ -206,7 +206,7 @@ impl Driver {
         if let Ok(0) = status {
             return Ok(());
         }
-        self.keep_log(&log, said.as_ref())?;
+        self.keep_log(&log, said.as_ref());
         let status = status?;
         let mut message = last_error(&log.tail(MESSAGE_LIMIT)?);
         if message.is_none()
@@ -221,17 +221,14 @@ impl Driver {
         })
     }
 
-    /// Keeps all that a failed call has written, of which the error has only the last.
-    fn keep_log(&self, log: &CallFile, said: Option<&MemoryFile>) -> Result<()> {
+    /// Keeps all that a failed call has written, of which the error has only the last. What cannot be read must not hide that error.
+    fn keep_log(&self, log: &CallFile, said: Option<&MemoryFile>) {
         let limit = stages::LOG_LIMIT as u64;
-        let mut written = log.tail(limit)?;
-        if let Some(said) = said {
-            written.push_str(&said.tail(limit)?);
-        }
+        let mut written = log.tail(limit).unwrap_or_default();
+        written.extend(said.and_then(|said| said.tail(limit).ok()));
         if !written.is_empty() {
             stages::keep_log(self.runtime.program().display().to_string(), &written);
         }
-        Ok(())
     }
 }
 
