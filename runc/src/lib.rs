@@ -35,7 +35,9 @@ mod sandboxer;
 mod strays;
 mod sys;
 mod sysctl;
+mod unrecorded;
 
 pub use config::{RuncConfig, RuntimeChoice, RuntimeName};
 pub use runtime::{Kind, Runtime, Version};
 pub use sandboxer::RuncSandboxer;
+pub use unrecorded::processes;

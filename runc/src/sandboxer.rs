@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs,
     io::ErrorKind,
     os::unix::ffi::OsStrExt,
@@ -32,6 +33,7 @@ use crate::{
     runtime::{Driver, Runtime},
     sandbox::{INIT_GROUP, Pod, RuncSandbox},
     strays::Strays,
+    unrecorded,
 };
 
 /// Name of the directory below the root that no containerd namespace can have.
@@ -91,7 +93,7 @@ impl RuncSandboxer {
 
 impl Inner {
     fn dir(&self, namespace: &Namespace, id: &SandboxId) -> PathBuf {
-        self.config.root.join(namespace).join(id)
+        sandbox_dir(&self.config.root, namespace, id)
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<(Namespace, SandboxId), Weak<Pod>>> {
@@ -156,6 +158,15 @@ impl Inner {
         for id in names(&runtime_root(dir))? {
             remove_container(&driver, &id).await?;
         }
+        // If process 1 has ended before this, nobody could tell which group was made for it.
+        if let Some(id) = dir.file_name().and_then(OsStr::to_str) {
+            for group in Cgroup::named(&format!("{INIT_GROUP}{id}"))? {
+                // One with processes is that of a sandbox of the same id in another namespace.
+                if group.processes()?.is_empty() {
+                    group.remove().await?;
+                }
+            }
+        }
         mount::unmount_all(dir).await?;
         match fs::remove_dir_all(dir) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", dir)(error)),
@@ -177,11 +188,16 @@ impl Inner {
         remove_container(&pod.driver, id).await
     }
 
-    fn leftover<F>(self: &Arc<Self>, what: String, removal: impl FnOnce(Arc<Self>) -> F) -> Leftover
+    fn leftover<F>(
+        self: &Arc<Self>,
+        sandbox: &(Namespace, SandboxId),
+        what: String,
+        removal: impl FnOnce(Arc<Self>) -> F,
+    ) -> Leftover
     where
         F: Future<Output = Result<()>> + Send + 'static,
     {
-        Leftover { what, removal: Box::pin(removal(self.clone())) }
+        Leftover { sandbox: sandbox.clone(), what, removal: Box::pin(removal(self.clone())) }
     }
 }
 
@@ -237,14 +253,15 @@ impl Sandboxer for RuncSandboxer {
                     Some(Some(containers)) => {
                         let half_made = |name: &String| !containers.iter().any(|id| id.as_str() == name);
                         for name in names(&runtime_root(&dir))?.into_iter().filter(half_made) {
-                            let key = key.clone();
+                            let (sandbox, key) = (key.clone(), key.clone());
                             let what = format!("container {name} of sandbox {id}");
-                            found.push(inner.leftover(what, |inner| async move { inner.remove_half_made(&key, &name).await }));
+                            let removal = |inner: Arc<Inner>| async move { inner.remove_half_made(&key, &name).await };
+                            found.push(inner.leftover(&sandbox, what, removal));
                         }
                     }
                     None => {
                         let what = format!("sandbox {id} of namespace {namespace}");
-                        found.push(inner.leftover(what, |inner| async move {
+                        found.push(inner.leftover(&key.clone(), what, |inner| async move {
                             let made_again = inner.pods().get(&key).is_some_and(|pod| pod.strong_count() > 0);
                             if made_again { Ok(()) } else { inner.remove_leftover(&dir).await }
                         }));
@@ -254,12 +271,17 @@ impl Sandboxer for RuncSandboxer {
         }
         // Started just before a daemon died, before its directory was made or after it was removed.
         for (init, dir) in namespaces::inits(root)? {
+            let Some(key) = sandbox_of(&dir).filter(|key| !matches!(known.get(key), Some(None))) else { continue };
             if !dir.exists() {
                 let what = format!("process {}, the first of a sandbox at {}", init.identity().pid, dir.display());
-                found.push(inner.leftover(what, |_| async move { remove_init(&init).await }));
+                found.push(inner.leftover(&key, what, |_| async move { remove_init(&init).await }));
             }
         }
         Ok(found)
+    }
+
+    async fn processes(&self, namespace: &Namespace, id: &SandboxId) -> Result<Vec<u32>> {
+        unrecorded::processes(&self.inner.config.root, namespace, id)
     }
 }
 
@@ -286,13 +308,24 @@ async fn remove_container(driver: &Driver, id: &str) -> Result<()> {
     }
 }
 
+/// Everything of a sandbox.
+pub(crate) fn sandbox_dir(root: &Path, namespace: &Namespace, id: &SandboxId) -> PathBuf {
+    root.join(namespace).join(id)
+}
+
+/// Whose directory it is.
+fn sandbox_of(dir: &Path) -> Option<(Namespace, SandboxId)> {
+    let name = |dir: &Path| dir.file_name()?.to_str().map(str::to_owned);
+    Some((name(dir.parent()?)?.parse().ok()?, name(dir)?.parse().ok()?))
+}
+
 /// Where the OCI runtime keeps what it knows of a sandbox's containers.
-fn runtime_root(dir: &Path) -> PathBuf {
+pub(crate) fn runtime_root(dir: &Path) -> PathBuf {
     dir.join("oci")
 }
 
 /// What is in a directory; nothing if it is not there.
-fn names(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(Error::io("list", dir))?,

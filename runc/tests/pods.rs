@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::FutureExt;
 use kuasar_runc::{RuncConfig, RuncSandboxer, Runtime};
 use kuasar_sandboxers::{
     Code, Container, Error, Leftover, Sandbox, SandboxContext, Sandboxer,
@@ -182,6 +183,7 @@ async fn pods() {
             user_namespaces,
             the_end_of_process_one,
             a_restart_without_its_containers,
+            a_pid_that_is_anothers_now,
             leftovers_are_collected,
         ];
     }
@@ -634,12 +636,53 @@ fn remove_parent() {
     }
 }
 
+async fn a_pid_that_is_anothers_now(node: &mut Node) {
+    let spec = host::pod("runc", "pod", NamespaceMode::Pod);
+    let pod = node.start(spec.clone()).await;
+    let bundle = node.spec("main", &["sleep", "1014"], SHARED);
+    let head = ContainerHead { id: bundle.id.clone(), bundle: bundle.bundle.clone(), stdio: bundle.stdio.clone() };
+    let container = node.run(&pod, bundle).await;
+    let exec = ExecSpec { id: "e".parse().unwrap(), process: host::process(&["sleep", "1015"]), stdio: Stdio::default() };
+    let exec = container.exec(exec).await.unwrap();
+    exec.start().await.unwrap();
+    let saved = Saved { spec: spec.clone(), pod: pod.record(), head, container: container.record() };
+    let saved_exec = exec.record();
+    drop(exec);
+    node.end(pod).await;
+
+    // Every one of these pids has come round.
+    let victim =
+        node.reaper.spawn(std::process::Command::new("sleep").arg("1016").stdout(std::process::Stdio::null())).unwrap();
+    let taken = |mut record: Value, pointer: &str| {
+        *record.pointer_mut(pointer).unwrap_or_else(|| panic!("{pointer}")) = victim.pid.into();
+        record
+    };
+    node.restart();
+    let pod = taken(saved.pod, "/init/pid");
+    let pod = node.sandboxer.recover(Arc::new(spec), node.context(), pod).await.unwrap();
+    let container = pod.recover_container(saved.head, taken(saved.container, "/process/pid")).await.unwrap();
+    let exec = taken(saved_exec, "/started/process/pid");
+    let exec = container.recover_exec("e".parse().unwrap(), Stdio::default(), exec).await.unwrap();
+    assert!(matches!(container.kill(libc::SIGKILL, false).await, Err(Error::Finished { .. })));
+    assert!(matches!(exec.kill(libc::SIGKILL, false).await, Err(Error::Finished { .. })));
+    for status in [within(pod.exited()).await, within(container.exited()).await, within(exec.exited()).await] {
+        assert_eq!(status.status, 255);
+    }
+    exec.delete().await.unwrap();
+    container.delete().await.unwrap();
+    node.end(pod).await;
+    assert!(alive(victim.pid));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim.pid.cast_signed()), nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert_eq!(within(victim.exit).await.status, 137);
+}
+
 async fn leftovers_are_collected(node: &mut Node) {
     let mut spec = host::pod("runc", "pod", NamespaceMode::Pod);
     spec.cgroup_parent = format!("/{MARK}/parent");
     let pod = node.start(spec).await;
-    node.run(&pod, node.spec("one", &["sleep", "1012"], SHARED)).await;
-    pod.create_container(node.spec("two", &["sleep", "1013"], None)).await.unwrap();
+    let one = node.run(&pod, node.spec("one", &["sh", "-c", "sleep 1012 & exec sleep 1012"], SHARED)).await;
+    let two = pod.create_container(node.spec("two", &["sleep", "1013"], None)).await.unwrap();
+    until("the second process of a container", || one.pids().now_or_never().unwrap().unwrap().len() == 2).await;
     let other = node.start(host::pod("runc", "other", NamespaceMode::Container)).await;
     let key = ("test".parse().unwrap(), "other".parse().unwrap());
     // Process 1 is put into its group in the background: tree by tree, each of which has the group first.
@@ -651,12 +694,26 @@ async fn leftovers_are_collected(node: &mut Node) {
         !groups.is_empty() && groups.iter().all(full)
     })
     .await;
-    drop(pod);
+    let init = u32::try_from(pod.describe()["init"].as_u64().unwrap()).unwrap();
+    let mut pids: Vec<_> = one.pids().await.unwrap().into_iter().map(|process| process.pid).collect();
+    pids.extend([init, two.pid().unwrap()]);
+    pids.sort_unstable();
+    drop((pod, one, two));
     node.restart();
+    let (namespace, id) = ("test".parse().unwrap(), "pod".parse().unwrap());
+    assert_eq!(node.sandboxer.processes(&namespace, &id).await.unwrap(), pids);
+    // Of one at work nothing is left over, whatever it looks like.
+    let at_work = BTreeMap::from([(key.clone(), None), ((namespace.clone(), id.clone()), None)]);
+    assert!(node.sandboxer.leftovers(&at_work).await.unwrap().is_empty());
+    // Its group remains, and nothing tells any more that it was there.
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(init.cast_signed()), nix::sys::signal::Signal::SIGKILL).unwrap();
+    until("the end of process 1", || !alive(init)).await;
     let found = node.sandboxer.leftovers(&BTreeMap::from([(key, Some(BTreeSet::new()))])).await.unwrap();
-    let [Leftover { what, removal }] = <[_; 1]>::try_from(found).ok().expect("one leftover");
+    let [Leftover { sandbox, what, removal }] = <[_; 1]>::try_from(found).ok().expect("one leftover");
     assert!(what.contains("sandbox pod"), "{what}");
+    assert_eq!(sandbox, (namespace.clone(), id.clone()));
     removal.await.unwrap();
+    assert!(node.sandboxer.processes(&namespace, &id).await.unwrap().is_empty());
     let held = host::held(node.dir.path(), MARK);
     assert!(held.iter().all(|what| what.contains("/other") || what.contains("parent")), "{held:#?}");
     node.said(&other, "alive", "echo", None).await;

@@ -50,13 +50,20 @@ pub trait Sandboxer: Send + Sync + 'static {
     /// What earlier daemons of this instance have left behind that is not in `known`. Only what is there at the call: nothing of that is
     /// removed before a leftover's `removal` is awaited, which is after the recovery of the sandboxes that are known, and perhaps never.
     async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>>;
+
+    /// The live processes of a sandbox, found without its record: of one whose state cannot be read, or that nobody knows. None where
+    /// this instance has no such sandbox.
+    async fn processes(&self, namespace: &Namespace, id: &SandboxId) -> Result<Vec<u32>>;
 }
 
-/// The sandboxes that state files tell of, with their containers; `None` where the file cannot be read.
+/// The sandboxes that are known, with their containers; `None`: nothing of it is a leftover, because nobody can tell which containers it
+/// has (its state cannot be read), or because it is at work.
 pub type Known = BTreeMap<(Namespace, SandboxId), Option<BTreeSet<ContainerId>>>;
 
 /// Something that nobody knows any more.
 pub struct Leftover {
+    /// The sandbox it is, or is of.
+    pub sandbox: (Namespace, SandboxId),
     /// What it is, for people.
     pub what: String,
     /// Removes it. If somebody has made the same again meanwhile, that is left alone.

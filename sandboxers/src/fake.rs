@@ -18,7 +18,7 @@ use crate::{
     cgroup::Stats,
     contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
-    id::{ExecId, SandboxId},
+    id::{ExecId, Namespace, SandboxId},
     stages,
     stdio::Stdio,
     types::{
@@ -98,7 +98,8 @@ struct State {
     made: BTreeMap<String, u32>,
     /// Processes that have been let run, by what they belong to.
     started: BTreeMap<String, u32>,
-    resources: BTreeSet<String>,
+    /// With the sandbox that has it.
+    resources: BTreeMap<String, (Namespace, SandboxId)>,
 }
 
 impl World {
@@ -112,11 +113,16 @@ impl World {
         let state = self.state();
         let running =
             state.processes.iter().filter(|(_, exit)| exit.borrow().is_none()).map(|(pid, _)| format!("process {pid}"));
-        state.resources.iter().cloned().chain(running).collect()
+        state.resources.keys().cloned().chain(running).collect()
     }
 
-    fn hold(&self, resource: String) {
-        self.state().resources.insert(resource);
+    /// Ends a process, as if by a signal from elsewhere.
+    pub fn kill(&self, pid: u32) {
+        self.end(pid, 137);
+    }
+
+    fn hold(&self, resource: String, sandbox: (Namespace, SandboxId)) {
+        self.state().resources.insert(resource, sandbox);
     }
 
     fn release(&self, resource: &str) {
@@ -178,6 +184,7 @@ pub struct FakeSandboxer {
 
 #[derive(Debug)]
 struct FakeSandbox {
+    namespace: Namespace,
     id: SandboxId,
     world: World,
     /// Stands for the sandbox itself.
@@ -212,7 +219,7 @@ impl Sandboxer for FakeSandboxer {
         if spec.annotations.contains_key("fake/refuse") {
             return Err(Error::invalid("annotation fake/refuse", "it asks for a refusal"));
         }
-        self.world.hold(format!("sandbox {}", spec.id));
+        self.world.hold(format!("sandbox {}", spec.id), (spec.namespace.clone(), spec.id.clone()));
         Ok(Arc::new(self.sandbox(&spec, self.world.spawn(), Vec::new())))
     }
 
@@ -222,13 +229,23 @@ impl Sandboxer for FakeSandboxer {
     }
 
     async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>> {
-        let containers: BTreeSet<_> = known.values().flatten().flatten().map(|id| format!("container {id}")).collect();
-        let unknown = |name: &String| match name.strip_prefix("sandbox ") {
-            Some(name) => !known.keys().any(|(_, id)| id.as_str() == name),
-            None => name.starts_with("container ") && !containers.contains(name),
+        let unknown = |name: &str, sandbox: &(Namespace, SandboxId)| match known.get(sandbox) {
+            None => true,
+            Some(None) => false,
+            Some(Some(containers)) => {
+                name.strip_prefix("container ").is_some_and(|name| !containers.iter().any(|id| id.as_str() == name))
+            }
         };
-        let names: Vec<_> = self.world.state().resources.iter().filter(|name| unknown(name)).cloned().collect();
-        Ok(names.into_iter().map(|name| self.leftover(name)).collect())
+        let resources: Vec<_> = self.world.state().resources.clone().into_iter().collect();
+        let left = resources.into_iter().filter(|(name, sandbox)| unknown(name, sandbox));
+        Ok(left.map(|(name, sandbox)| self.leftover(name, sandbox)).collect())
+    }
+
+    async fn processes(&self, namespace: &Namespace, id: &SandboxId) -> Result<Vec<u32>> {
+        let state = self.world.state();
+        let theirs = state.resources.iter().filter(|(_, (of, sandbox))| of == namespace && sandbox == id);
+        let pids = theirs.filter_map(|(name, _)| state.made.get(name).copied());
+        Ok(pids.filter(|pid| state.processes.get(pid).is_some_and(|exit| exit.borrow().is_none())).collect())
     }
 }
 
@@ -239,7 +256,7 @@ impl FakeSandboxer {
         Self { world, known: Arc::default() }
     }
 
-    fn leftover(&self, name: String) -> Leftover {
+    fn leftover(&self, name: String, sandbox: (Namespace, SandboxId)) -> Leftover {
         let (world, known, what) = (self.world.clone(), self.known.clone(), name.clone());
         let removal = async move {
             // Made again by a repeated request.
@@ -250,11 +267,12 @@ impl FakeSandboxer {
             }
             Ok(())
         };
-        Leftover { what, removal: Box::pin(removal) }
+        Leftover { sandbox, what, removal: Box::pin(removal) }
     }
 
     fn sandbox(&self, spec: &SandboxSpec, pid: u32, pids: Vec<u32>) -> FakeSandbox {
         FakeSandbox {
+            namespace: spec.namespace.clone(),
             id: spec.id.clone(),
             world: self.world.clone(),
             pid,
@@ -292,7 +310,7 @@ impl Sandbox for FakeSandbox {
     async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>> {
         let behaviour = Behaviour::parse(&spec.spec.as_value()["process"])?;
         let name = self.know(spec.id.as_str());
-        self.world.hold(name.clone());
+        self.world.hold(name.clone(), (self.namespace.clone(), self.id.clone()));
         // Half made by an earlier daemon.
         let earlier = self.world.state().made.get(&name).copied();
         earlier.into_iter().for_each(|pid| self.world.end(pid, 137));
@@ -327,6 +345,7 @@ impl Sandbox for FakeSandbox {
 #[derive(Debug)]
 struct FakeProcess {
     world: World,
+    sandbox: (Namespace, SandboxId),
     resource: String,
     behaviour: Behaviour,
     pid: Mutex<Option<u32>>,
@@ -336,15 +355,17 @@ struct FakeProcess {
 impl FakeProcess {
     fn new(sandbox: &FakeSandbox, resource: String, behaviour: Behaviour, pid: Option<u32>) -> Self {
         let (world, pids) = (sandbox.world.clone(), sandbox.pids.clone());
-        Self { world, pids, resource, behaviour, pid: Mutex::new(pid) }
+        let sandbox = (sandbox.namespace.clone(), sandbox.id.clone());
+        Self { world, sandbox, pids, resource, behaviour, pid: Mutex::new(pid) }
     }
 
     fn exec(&self, id: &ExecId, behaviour: Behaviour, pid: Option<u32>) -> Arc<dyn Process> {
         let resource = format!("exec {id} of {}", self.resource);
-        self.world.hold(resource.clone());
+        let (world, sandbox) = (self.world.clone(), self.sandbox.clone());
+        world.hold(resource.clone(), sandbox.clone());
         // It may have been started by a daemon that could not record that any more.
         let pid = pid.or_else(|| self.world.started(&resource));
-        Arc::new(Self { world: self.world.clone(), pids: self.pids.clone(), resource, behaviour, pid: Mutex::new(pid) })
+        Arc::new(Self { world, sandbox, pids: self.pids.clone(), resource, behaviour, pid: Mutex::new(pid) })
     }
 
     fn live_pid(&self) -> Result<u32> {

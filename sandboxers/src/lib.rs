@@ -18,6 +18,7 @@
 //! Nothing here names a backend or a message of containerd.
 
 pub mod cgroup;
+pub mod collect;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 pub mod contract;

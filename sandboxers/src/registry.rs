@@ -1,7 +1,7 @@
 //! Who is where: sandboxers by name, sandboxes and containers by id.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     path::Path,
     str::FromStr,
@@ -54,6 +54,8 @@ struct Inner {
     reaper: Reaper,
     fds: FdStore,
     index: Mutex<Index>,
+    /// Held by whoever removes leftovers.
+    collecting: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A configured sandboxer, and what it can do: asked once, for every sandbox keeps it.
@@ -87,7 +89,17 @@ impl Registry {
         let (store, failures) = (Store::open(state)?, Failures::below(state));
         let entry = |sandboxer: Arc<dyn Sandboxer>| Entry { capabilities: Arc::new(sandboxer.capabilities()), sandboxer };
         let sandboxers = sandboxers.into_iter().map(|(name, sandboxer)| (name, entry(sandboxer))).collect();
-        Ok(Self(Arc::new(Inner { sandboxers, store, failures, events, streams, reaper, fds, index: Mutex::default() })))
+        Ok(Self(Arc::new(Inner {
+            sandboxers,
+            store,
+            failures,
+            events,
+            streams,
+            reaper,
+            fds,
+            index: Mutex::default(),
+            collecting: Arc::default(),
+        })))
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -110,6 +122,30 @@ impl Registry {
     /// A start that begins: of a container, or of the sandbox itself.
     pub(crate) fn attempt(&self, spec: &SandboxSpec, container: Option<&ContainerId>, operation: &'static str) -> Attempt {
         Attempt::new(&self.0.failures, (&spec.namespace, &spec.id), container, operation)
+    }
+
+    pub(crate) fn backends(&self) -> impl Iterator<Item = &dyn Sandboxer> {
+        self.0.sandboxers.values().map(|entry| &*entry.sandboxer)
+    }
+
+    pub(crate) fn collecting(&self) -> &Arc<tokio::sync::Mutex<()>> {
+        &self.0.collecting
+    }
+
+    /// All sandboxes, those that are being created among them.
+    pub(crate) fn keys(&self) -> BTreeSet<(Namespace, SandboxId)> {
+        self.index().sandboxes.keys().cloned().collect()
+    }
+
+    /// Makes an id known as if it were being created; false when it is known already.
+    pub(crate) fn claim_id(&self, key: &(Namespace, SandboxId)) -> bool {
+        match self.index().sandboxes.entry(key.clone()) {
+            std::collections::hash_map::Entry::Occupied(_) => false,
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(None);
+                true
+            }
+        }
     }
 
     /// Names of the configured sandboxers.
@@ -168,10 +204,9 @@ impl Registry {
     pub async fn create(&self, spec: SandboxSpec) -> Result<()> {
         self.entry(&spec.sandboxer)?;
         let key = (spec.namespace.clone(), spec.id.clone());
-        if self.index().sandboxes.contains_key(&key) {
+        if !self.claim_id(&key) {
             return Err(Error::AlreadyExists { kind: "sandbox", id: spec.id.to_string() });
         }
-        self.index().sandboxes.insert(key.clone(), None);
         let registry = self.clone();
         let attempt = self.attempt(&spec, None, "create the sandbox");
         let work = async move {
@@ -289,8 +324,9 @@ impl Registry {
                 Err(error) => error!(sandboxer = name, error = error.report(), "cannot look for leftovers"),
             }
         }
+        let alone = self.0.collecting.clone().lock_owned().await;
         let recovered: Vec<_> = loaded.records.into_iter().map(|record| self.begin_recovery(record)).collect();
-        let fds = self.0.fds.clone();
+        let (fds, set_aside) = (self.0.fds.clone(), !loaded.set_aside.is_empty());
         Ok(Recovery(tokio::spawn(async move {
             join_all(recovered).await;
             join_all(leftovers.into_iter().map(remove_leftover)).await;
@@ -299,6 +335,11 @@ impl Registry {
                 if let Err(error) = fs::remove_dir_all(&dir) {
                     error!(dir = %dir.display(), %error, "cannot remove a sandbox that was never made");
                 }
+            }
+            drop(alone);
+            if set_aside {
+                // Theirs are among them: a terminal that is let go hangs up who runs in it.
+                return;
             }
             // What belongs to a container that was half made is taken when containerd's request is repeated, or never.
             tokio::spawn(async move {
@@ -410,7 +451,7 @@ impl Recovery {
 }
 
 async fn remove_leftover(leftover: Leftover) {
-    let Leftover { what, removal } = leftover;
+    let Leftover { what, removal, .. } = leftover;
     match removal.await {
         Ok(()) => info!(what, "removed a leftover"),
         Err(error) => error!(what, error = error.report(), "cannot remove a leftover"),

@@ -5,16 +5,20 @@
 //! ```
 //!
 //! A write goes to a temporary file, which is synced and renamed, so a reader sees the old state or the new one. A file that
-//! cannot be read is set aside beside itself and reported, never deleted: its sandbox may still run.
+//! cannot be read is set aside beside itself and reported, never deleted: its sandbox may still run. The next daemon tries again: it may
+//! be of the version that wrote the file.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io::{self, ErrorKind, Write},
-    os::unix::fs::DirBuilderExt,
+    collections::BTreeSet,
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, ErrorKind, Read, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    str::FromStr,
     time::SystemTime,
 };
 
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -32,6 +36,8 @@ pub const VERSION: u32 = 1;
 
 const FILE: &str = "state.json";
 const TEMPORARY: &str = ".state.json.new";
+/// What a file that cannot be read is called from then on.
+const ASIDE: &str = "state.json.unreadable";
 
 /// Everything known of a sandbox.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -102,6 +108,42 @@ pub struct Loaded {
     pub unsaved: Vec<PathBuf>,
 }
 
+/// A sandbox's directory, and what is in its state file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// containerd's namespace.
+    pub namespace: Namespace,
+    /// The sandbox.
+    pub id: SandboxId,
+    /// The directory.
+    pub dir: PathBuf,
+    /// How its state file is.
+    pub file: StateFile,
+}
+
+/// How a state file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StateFile {
+    /// There was none yet.
+    Missing,
+    /// It can be read.
+    Whole,
+    /// It cannot be read.
+    Unreadable {
+        /// Where it is now.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// What is read in a sandbox's directory.
+enum Found {
+    Unsaved,
+    Whole(PathBuf, Box<SandboxRecord>),
+    Unreadable(PathBuf, String),
+}
+
 #[derive(Serialize)]
 struct Envelope<'a> {
     version: u32,
@@ -122,6 +164,12 @@ impl Store {
         let root = state.join("sandboxes");
         make_dir(&root, 0o711)?;
         Ok(Self(root))
+    }
+
+    /// The same, without making anything: for who only looks.
+    #[must_use]
+    pub fn at(state: &Path) -> Self {
+        Self(state.join("sandboxes"))
     }
 
     /// A sandbox's own directory.
@@ -184,20 +232,72 @@ impl Store {
         let mut loaded = Loaded::default();
         for namespace in list(&self.0)? {
             for dir in list(&namespace)? {
-                let file = dir.join(FILE);
-                if is_unsaved(&dir)? {
-                    loaded.unsaved.push(dir);
-                    continue;
-                }
-                match read(&file) {
-                    Ok(record) if self.dir(&record.spec.namespace, &record.spec.id) == dir => loaded.records.push(record),
-                    Ok(_) => set_aside(&file, "it describes another sandbox", &mut loaded),
-                    Err(why) => set_aside(&file, &why, &mut loaded),
+                match self.look(&dir)? {
+                    Found::Unsaved => loaded.unsaved.push(dir),
+                    Found::Unreadable(file, why) => set_aside(&file, &why, &mut loaded),
+                    Found::Whole(file, record) => match fs::rename(&file, dir.join(FILE)) {
+                        Ok(()) => loaded.records.push(*record),
+                        Err(error) => loaded.set_aside.push((file, format!("it cannot be put back: {error}"))),
+                    },
                 }
             }
         }
         Ok(loaded)
     }
+
+    /// Looks at all sandboxes' directories and changes nothing. What appears or disappears meanwhile may be missing.
+    ///
+    /// # Errors
+    /// When a directory cannot be listed.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        self.entries_except(&BTreeSet::new())
+    }
+
+    /// The same, without those that are known: their files are not read.
+    ///
+    /// # Errors
+    /// When a directory cannot be listed.
+    pub fn entries_except(&self, known: &BTreeSet<(Namespace, SandboxId)>) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for place in list_present(&self.0)? {
+            let Some(namespace) = name_of::<Namespace>(&place) else { continue };
+            for dir in list_present(&place)? {
+                let Some(id) = name_of(&dir).filter(|id: &SandboxId| !known.contains(&(namespace.clone(), id.clone()))) else {
+                    continue;
+                };
+                let file = match self.look(&dir) {
+                    Ok(Found::Unsaved) => StateFile::Missing,
+                    Ok(Found::Whole(path, _)) if path.ends_with(ASIDE) => StateFile::Unreadable {
+                        path,
+                        why: "it can be read again; kuasard takes it up when it starts again".into(),
+                    },
+                    Ok(Found::Whole(..)) => StateFile::Whole,
+                    Ok(Found::Unreadable(path, why)) => StateFile::Unreadable { path, why },
+                    Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error),
+                };
+                entries.push(Entry { namespace: namespace.clone(), id, dir, file });
+            }
+        }
+        Ok(entries)
+    }
+
+    fn look(&self, dir: &Path) -> Result<Found> {
+        if is_unsaved(dir)? {
+            return Ok(Found::Unsaved);
+        }
+        let there = |name: &str| Some(dir.join(name)).filter(|path| path.symlink_metadata().is_ok());
+        let file = there(FILE).or_else(|| there(ASIDE)).unwrap_or_else(|| dir.join(FILE));
+        Ok(match read(&file) {
+            Ok(record) if self.dir(&record.spec.namespace, &record.spec.id) == dir => Found::Whole(file, Box::new(record)),
+            Ok(_) => Found::Unreadable(file, "it describes another sandbox".into()),
+            Err(why) => Found::Unreadable(file, why),
+        })
+    }
+}
+
+fn name_of<T: FromStr>(path: &Path) -> Option<T> {
+    path.file_name()?.to_str()?.parse().ok()
 }
 
 fn make_dir(dir: &Path, mode: u32) -> Result<()> {
@@ -210,8 +310,16 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries.into_iter().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
 }
 
+/// The same; nothing if it is not there.
+fn list_present(dir: &Path) -> Result<Vec<PathBuf>> {
+    match list(dir) {
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        listed => listed,
+    }
+}
+
 fn read(file: &Path) -> Result<SandboxRecord, String> {
-    let bytes = fs::read(file).map_err(|error| error.to_string())?;
+    let bytes = read_own(file)?;
     let value: Value = serde_json::from_slice(&bytes).map_err(|error| format!("it is not JSON: {error}"))?;
     match value.get("version").and_then(Value::as_u64) {
         Some(version) if version == u64::from(VERSION) => {
@@ -222,6 +330,29 @@ fn read(file: &Path) -> Result<SandboxRecord, String> {
     }
 }
 
+/// Reads a file that only this user can have written: what it says is done as root.
+fn read_own(file: &Path) -> Result<Vec<u8>, String> {
+    // Not through a link, and without waiting for the writer of a FIFO.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(file);
+    let mut opened = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ELOOP) => "it is a symbolic link".to_owned(),
+        _ => error.to_string(),
+    })?;
+    let metadata = opened.metadata().map_err(|error| error.to_string())?;
+    if !metadata.is_file() {
+        return Err("it is not a regular file".into());
+    }
+    if metadata.uid() != geteuid().as_raw() {
+        return Err(format!("it belongs to user {}, not to user {} as the daemon", metadata.uid(), geteuid()));
+    }
+    if metadata.len() == 0 {
+        return Err("it is empty".into());
+    }
+    let mut bytes = Vec::new();
+    opened.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
 /// Whether a daemon was killed, or the disk was full, between making the directory and the first save.
 fn is_unsaved(dir: &Path) -> Result<bool> {
     let names =
@@ -230,7 +361,7 @@ fn is_unsaved(dir: &Path) -> Result<bool> {
 }
 
 fn set_aside(file: &Path, why: &str, loaded: &mut Loaded) {
-    let aside = file.with_extension("json.unreadable");
+    let aside = file.with_file_name(ASIDE);
     match fs::rename(file, &aside) {
         Ok(()) => loaded.set_aside.push((aside, why.into())),
         Err(error) => loaded.set_aside.push((file.to_path_buf(), format!("{why}; it cannot be renamed either: {error}"))),
@@ -273,26 +404,115 @@ mod tests {
         assert!(store.load().unwrap().records.is_empty());
     }
 
-    #[test]
-    fn what_cannot_be_read_is_set_aside_and_the_rest_is_loaded() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let good = record();
+    /// A store with one sandbox that can be read.
+    fn store(state: &Path) -> (Store, SandboxRecord) {
+        let (store, good) = (Store::open(state).unwrap(), record());
         store.make(&good.spec.namespace, &good.spec.id).unwrap();
         store.save(&good).unwrap();
-        let newer = format!("{{\"version\": {}}}", VERSION + 1);
-        for (id, text) in [("torn", "{\"version\": 1, \"spec\""), ("empty", ""), ("newer", newer.as_str()), ("other", "[]")] {
-            let dir = store.make(&good.spec.namespace, &id.parse().unwrap()).unwrap();
-            fs::write(dir.join(FILE), text).unwrap();
+        (store, good)
+    }
+
+    fn set_aside_for(words: &str, make: impl FnOnce(&Path, &[u8])) {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, good) = store(dir.path());
+        let whole = SandboxRecord { spec: crate::fake::spec("bad"), ..good.clone() };
+        let bad = store.make(&whole.spec.namespace, &whole.spec.id).unwrap();
+        store.save(&whole).unwrap();
+        let bytes = fs::read(bad.join(FILE)).unwrap();
+        make(&bad.join(FILE), &bytes);
+        let (file, aside) = (bad.join(FILE), bad.join(ASIDE));
+        let entry = |path| {
+            let entries = store.entries().unwrap().into_iter();
+            let StateFile::Unreadable { path: told, why } = { entries }.find(|entry| entry.dir == bad).unwrap().file else {
+                panic!("{words}: it is taken for whole")
+            };
+            assert_eq!(told, path);
+            assert!(why.contains(words), "{why}");
+        };
+        entry(file.clone());
+        // Each daemon that starts tries again.
+        for _ in 0..2 {
+            let loaded = store.load().unwrap();
+            assert_eq!(loaded.records, std::slice::from_ref(&good));
+            let [(path, why)] = &loaded.set_aside[..] else { panic!("{words}: {loaded:?}") };
+            assert_eq!(path, &aside);
+            assert!(why.contains(words), "{why}");
+            assert!(!file.exists() && aside.symlink_metadata().is_ok());
+            entry(aside.clone());
         }
+        // Its owner is found first.
+        assert!(matches!(store.make(&whole.spec.namespace, &whole.spec.id), Err(Error::AlreadyExists { .. })));
+        // Somebody has mended it, or it is of this daemon's version after all.
+        fs::remove_file(&aside).unwrap();
+        fs::write(&aside, bytes).unwrap();
+        entry_can_be_read_again(&store, &bad);
+        assert_eq!(store.load().unwrap().records.len(), 2);
+        assert!(file.exists() && !aside.exists());
+    }
+
+    fn entry_can_be_read_again(store: &Store, dir: &Path) {
+        let entries = store.entries().unwrap();
+        let entry = entries.iter().find(|entry| entry.dir == dir).unwrap();
+        assert!(matches!(&entry.file, StateFile::Unreadable { why, .. } if why.contains("again")), "{entry:?}");
+    }
+
+    #[test]
+    fn a_torn_file_is_set_aside() {
+        set_aside_for("not JSON", |file, bytes| fs::write(file, &bytes[..bytes.len() / 2]).unwrap());
+        set_aside_for("no version", |file, _| fs::write(file, "[]").unwrap());
+        set_aside_for("not a sandbox's state", |file, _| fs::write(file, "{\"version\": 1}").unwrap());
+    }
+
+    #[test]
+    fn an_empty_file_is_set_aside() {
+        set_aside_for("empty", |file, _| fs::write(file, "").unwrap());
+    }
+
+    #[test]
+    fn a_file_of_a_newer_version_is_set_aside() {
+        set_aside_for("version 2", |file, bytes| {
+            let mut value: Value = serde_json::from_slice(bytes).unwrap();
+            value["version"] = (VERSION + 1).into();
+            fs::write(file, value.to_string()).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_file_of_another_sandbox_is_set_aside() {
+        set_aside_for("another sandbox", |file, bytes| {
+            fs::write(file, String::from_utf8_lossy(bytes).replace("\"id\":\"bad\"", "\"id\":\"worse\"")).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_file_that_another_user_may_have_written_is_set_aside() {
+        if geteuid().is_root() {
+            set_aside_for("user 12345", |file, _| std::os::unix::fs::chown(file, Some(12345), None).unwrap());
+        } else {
+            eprintln!("SKIP a_file_that_another_user_may_have_written_is_set_aside: giving a file away takes root");
+        }
+        set_aside_for("symbolic link", |file, _| {
+            let other = file.with_file_name("other");
+            fs::rename(file, &other).unwrap();
+            std::os::unix::fs::symlink(other, file).unwrap();
+        });
+        set_aside_for("not a regular file", |file, _| {
+            fs::remove_file(file).unwrap();
+            nix::unistd::mkfifo(file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_sandbox_that_was_never_saved_is_no_bad_one() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Store::at(dir.path()).entries().unwrap(), []);
+        let (store, good) = store(dir.path());
         let unsaved = store.make(&good.spec.namespace, &"unsaved".parse().unwrap()).unwrap();
         fs::write(unsaved.join(TEMPORARY), "{").unwrap();
+        let mut files: Vec<_> = store.entries().unwrap().into_iter().map(|entry| (entry.id.to_string(), entry.file)).collect();
+        files.sort_by(|one, other| one.0.cmp(&other.0));
+        assert_eq!(files, [("pod-1".to_owned(), StateFile::Whole), ("unsaved".to_owned(), StateFile::Missing)]);
         let loaded = store.load().unwrap();
-        assert_eq!(loaded.records, [good]);
-        assert_eq!(loaded.unsaved, [unsaved]);
-        assert_eq!(loaded.set_aside.len(), 4);
-        for (path, why) in loaded.set_aside {
-            assert!(path.ends_with("state.json.unreadable") && path.exists(), "{path:?}: {why}");
-        }
+        assert_eq!((loaded.records, loaded.unsaved, loaded.set_aside), (vec![good], vec![unsaved], Vec::new()));
     }
 }

@@ -45,6 +45,10 @@ async fn a_group_is_made_filled_measured_emptied_and_removed() {
     let Some(group) = group("life") else { return };
     assert!(group.exists());
     assert!(group.processes().unwrap().is_empty());
+    let name = group.path().file_name().unwrap().to_str().unwrap();
+    let named = Cgroup::named(name).unwrap();
+    assert_eq!(named.iter().map(Cgroup::path).collect::<Vec<_>>(), [group.path()]);
+    assert!(Cgroup::named("no-group-is-called-so").unwrap().is_empty());
     let child = waiting(&group);
     assert_eq!(group.processes().unwrap(), [child.id()]);
     assert_eq!(Cgroup::of_process(child.id()).unwrap().processes().unwrap(), [child.id()]);

@@ -2,17 +2,19 @@
 
 use kuasar_sandboxers::{
     Error, Result,
+    collect::SetAside,
     handle::{SandboxHandle, SandboxStatus},
     registry::Registry,
 };
 use serde::Serialize;
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 use tonic::{Request, Response, Status};
 
 use crate::{
     calls::Calls,
+    gc::Gc,
     inspect,
-    proto::admin::{Document, InspectRequest, ListRequest, VersionRequest, admin_server},
+    proto::admin::{Document, GcRequest, InspectRequest, ListRequest, VersionRequest, admin_server},
     status::IntoStatus,
 };
 
@@ -21,13 +23,14 @@ use crate::{
 pub struct Admin {
     registry: Registry,
     calls: Calls,
+    gc: Gc,
 }
 
 impl Admin {
     /// A service over `registry`.
     #[must_use]
-    pub fn new(registry: Registry, calls: Calls) -> Self {
-        Self { registry, calls }
+    pub fn new(registry: Registry, calls: Calls, gc: Gc) -> Self {
+        Self { registry, calls, gc }
     }
 }
 
@@ -47,6 +50,25 @@ async fn sandboxes(registry: Registry, namespace: String) -> Result<Vec<SandboxS
     Ok(found)
 }
 
+/// Sandboxes of a namespace (empty: of all) whose state files cannot be read, in the form of the others as far as that goes.
+async fn set_aside(registry: Registry, namespace: String) -> Result<Vec<Value>> {
+    let found = registry.set_aside().await?;
+    let wanted = found.into_iter().filter(|found| namespace.is_empty() || found.entry.namespace.as_str() == namespace);
+    Ok(wanted.map(describe).collect())
+}
+
+fn describe(SetAside { entry, why, processes }: SetAside) -> Value {
+    let (processes, unknown) = match processes {
+        Ok(processes) => (Some(processes), None),
+        Err(error) => (None, Some(error.report())),
+    };
+    json!({
+        "spec": { "namespace": entry.namespace, "id": entry.id },
+        "state": { "set_aside": { "directory": entry.dir, "why": why, "processes": processes, "unknown": unknown } },
+        "containers": [],
+    })
+}
+
 fn document(value: &impl Serialize) -> Result<Response<Document>, Status> {
     let json = serde_json::to_string(value).map_err(Error::failed("write the answer as JSON")).grpc()?;
     Ok(Response::new(Document { json }))
@@ -55,19 +77,35 @@ fn document(value: &impl Serialize) -> Result<Response<Document>, Status> {
 #[tonic::async_trait]
 impl admin_server::Admin for Admin {
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<Document>, Status> {
-        let work = sandboxes(self.registry.clone(), request.into_inner().namespace);
-        document(&self.calls.run("Admin.List", "all", work).await.grpc()?)
+        let (registry, namespace) = (self.registry.clone(), request.into_inner().namespace);
+        let work =
+            async move { Ok((sandboxes(registry.clone(), namespace.clone()).await?, set_aside(registry, namespace).await?)) };
+        let (live, aside) = self.calls.run("Admin.List", "all", work).await.grpc()?;
+        let live = live.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
+        let live = live.map_err(Error::failed("write the answer as JSON")).grpc()?;
+        document(&live.into_iter().chain(aside).collect::<Vec<_>>())
     }
 
     async fn inspect(&self, request: Request<InspectRequest>) -> Result<Response<Document>, Status> {
         let InspectRequest { namespace, id } = request.into_inner();
-        let (registry, wanted) = (self.registry.clone(), id.clone());
+        let (registry, within, wanted) = (self.registry.clone(), namespace.clone(), id.clone());
         let work = async move {
-            let found = sandboxes(registry.clone(), namespace.clone()).await?;
+            let found = sandboxes(registry.clone(), within.clone()).await?;
             let failures = tokio::task::spawn_blocking(move || registry.failures()).await;
-            inspect::only(found, failures.map_err(Error::failed("read the failures"))??, &namespace, &wanted)
+            inspect::only(found, failures.map_err(Error::failed("read the failures"))??, &within, &wanted)
         };
-        document(&self.calls.run("Admin.Inspect", &id, work).await.grpc()?)
+        match self.calls.run("Admin.Inspect", &id, work).await {
+            Err(Error::NotFound { kind, id: _ }) => {
+                let work = set_aside(self.registry.clone(), namespace);
+                let mut found = self.calls.run("Admin.Inspect", &id, work).await.grpc()?;
+                found.retain(|aside| aside["spec"]["id"].as_str().is_some_and(|found| found.starts_with(&id)));
+                match <[_; 1]>::try_from(found) {
+                    Ok([aside]) => document(&aside),
+                    Err(_) => Err(Error::NotFound { kind, id }).grpc(),
+                }
+            }
+            found => document(&found.grpc()?),
+        }
     }
 
     async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {
@@ -81,5 +119,10 @@ impl admin_server::Admin for Admin {
             "pid": std::process::id(),
             "sandboxers": sandboxers,
         }))
+    }
+
+    async fn gc(&self, request: Request<GcRequest>) -> Result<Response<Document>, Status> {
+        let work = self.gc.clone().run(self.registry.clone(), self.calls.clone(), request.into_inner().dry_run);
+        document(&self.calls.run("Admin.Gc", "all", work).await.grpc()?)
     }
 }

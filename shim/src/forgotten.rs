@@ -1,12 +1,14 @@
 //! Sandboxes that containerd has forgotten.
 //!
 //! When RunPodSandbox fails after our Create, because its caller gave up or the daemon was stopped between Create and Start,
-//! containerd (2.1 to 2.4) deletes the sandbox from its store and calls nobody. So the daemon looks: a sandbox without containers
-//! that the store does not have at two looks in a row is stopped and deleted. The store has a sandbox before Create and until
-//! after Shutdown, so none is taken that containerd still means to use.
+//! containerd (2.1 to 2.4) deletes the sandbox from its store and calls nobody. When containerd's metadata is wiped, it forgets all of
+//! them, with containers. So the daemon looks: a sandbox that the store does not have at two looks in a row, and none of whose containers
+//! containerd knows, is stopped and deleted. The store has a sandbox before Create and until after Shutdown, and containerd a container
+//! before Task.Create, so none is taken that containerd still means to use.
 //!
-//! Nothing is asked while every sandbox has a container. A store that has never listed a sandbox of ours is not believed: the
-//! configuration may name another containerd than the one that calls. That it has is remembered in a file, for the next daemon.
+//! Sandboxes with containers are compared once in a while only, and nothing is asked at the other looks while every sandbox has one. A
+//! store that has never listed a sandbox of ours is not believed: the configuration may name another containerd than the one that calls.
+//! That it has is remembered in a file, for the next daemon.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,8 +19,9 @@ use std::{
 
 use kuasar_sandboxers::{
     Error, Result,
-    handle::SandboxHandle,
+    handle::{SandboxHandle, SandboxStatus},
     id::{Namespace, SandboxId},
+    lifecycle::ProcessState,
     registry::Registry,
 };
 use serde::{Deserialize, Serialize};
@@ -32,21 +35,28 @@ use tracing::{debug, info};
 
 use crate::{
     calls::Calls,
-    proto::sandbox::{StoreListRequest, store_client::StoreClient},
+    proto::{
+        containers::{ListContainersRequest, containers_client::ContainersClient},
+        sandbox::{StoreListRequest, store_client::StoreClient},
+    },
 };
 
 /// How long containerd may take to answer, and a sandbox to tell its state.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// Looks between two in which sandboxes with containers are compared, too.
+const QUICK: usize = 11;
+
 /// Looks for forgotten sandboxes, and removes them, for as long as it is polled.
 pub async fn collect(containerd: PathBuf, memory: PathBuf, registry: Registry, calls: Calls, interval: Duration) {
-    let believed = remembered(&memory, &containerd);
-    let mut collector = Collector { containerd, memory, registry, calls, believed, missing: BTreeSet::new() };
+    let eyes = Eyes::new(containerd, memory);
+    let mut collector = Collector { eyes, registry, calls, quick: 0, missing: BTreeSet::new() };
     loop {
         sleep(interval).await;
         if let Err(error) = collector.look().await {
-            // containerd is away: nothing is known, so nothing is forgotten.
+            // containerd is away: nothing is known, so nothing is forgotten. It may come back with less than it had.
             collector.missing.clear();
+            collector.quick = 0;
             debug!(error = error.report(), "cannot ask containerd which sandboxes it knows");
         }
     }
@@ -66,54 +76,83 @@ fn remembered(memory: &Path, containerd: &Path) -> BTreeSet<Namespace> {
     known.filter(|known| known.containerd == containerd).map(|known| known.namespaces).unwrap_or_default()
 }
 
-struct Collector {
+/// Which sandboxes are compared with what containerd knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Those without containers.
+    Empty,
+    /// All.
+    All,
+}
+
+/// A sandbox that containerd does not know, nor any container of it.
+pub(crate) struct Missing {
+    pub(crate) sandbox: SandboxHandle,
+    pub(crate) status: SandboxStatus,
+    /// Whether containerd has ever listed a sandbox of ours in its namespace.
+    pub(crate) believed: bool,
+}
+
+impl Missing {
+    /// First processes of its containers, as far as they live.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        let alive = |state: &ProcessState| !matches!(state, ProcessState::Stopped { .. });
+        let states = self.status.containers.iter().map(|container| container.init.state);
+        states.filter(alive).map(|state| state.pid()).filter(|pid| *pid != 0).collect()
+    }
+}
+
+/// Sees what containerd knows.
+pub(crate) struct Eyes {
     containerd: PathBuf,
     /// Where `believed` is remembered.
     memory: PathBuf,
-    registry: Registry,
-    calls: Calls,
     /// Namespaces in which the store has listed a sandbox of ours.
     believed: BTreeSet<Namespace>,
-    /// What it did not have at the last look.
-    missing: BTreeSet<(Namespace, SandboxId)>,
 }
 
-impl Collector {
-    async fn look(&mut self) -> Result<()> {
-        let mut suspects = BTreeMap::<Namespace, Vec<SandboxHandle>>::new();
+impl Eyes {
+    pub(crate) fn new(containerd: PathBuf, memory: PathBuf) -> Self {
+        let believed = remembered(&memory, &containerd);
+        Self { containerd, memory, believed }
+    }
+
+    /// Compares the registry's sandboxes with what containerd knows.
+    pub(crate) async fn look(&mut self, registry: &Registry, scope: Scope) -> Result<Vec<Missing>> {
         // Before the store is asked: what is created later is not among them.
-        let all = self.registry.list();
+        let all = registry.list();
+        let mut suspects = BTreeMap::<Namespace, Vec<SandboxHandle>>::new();
         for sandbox in &all {
             // One that is busy is in use.
-            if let Ok(Ok(status)) = timeout(ANSWER, sandbox.status()).await
-                && status.containers.is_empty()
+            if let Some(status) = status(sandbox).await
+                && (scope == Scope::All || status.containers.is_empty())
             {
                 suspects.entry(sandbox.namespace.clone()).or_default().push(sandbox.clone());
+            } else if !self.believed.contains(&sandbox.namespace) {
+                suspects.entry(sandbox.namespace.clone()).or_default();
             }
         }
         if suspects.is_empty() {
-            self.missing.clear();
-            return Ok(());
+            return Ok(Vec::new());
         }
-        let mut store = connect(&self.containerd).await?;
-        let mut missing = BTreeSet::new();
+        let channel = connect(&self.containerd).await?;
+        let mut missing = Vec::new();
         for (namespace, suspects) in suspects {
-            let known = list(&mut store, &namespace).await?;
+            let known = sandboxes(&channel, &namespace).await?;
             let ours = |sandbox: &&SandboxHandle| sandbox.namespace == namespace && known.contains(sandbox.id.as_str());
             if all.iter().any(|sandbox| ours(&sandbox)) && self.believed.insert(namespace.clone()) {
                 self.remember();
             }
+            let believed = self.believed.contains(&namespace);
             for sandbox in suspects.into_iter().filter(|sandbox| !known.contains(sandbox.id.as_str())) {
-                let key = (namespace.clone(), sandbox.id.clone());
-                if self.believed.contains(&namespace) && self.missing.contains(&key) {
-                    self.remove(sandbox).await;
-                } else {
-                    missing.insert(key);
+                // Once more: by now it may have a container, or be gone.
+                let Some(status) = status(&sandbox).await else { continue };
+                if !knows_any(&channel, &namespace, &status).await? {
+                    missing.push(Missing { sandbox, status, believed });
                 }
             }
         }
-        self.missing = missing;
-        Ok(())
+        Ok(missing)
     }
 
     fn remember(&self) {
@@ -123,33 +162,86 @@ impl Collector {
             debug!(file = %self.memory.display(), %error, "cannot remember which namespaces containerd lists");
         }
     }
+}
 
-    async fn remove(&self, sandbox: SandboxHandle) {
-        let id = sandbox.id.clone();
-        let work = async move {
-            sandbox.stop(Duration::ZERO).await?;
-            sandbox.delete().await
-        };
-        match self.calls.run("remove a forgotten sandbox", id.as_str(), work).await {
-            Ok(()) => info!(sandbox_id = %id, "removed a sandbox that containerd has forgotten"),
-            // Gone meanwhile, or to be tried again at a later look.
-            Err(error) => debug!(sandbox_id = %id, error = error.report(), "a forgotten sandbox was not removed"),
+struct Collector {
+    eyes: Eyes,
+    registry: Registry,
+    calls: Calls,
+    /// Looks until sandboxes with containers are compared, too.
+    quick: usize,
+    /// What containerd did not know at the last look.
+    missing: BTreeSet<(Namespace, SandboxId)>,
+}
+
+impl Collector {
+    async fn look(&mut self) -> Result<()> {
+        let scope = if self.quick == 0 { Scope::All } else { Scope::Empty };
+        let found = self.eyes.look(&self.registry, scope).await?;
+        // What is missing with its containers is looked at again at once.
+        let again = found.iter().any(|missing| missing.believed && !missing.status.containers.is_empty());
+        self.quick = if again { 0 } else { self.quick.checked_sub(1).unwrap_or(QUICK) };
+        let mut missing = BTreeSet::new();
+        for found in found {
+            let key = (found.sandbox.namespace.clone(), found.sandbox.id.clone());
+            if found.believed && self.missing.contains(&key) {
+                // Else it is gone meanwhile, or to be tried again at a later look; the log says which.
+                let _ = remove(&self.calls, found.sandbox).await;
+            } else {
+                missing.insert(key);
+            }
         }
+        self.missing = missing;
+        Ok(())
     }
 }
 
-async fn connect(containerd: &Path) -> Result<StoreClient<Channel>> {
+/// Removes a sandbox that containerd has forgotten.
+pub(crate) async fn remove(calls: &Calls, sandbox: SandboxHandle) -> Result<()> {
+    let id = sandbox.id.clone();
+    let work = async move {
+        sandbox.stop(Duration::ZERO).await?;
+        sandbox.delete().await
+    };
+    let removed = calls.run("remove a forgotten sandbox", id.as_str(), work).await;
+    match &removed {
+        Ok(()) => info!(sandbox_id = %id, "removed a sandbox that containerd has forgotten"),
+        Err(error) => debug!(sandbox_id = %id, error = error.report(), "a forgotten sandbox was not removed"),
+    }
+    removed
+}
+
+async fn status(sandbox: &SandboxHandle) -> Option<SandboxStatus> {
+    timeout(ANSWER, sandbox.status()).await.ok()?.ok()
+}
+
+async fn connect(containerd: &Path) -> Result<Channel> {
     let failed = |error| Error::failed(format!("connect to containerd at {}", containerd.display()))(error);
     let endpoint = Endpoint::try_from(format!("unix://{}", containerd.display())).map_err(failed)?;
-    let channel = endpoint.timeout(ANSWER).connect_timeout(ANSWER).connect().await.map_err(failed)?;
-    Ok(StoreClient::new(channel))
+    endpoint.timeout(ANSWER).connect_timeout(ANSWER).connect().await.map_err(failed)
+}
+
+fn request<T>(namespace: &Namespace, message: T) -> Result<Request<T>> {
+    let mut request = Request::new(message);
+    let header = MetadataValue::try_from(namespace.as_str()).map_err(Error::failed("name a namespace in a request"))?;
+    request.metadata_mut().insert("containerd-namespace", header);
+    Ok(request)
 }
 
 /// The ids that containerd's store has in a namespace.
-async fn list(store: &mut StoreClient<Channel>, namespace: &Namespace) -> Result<BTreeSet<String>> {
-    let mut request = Request::new(StoreListRequest { filters: Vec::new() });
-    let header = MetadataValue::try_from(namespace.as_str()).map_err(Error::failed("name a namespace in a request"))?;
-    request.metadata_mut().insert("containerd-namespace", header);
-    let answer = store.list(request).await.map_err(Error::failed("list containerd's sandboxes"))?;
+async fn sandboxes(channel: &Channel, namespace: &Namespace) -> Result<BTreeSet<String>> {
+    let request = request(namespace, StoreListRequest { filters: Vec::new() })?;
+    let answer = StoreClient::new(channel.clone()).list(request).await;
+    let answer = answer.map_err(Error::failed("list containerd's sandboxes"))?;
     Ok(answer.into_inner().list.into_iter().map(|sandbox| sandbox.sandbox_id).collect())
+}
+
+/// Whether containerd knows one of a sandbox's containers. The sandbox itself is one for who has made it without the Sandbox API.
+async fn knows_any(channel: &Channel, namespace: &Namespace, status: &SandboxStatus) -> Result<bool> {
+    let containers = status.containers.iter().map(|container| container.id.as_str());
+    let ids: Vec<&str> = containers.chain([status.spec.id.as_str()]).collect();
+    let request = request(namespace, ListContainersRequest { filters: ids.iter().map(|id| format!("id=={id:?}")).collect() })?;
+    let answer = ContainersClient::new(channel.clone()).list(request).await;
+    let answer = answer.map_err(Error::failed("list containerd's containers"))?;
+    Ok(answer.into_inner().containers.iter().any(|container| ids.contains(&container.id.as_str())))
 }

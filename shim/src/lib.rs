@@ -22,6 +22,7 @@ pub mod config;
 pub mod controller;
 pub mod events;
 pub mod forgotten;
+pub mod gc;
 mod inspect;
 pub mod keeper;
 pub mod metrics;

@@ -4,6 +4,11 @@
 /// `containerd.*`; the generated code finds sibling packages through these paths.
 pub mod containerd {
     pub mod services {
+        pub mod containers {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.containers.v1");
+            }
+        }
         pub mod sandbox {
             pub mod v1 {
                 tonic::include_proto!("containerd.services.sandbox.v1");
@@ -33,4 +38,7 @@ pub mod admin {
     tonic::include_proto!("kuasar.v1");
 }
 
-pub use containerd::{services::sandbox::v1 as sandbox, types};
+pub use containerd::{
+    services::{containers::v1 as containers, sandbox::v1 as sandbox},
+    types,
+};

@@ -40,6 +40,7 @@ use crate::{
     calls::Calls,
     controller::Controller,
     events, forgotten,
+    gc::Gc,
     keeper::worker::{Keeper, Parked},
     proto::{admin::admin_server::AdminServer, sandbox::controller_server::ControllerServer},
     sys,
@@ -265,8 +266,9 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
 
     let tidier = tokio::spawn(tidy(calls.clone()));
+    let gc = Gc { containerd: containerd.clone(), memory: state.path().join(LISTED) };
     let collector =
-        tokio::spawn(forgotten::collect(containerd, state.path().join(LISTED), registry.clone(), calls.clone(), look_interval));
+        tokio::spawn(forgotten::collect(containerd, gc.memory.clone(), registry.clone(), calls.clone(), look_interval));
 
     let task = TaskService::new(registry.clone(), calls.clone());
     let task_limit = task_connections();
@@ -284,7 +286,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let controller = Controller::new(registry.clone(), calls.clone(), &state.path.join(TASK_SOCKET));
     let control = tonic::transport::Server::builder()
         .add_service(ControllerServer::new(controller))
-        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone())))
+        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone(), gc)))
         .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
     let mut control = tokio::spawn(control);
 

@@ -11,6 +11,11 @@ use std::{
 use daemon::{Daemon, LONG, LOOK_INTERVAL, create, request};
 use kuasar_sandboxers::fake::Behaviour;
 use kuasar_shim::proto::{
+    admin::{GcRequest, InspectRequest, ListRequest},
+    containers::{
+        Container, ListContainersRequest, ListContainersResponse,
+        containers_server::{Containers, ContainersServer},
+    },
     sandbox::{
         ControllerStatusRequest, StoreCreateRequest, StoreCreateResponse, StoreDeleteRequest, StoreDeleteResponse,
         StoreGetRequest, StoreGetResponse, StoreListRequest, StoreListResponse, StoreUpdateRequest, StoreUpdateResponse,
@@ -18,6 +23,7 @@ use kuasar_shim::proto::{
     },
     types::Sandbox,
 };
+use serde_json::Value;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Code, Request, Response, Status};
@@ -26,18 +32,25 @@ use tonic::{Code, Request, Response, Status};
 #[derive(Clone, Default)]
 struct Known {
     ids: Arc<Mutex<BTreeSet<String>>>,
+    containers: Arc<Mutex<BTreeSet<String>>>,
     asked: Arc<Mutex<usize>>,
 }
 
 impl Known {
     fn serve(&self, daemon: &Daemon) {
         let listener = UnixListener::bind(daemon.dir.path().join("containerd.sock")).unwrap();
-        let server = tonic::transport::Server::builder().add_service(StoreServer::new(self.clone()));
+        let server = tonic::transport::Server::builder()
+            .add_service(StoreServer::new(self.clone()))
+            .add_service(ContainersServer::new(self.clone()));
         tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
     }
 
     fn set(&self, ids: &[&str]) {
         *self.ids.lock().unwrap() = ids.iter().map(|id| (*id).to_owned()).collect();
+    }
+
+    fn set_containers(&self, ids: &[&str]) {
+        *self.containers.lock().unwrap() = ids.iter().map(|id| (*id).to_owned()).collect();
     }
 
     /// Waits until the daemon has looked so many times more.
@@ -80,6 +93,46 @@ impl Store for Known {
     }
 }
 
+#[tonic::async_trait]
+impl Containers for Known {
+    async fn list(&self, request: Request<ListContainersRequest>) -> Result<Response<ListContainersResponse>, Status> {
+        assert_eq!(request.metadata().get("containerd-namespace").unwrap(), daemon::NAMESPACE);
+        let filters = request.into_inner().filters;
+        let known = self.containers.lock().unwrap().clone();
+        let asked = known.into_iter().filter(|id| filters.contains(&format!("id==\"{id}\"")));
+        Ok(Response::new(ListContainersResponse { containers: asked.map(|id| Container { id }).collect() }))
+    }
+}
+
+async fn gc(daemon: &Daemon, dry_run: bool) -> Value {
+    let answer = daemon.admin().await.gc(GcRequest { dry_run }).await.unwrap();
+    serde_json::from_str(&answer.into_inner().json).unwrap()
+}
+
+/// Sandboxes and what became of them.
+fn outcomes(report: &Value) -> Vec<(&str, &str)> {
+    let items = report["collected"].as_array().unwrap().iter();
+    let mut told: Vec<_> = items.map(|item| (item["sandbox"].as_str().unwrap(), item["outcome"].as_str().unwrap())).collect();
+    told.sort_unstable();
+    told
+}
+
+/// Runs a container in a pod.
+async fn used(daemon: &Daemon, pod: &str, container: &str) {
+    daemon.pod(pod).await;
+    let task = daemon.task().await;
+    task.create(daemon::context(), &daemon.container(pod, container, &Behaviour::Run.process())).await.unwrap();
+}
+
+async fn gone(daemon: &Daemon, id: &str) {
+    let wait = async {
+        while exists(daemon, id).await {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    };
+    tokio::time::timeout(LONG, wait).await.expect("it to be removed in time");
+}
+
 async fn exists(daemon: &Daemon, id: &str) -> bool {
     let status = ControllerStatusRequest { sandbox_id: id.into(), ..Default::default() };
     match daemon.controller().await.status(request(status)).await {
@@ -96,28 +149,106 @@ async fn what_containerd_has_forgotten_goes() {
     let daemon = Daemon::start().await;
     let known = Known::default();
     known.set(&["kept", "lost", "only-created", "used"]);
+    known.set_containers(&["c1"]);
     known.serve(&daemon);
-    for id in ["kept", "lost", "used"] {
+    for id in ["kept", "lost"] {
         daemon.pod(id).await;
     }
     daemon.controller().await.create(request(create("only-created"))).await.unwrap();
-    let task = daemon.task().await;
-    task.create(daemon::context(), &daemon.container("used", "c1", &Behaviour::Run.process())).await.unwrap();
+    used(&daemon, "used", "c1").await;
     known.looks(3).await;
     for id in ["kept", "lost", "only-created", "used"] {
         assert!(exists(&daemon, id).await, "{id}");
     }
     known.set(&["kept"]);
-    tokio::time::timeout(LONG, async {
-        while exists(&daemon, "lost").await || exists(&daemon, "only-created").await {
-            tokio::time::sleep(LOOK_INTERVAL).await;
-        }
-    })
-    .await
-    .expect("both to be removed in time");
+    for id in ["lost", "only-created"] {
+        gone(&daemon, id).await;
+    }
+    // More than between two looks at those with containers.
+    known.looks(15).await;
+    assert!(exists(&daemon, "kept").await);
+    assert!(exists(&daemon, "used").await, "containerd knows its container");
+}
+
+#[tokio::test]
+async fn what_was_wiped_goes_with_its_containers() {
+    let daemon = Daemon::start().await;
+    let known = Known::default();
+    known.set(&["kept", "wiped"]);
+    known.set_containers(&["c1", "c2"]);
+    known.serve(&daemon);
+    used(&daemon, "kept", "c1").await;
+    used(&daemon, "wiped", "c2").await;
+    // Each at which sandboxes with containers are compared.
+    known.looks(3).await;
+    known.set(&["kept"]);
+    known.looks(3).await;
+    assert!(exists(&daemon, "wiped").await, "containerd knows its container");
+    known.set_containers(&["c1"]);
+    gone(&daemon, "wiped").await;
     known.looks(3).await;
     assert!(exists(&daemon, "kept").await);
-    assert!(exists(&daemon, "used").await, "a container runs in it");
+}
+
+#[tokio::test]
+async fn a_collection_on_request_takes_one_look() {
+    let daemon = Daemon::start_rarely_looking().await;
+    used(&daemon, "used", "c1").await;
+    for id in ["kept", "lost"] {
+        daemon.pod(id).await;
+    }
+    let report = gc(&daemon, false).await;
+    assert!(report["unanswered"].as_str().unwrap().contains("containerd.sock"), "{report}");
+    assert!(outcomes(&report).is_empty());
+
+    // One that has listed none of ours may be another's.
+    let known = Known::default();
+    known.set(&["somebody"]);
+    known.serve(&daemon);
+    let report = gc(&daemon, false).await;
+    assert_eq!(outcomes(&report), [("kept", "kept"), ("lost", "kept"), ("used", "kept")]);
+    assert!(report["collected"][0]["why"].as_str().unwrap().contains("address"), "{report}");
+    assert!(report["unanswered"].is_null());
+
+    known.set(&["kept"]);
+    known.set_containers(&["c1"]);
+    assert_eq!(outcomes(&gc(&daemon, true).await), [("lost", "would_remove")]);
+    assert!(exists(&daemon, "lost").await);
+    assert_eq!(outcomes(&gc(&daemon, false).await), [("lost", "removed")]);
+    assert!(!exists(&daemon, "lost").await);
+    known.set_containers(&[]);
+    let report = gc(&daemon, true).await;
+    assert_eq!(outcomes(&report), [("used", "would_remove")]);
+    assert_eq!(report["collected"][0]["processes"].as_array().unwrap().len(), 1);
+    assert_eq!(outcomes(&gc(&daemon, false).await), [("used", "removed")]);
+    assert_eq!(outcomes(&gc(&daemon, false).await), []);
+    assert!(exists(&daemon, "kept").await);
+}
+
+#[tokio::test]
+async fn what_was_set_aside_is_listed_and_inspected() {
+    let daemon = Daemon::start_rarely_looking().await;
+    used(&daemon, "bad", "c1").await;
+    daemon.pod("good").await;
+    let file = daemon.state().join("sandboxes").join(daemon::NAMESPACE).join("bad/state.json");
+    let (dir, gated) = daemon.stop().await;
+    std::fs::write(&file, "").unwrap();
+    let daemon = Daemon::start_in(dir, gated).await;
+    let ask = async |namespace: &str| -> Value {
+        let namespace = namespace.to_owned();
+        serde_json::from_str(&daemon.admin().await.list(ListRequest { namespace }).await.unwrap().into_inner().json).unwrap()
+    };
+    let list = ask("").await;
+    let ids: Vec<_> = list.as_array().unwrap().iter().map(|entry| entry["spec"]["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["good", "bad"]);
+    let told = &list[1]["state"]["set_aside"];
+    assert!(told["why"].as_str().unwrap().contains("empty") && told["processes"].as_array().unwrap().len() == 1, "{list}");
+    assert_eq!(ask("other").await, serde_json::json!([]));
+    let inspect = InspectRequest { namespace: String::new(), id: "ba".into() };
+    let one = daemon.admin().await.inspect(inspect).await.unwrap().into_inner().json;
+    assert_eq!(serde_json::from_str::<Value>(&one).unwrap(), list[1]);
+    assert_eq!(outcomes(&gc(&daemon, false).await), [("bad", "kept")]);
+    assert!(exists(&daemon, "good").await);
 }
 
 #[tokio::test]

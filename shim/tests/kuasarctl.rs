@@ -8,7 +8,7 @@ use std::{
     sync::LazyLock,
 };
 
-use kuasar_shim::proto::admin::{Document, InspectRequest, ListRequest, VersionRequest, admin_server};
+use kuasar_shim::proto::admin::{Document, GcRequest, InspectRequest, ListRequest, VersionRequest, admin_server};
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -181,6 +181,12 @@ impl admin_server::Admin for Fake {
         }
     }
 
+    async fn gc(&self, request: Request<GcRequest>) -> Result<Response<Document>, Status> {
+        let dry_run = request.into_inner().dry_run;
+        let unanswered = (!dry_run).then_some("nobody listens");
+        document(&json!({ "dry_run": dry_run, "unanswered": unanswered, "collected": [] }))
+    }
+
     async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {
         document(&json!({ "version": "9.9.9", "pid": 42, "sandboxers": { "kuasar-runc": { "technique": "runc 1.3.5" } } }))
     }
@@ -208,6 +214,9 @@ fn the_daemon_is_asked() {
     let one: Value = serde_json::from_str(&prints(&["inspect", "ab"])).unwrap();
     assert_eq!(one["spec"]["id"], "abc");
     assert_eq!(refuses(&["inspect", "zz"]), "kuasarctl: kuasard refused: sandbox or container \"zz\" does not exist\n");
+    assert_eq!(prints(&["gc", "--dry-run"]), "nothing to collect\n");
+    assert_eq!(serde_json::from_str::<Value>(&prints(&["gc", "--dry-run", "--json"])).unwrap()["dry_run"], true);
+    assert!(refuses(&["gc"]).contains("nobody listens"));
     let version = prints(&["version"]);
     assert!(version.contains("9.9.9 (process 42)") && version.contains("runc 1.3.5"), "{version}");
     let version: Value = serde_json::from_str(&prints(&["version", "--json"])).unwrap();

@@ -158,6 +158,16 @@ pub(super) fn processes(dir: &Path, pids: &mut Vec<u32>) -> Result<()> {
     })
 }
 
+/// Calls `found` for each group of this name at `dir` or below it.
+pub(super) fn find(dir: &Path, name: &str, found: &mut dyn FnMut(&Path)) -> Result<()> {
+    walk(dir, DEPTH, &mut |dir| {
+        if dir.file_name().is_some_and(|own| own == name) {
+            found(dir);
+        }
+        Ok(())
+    })
+}
+
 /// Removes a group and those below it; `false` when one is in use.
 pub(super) fn remove(dir: &Path) -> Result<bool> {
     // Most have none below.

@@ -15,7 +15,7 @@ pub mod v1;
 pub mod v2;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Component, Path, PathBuf},
     time::Duration,
@@ -144,6 +144,21 @@ impl Cgroup {
             }
         }
         Ok(group)
+    }
+
+    /// The groups of this name, wherever they are. Looks through every tree, so it is for when nothing else tells.
+    ///
+    /// # Errors
+    /// When there are no control groups here, or they cannot be looked through.
+    pub fn named(name: &str) -> Result<Vec<Self>> {
+        let mut paths = BTreeSet::new();
+        for tree in Hierarchy::of_host()?.trees() {
+            let root = tree.dir(Path::new("/"));
+            files::find(&root, name, &mut |dir| {
+                paths.extend(dir.strip_prefix(&root).ok().map(|path| Path::new("/").join(path)));
+            })?;
+        }
+        paths.iter().map(|path| Self::at(path)).collect()
     }
 
     /// Its path below the mount point of most trees.

@@ -8,6 +8,7 @@ mod host;
 mod kernel;
 mod network;
 mod runtime;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -102,6 +103,7 @@ pub async fn all(
     findings.extend(kernel::all(host, &containerd));
     findings.push(configuration(config, config_path));
     findings.push(daemon(host, socket));
+    findings.extend(socket.parent().into_iter().flat_map(|state| state::all(host, effective, state)));
     findings.extend(runtime::all(effective, reaper).await);
     findings.extend(network::all(host, &containerd));
     let found = containerd::find(host, reaper).await;

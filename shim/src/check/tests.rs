@@ -2,7 +2,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use serde_json::{Value, json};
 
-use super::{Finding, Host, Status, containerd, kernel, network, runtime};
+use super::{Finding, Host, Status, containerd, kernel, network, runtime, state};
 use crate::config::Config;
 
 /// A directory made to look like a host.
@@ -53,6 +53,23 @@ fn the_kernel_may_be_too_old() {
     ] {
         told(&kernel::version(&Fake::new().kernel(release).host()), status, required, words);
     }
+}
+
+#[test]
+fn state_that_cannot_be_read_is_told() {
+    let state = Path::new("/run/kuasar");
+    let [finding] = &state::all(&Fake::new().host(), &Config::default(), state)[..] else { panic!() };
+    told(finding, Status::Ok, false, "0 sandboxes");
+    let fake = Fake::new()
+        .with("run/kuasar/sandboxes/k8s.io/torn/state.json", "{")
+        .with("run/kuasar/sandboxes/k8s.io/aside/state.json.unreadable", "");
+    let mut findings = state::all(&fake.host(), &Config::default(), state);
+    findings.sort_by(|one, other| one.subject.cmp(&other.subject));
+    let [aside, torn] = &findings[..] else { panic!("{findings:?}") };
+    told(aside, Status::Warn, false, "it is empty; none of its processes lives");
+    told(torn, Status::Warn, false, "not JSON");
+    assert!(torn.subject.contains("torn") && torn.remedy.as_ref().is_some_and(|remedy| remedy.contains("kuasarctl gc")));
+    assert!(torn.detail.contains("k8s.io/torn/state.json: "), "{torn:?}");
 }
 
 #[test]

@@ -114,6 +114,12 @@ fn gone() -> io::Error {
 }
 
 impl Keeper {
+    /// Whoever is at the other end of `socket`.
+    #[cfg(test)]
+    pub(crate) fn at(socket: OwnedFd) -> Self {
+        Self(Arc::new(socket))
+    }
+
     /// Its pid.
     #[must_use]
     pub fn pid() -> u32 {

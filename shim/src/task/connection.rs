@@ -284,7 +284,12 @@ pub async fn serve(mut source: Source, task: TaskService, hub: StreamHub, stop: 
 async fn serve_one(mut connection: Connection, task: TaskService, hub: StreamHub) {
     let (closed, heard) = (connection.closed(), connection.heard());
     let streaming = Streaming::new(hub, closed.clone(), heard);
-    let services: HashMap<String, Service> = task.services(&closed).into_iter().chain(streaming.services()).collect();
+    let services = task.services(&closed).into_iter().chain(streaming.services()).collect();
+    answer(connection, closed, services).await;
+}
+
+/// Serves a connection until it is closed.
+async fn answer(connection: Connection, closed: CancellationToken, services: HashMap<String, Service>) {
     let only = futures::stream::once(async { Ok(connection) });
     let mut server = Server::new().add_listener(Listener::new(only)).register_service(services);
     match server.start().await {
@@ -299,7 +304,10 @@ mod tests {
     use std::path::Path;
 
     use futures::FutureExt;
-    use tokio::{io::AsyncReadExt, time::timeout};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        time::timeout,
+    };
 
     use super::*;
 
@@ -320,6 +328,47 @@ mod tests {
         assert!(acceptor.accept().now_or_never().is_none());
         drop(first);
         timeout(LONG, acceptor.accept()).await.expect("a place");
+    }
+
+    /// A connection as the keeper hands it on, with its peer's end.
+    fn parked(name: &str, journal: &[u8]) -> (Parked, UnixStream) {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        rustix::io::pwrite(&file, journal, 0).unwrap();
+        let socket = OwnedFd::from(ours.into_std().unwrap());
+        (Parked { name: name.into(), descriptors: vec![socket, file] }, peer)
+    }
+
+    #[tokio::test]
+    async fn a_journal_that_does_not_parse_ends_its_connection_and_no_other() {
+        let (ours, _keeper) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let (tell, fresh) = tokio::sync::mpsc::unbounded_channel();
+        let mut kept = Kept::new(Keeper::at(ours.into()), fresh, 4);
+        let (good, mut client) = parked("good", &[]);
+        // No journal at all; one of more than there is; one whose bytes are no requests: of a size that no peer may send.
+        let header = |length: u64| [0, length, 0].map(u64::to_le_bytes).concat();
+        let (noise, mut noisy) = parked("noise", &[0xa5; 5000]);
+        let (short, mut cut) = parked("short", &header(4000));
+        let text = [header(300), vec![0; 4096 - 24], vec![0xff; 300]].concat();
+        let (text, _garbled) = parked("text", &text);
+        let (mut lone, mut alone) = parked("lone", &[]);
+        lone.descriptors.pop();
+        for parked in [noise, short, text, lone, good] {
+            tell.send(parked).unwrap();
+        }
+        for _ in 0..2 {
+            let mut connection = timeout(LONG, kept.accept()).await.expect("the next").expect("a keeper");
+            let closed = connection.closed();
+            tokio::spawn(answer(connection, closed, HashMap::new()));
+        }
+        for peer in [&mut noisy, &mut cut, &mut alone] {
+            assert_eq!(timeout(LONG, peer.read(&mut [0])).await.expect("the end").unwrap(), 0);
+        }
+        // An empty request of a service that there is not: it is answered, on its stream.
+        client.write_all(&[0, 0, 0, 0, 0, 0, 0, 1, 1, 0]).await.unwrap();
+        let mut header = [0; 10];
+        timeout(LONG, client.read_exact(&mut header)).await.expect("an answer").unwrap();
+        assert_eq!((header[7], header[8]), (1, 2));
     }
 
     #[tokio::test]

@@ -171,8 +171,12 @@ impl Journal {
             streams: false,
         };
         journal.write_head()?;
+        // Before there is a buffer for what may be nonsense.
+        if head.length > 0 && journal.base() + head.length > journal.file.metadata()?.len() {
+            return Err(corrupt());
+        }
         let mut replay = vec![0; usize::try_from(head.length).map_err(|_| corrupt())?];
-        journal.file.read_exact_at(&mut replay, HALVES[usize::from(head.half == 1)])?;
+        journal.file.read_exact_at(&mut replay, journal.base())?;
         journal.note(&replay, 0)?;
         for request in &journal.unanswered {
             let place = request.at + FRAME_HEADER as u64 - 1;
@@ -449,6 +453,38 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+        /// Whatever is in the file: it is refused, or gone on with, and then what the peer sends is still read.
+        #[test]
+        fn garbage_is_refused_or_read(
+            head in prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..48),
+                (0_u64..3, 0_u64..600, 0_u64..600).prop_map(|(half, length, pending)| {
+                    [if half == 2 { u64::MAX } else { half }, length, pending].map(u64::to_le_bytes).concat()
+                }),
+            ],
+            bodies in [proptest::collection::vec(any::<u8>(), 0..600), proptest::collection::vec(any::<u8>(), 0..600)],
+            sent in proptest::collection::vec(any::<u8>(), 1..300),
+            answered in proptest::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let mut kept = Kept::new();
+            let file = File::from(kept.file.try_clone().unwrap());
+            for (body, half) in bodies.iter().zip(HALVES) {
+                file.write_all_at(body, half).unwrap();
+            }
+            file.write_all_at(&head, 0).unwrap();
+            if let Ok(Some(Left { mut journal, .. })) = Journal::open(kept.file.try_clone().unwrap(), &kept.ours) {
+                kept.peer.write_all(&sent).unwrap();
+                let mut got = Vec::new();
+                while got.len() < sent.len() {
+                    got.extend(kept.read(&mut journal, 128));
+                }
+                prop_assert_eq!(got, sent);
+                // Of answers only those that the server makes are seen; these are worse.
+                let _ = journal.sent(&answered);
+                let _ = Journal::open(kept.file.try_clone().unwrap(), &kept.ours);
+            }
+        }
+
         /// Whatever pieces requests come in, whatever is answered, and wherever workers die: what is read is what was sent, less what
         /// was answered.
         #[test]

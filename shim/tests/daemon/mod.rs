@@ -22,6 +22,7 @@ use kuasar_sandboxers::{
     event::EventSink,
     fake::{FakeSandboxer, World},
     fdstore::FdStore,
+    id::{Namespace, SandboxId},
     reaper::Reaper,
     registry::Registry,
     stdio::StreamHub,
@@ -91,6 +92,10 @@ impl Sandboxer for Gated {
     async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>> {
         self.fake.leftovers(known).await
     }
+
+    async fn processes(&self, namespace: &Namespace, id: &SandboxId) -> Result<Vec<u32>> {
+        self.fake.processes(namespace, id).await
+    }
 }
 
 /// containerd's events service, which keeps what it gets.
@@ -140,13 +145,26 @@ pub struct Daemon {
 
 impl Daemon {
     pub async fn start() -> Self {
+        Self::start_looking(LOOK_INTERVAL).await
+    }
+
+    /// One that looks for what containerd has forgotten when it is asked to.
+    pub async fn start_rarely_looking() -> Self {
+        Self::start_looking(Duration::from_secs(3600)).await
+    }
+
+    async fn start_looking(interval: Duration) -> Self {
         let gated =
             Gated { fake: FakeSandboxer::default(), gate: Arc::new(Semaphore::new(0)), arrived: Arc::new(Notify::new()) };
-        Self::start_in(Arc::new(tempfile::tempdir().unwrap()), gated).await
+        Self::start_with(Arc::new(tempfile::tempdir().unwrap()), gated, interval).await
     }
 
     /// A daemon in a directory and a world that may be an earlier one's.
     pub async fn start_in(dir: Arc<TempDir>, gated: Gated) -> Self {
+        Self::start_with(dir, gated, LOOK_INTERVAL).await
+    }
+
+    async fn start_with(dir: Arc<TempDir>, gated: Gated, look_interval: Duration) -> Self {
         let containerd = dir.path().join("containerd.sock");
         let inbox = Arc::new(Inbox::default());
         let events_socket = kuasar_shim::events::address(&containerd);
@@ -170,7 +188,7 @@ impl Daemon {
             workers: Handle::current(),
             containerd,
             grace: Duration::from_secs(2),
-            look_interval: LOOK_INTERVAL,
+            look_interval,
         };
         let stop = CancellationToken::new();
         let stopped = stop.clone();

@@ -21,6 +21,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         a_sandboxer_that_is_not_configured,
         a_full_disk,
         callers_that_give_up,
+        a_second_daemon,
     ]
 }
 
@@ -207,5 +208,33 @@ async fn callers_that_give_up(lone: &Lone) -> Result<()> {
     })
     .await
     .with_context(|| node.snapshot().map_or_else(|error| error.to_string(), |now| now.beyond(&before).join("\n")))?;
+    node.stop().await
+}
+
+async fn a_second_daemon(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let pod = node.run_pod(lone.pod()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let second = |kuasard: &Kuasard| -> Result<String> {
+        let mut command = std::process::Command::new(tools::ours("kuasard")?);
+        command.arg("--config").arg(kuasard.config()).arg("--state").arg(kuasard.state()).arg("--root").arg(kuasard.root());
+        let output = command.output()?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        Ok(String::from_utf8(output.stderr)?)
+    };
+    let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
+    let said = second(kuasard)?;
+    let worker = format!("process {}", kuasard.worker_pid().await?);
+    for word in [worker.as_str(), "--state", &kuasard.state().display().to_string()] {
+        ensure!(said.contains(word), "no {word:?} in {said}");
+    }
+    // Nor when it comes between one worker and the next: the keeper has the lock.
+    for _ in 0..3 {
+        let killed = kuasard.kill_worker().await?;
+        ensure!(second(kuasard)?.contains("another --state"));
+        kuasard.wait_serving(killed).await?;
+    }
+    assert_eq!(container.sh("exit 3").await?.exit_code, 3);
+    pod.remove_all().await?;
     node.stop().await
 }

@@ -16,14 +16,14 @@ pub(crate) fn cases() -> Vec<Entry> {
     cases
 }
 
-fn kuasarctl(node: &Node, args: &[&str]) -> Result<Output> {
+pub(crate) fn kuasarctl(node: &Node, args: &[&str]) -> Result<Output> {
     let kuasard = node.kuasard.as_ref().context("the node has no kuasard")?;
     let mut command = Command::new(tools::ours("kuasarctl")?);
     command.arg("--state").arg(kuasard.state()).arg("--config").arg(kuasard.config()).args(args);
     command.output().context("run kuasarctl")
 }
 
-fn said(node: &Node, args: &[&str]) -> Result<String> {
+pub(crate) fn said(node: &Node, args: &[&str]) -> Result<String> {
     let output = kuasarctl(node, args)?;
     ensure!(output.status.success(), "kuasarctl {args:?}: {output:?}");
     Ok(String::from_utf8(output.stdout)?)

@@ -19,6 +19,7 @@ mod bad;
 mod daemon;
 mod devices;
 mod direct;
+mod gc;
 mod kuasarctl;
 mod logs;
 mod namespaces;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         soak::cases(),
         daemon::cases(),
         bad::cases(),
+        gc::cases(),
         direct::cases(),
         kuasarctl::cases(),
         logs::cases(),

@@ -3,7 +3,7 @@
 use std::{io::ErrorKind, path::Path, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
-use kuasar_shim::proto::admin::{InspectRequest, ListRequest, VersionRequest, admin_client::AdminClient};
+use kuasar_shim::proto::admin::{GcRequest, InspectRequest, ListRequest, VersionRequest, admin_client::AdminClient};
 use serde_json::Value;
 use tonic::{
     Status,
@@ -13,6 +13,9 @@ use tonic::{
 /// A daemon that does not answer within this is as good as not running.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// A collection may have processes to wait for.
+const GC_LIMIT: Duration = Duration::from_secs(600);
+
 /// A connection to the daemon.
 #[derive(Debug)]
 pub(crate) struct Daemon(AdminClient<Channel>);
@@ -20,13 +23,22 @@ pub(crate) struct Daemon(AdminClient<Channel>);
 impl Daemon {
     /// Connects to the daemon's socket.
     pub(crate) async fn connect(socket: &Path) -> Result<Self> {
+        Self::connect_for(socket, LIMIT).await
+    }
+
+    /// The same, for requests that may take as long as a collection.
+    pub(crate) async fn connect_for_gc(socket: &Path) -> Result<Self> {
+        Self::connect_for(socket, GC_LIMIT).await
+    }
+
+    async fn connect_for(socket: &Path, limit: Duration) -> Result<Self> {
         // tonic says only "transport error"; the plain connect knows why.
         if let Err(error) = tokio::net::UnixStream::connect(socket).await {
             return Err(explain(socket, &error));
         }
         let channel = Endpoint::try_from(format!("unix://{}", socket.display()))
             .with_context(|| format!("{} cannot be a socket's address", socket.display()))?
-            .timeout(LIMIT)
+            .timeout(limit)
             .connect_timeout(LIMIT)
             .connect()
             .await
@@ -44,6 +56,11 @@ impl Daemon {
     pub(crate) async fn inspect(&mut self, namespace: &str, id: &str) -> Result<Value> {
         let request = InspectRequest { namespace: namespace.to_owned(), id: id.to_owned() };
         document(self.0.inspect(request).await.map_err(refused)?.into_inner().json)
+    }
+
+    /// Collects what nobody answers for, or only tells what.
+    pub(crate) async fn gc(&mut self, dry_run: bool) -> Result<Value> {
+        document(self.0.gc(GcRequest { dry_run }).await.map_err(refused)?.into_inner().json)
     }
 
     /// The daemon itself.

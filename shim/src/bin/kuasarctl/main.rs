@@ -3,6 +3,7 @@
 mod admin;
 mod drop_in;
 mod failures;
+mod gc;
 mod ps;
 mod table;
 
@@ -100,6 +101,17 @@ enum Command {
         #[arg(long, short, default_value = "", hide_default_value = true)]
         namespace: String,
     },
+    /// Remove what nobody answers for: sandboxes that containerd has forgotten, and remains of those that nobody knows
+    ///
+    /// Exits with 1 when something could not be removed, or containerd not be asked.
+    Gc {
+        /// Only show what would be removed
+        #[arg(long)]
+        dry_run: bool,
+        /// Do not shorten ids
+        #[arg(long)]
+        no_trunc: bool,
+    },
     /// Show the versions of this program and of the daemon
     Version,
     /// Print a completion script for a shell
@@ -152,6 +164,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 None => pretty(&inspected)?,
             }
         }
+        Command::Gc { dry_run, no_trunc } => return gc(global, *dry_run, *no_trunc),
         Command::Version => return version(global),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -217,6 +230,17 @@ fn check(global: &Global) -> Result<ExitCode> {
     }
     eprintln!("kuasarctl: no pod can run here for want of: {}", blocking.join(", "));
     Ok(ExitCode::FAILURE)
+}
+
+fn gc(global: &Global, dry_run: bool, full_ids: bool) -> Result<ExitCode> {
+    let answer = block_on(async { Daemon::connect_for_gc(&global.socket()?).await?.gc(dry_run).await })?;
+    let report = gc::Report::parse(&answer)?;
+    let problems = report.problems();
+    print(&if global.json { pretty(&answer)? } else { report.render(full_ids) })?;
+    for problem in &problems {
+        eprintln!("kuasarctl: {problem}");
+    }
+    Ok(if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn containerd_config(global: &Global, version: Option<Version>, programs: &Path, pause_image: Option<&str>) -> Result<String> {

@@ -14,11 +14,23 @@ use crate::table;
 
 /// What is shown of the daemon's answer; the rest of it is for `--json` and `inspect`.
 #[derive(Debug, Deserialize)]
-struct Sandbox {
-    spec: Spec,
-    state: SandboxState,
-    created_at: SystemTime,
-    containers: Vec<Container>,
+#[serde(untagged)]
+enum Sandbox {
+    Live { spec: Box<Spec>, state: SandboxState, created_at: SystemTime, containers: Vec<Container> },
+    Other { spec: Named, state: Other },
+}
+
+#[derive(Debug, Deserialize)]
+struct Named {
+    namespace: String,
+    id: String,
+}
+
+/// States that no sandbox has which is looked after.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Other {
+    SetAside { why: String, processes: Option<Vec<u32>>, unknown: Option<String> },
 }
 
 #[derive(Debug, Deserialize)]
@@ -40,15 +52,20 @@ struct Process {
     state: ProcessState,
 }
 
-/// As many digits as crictl and docker show.
-const SHORT_ID: usize = 13;
-
 /// The table of everything the daemon runs.
 pub(crate) fn render(list: &Value, full_ids: bool, now: SystemTime) -> Result<String> {
     let sandboxes = Vec::<Sandbox>::deserialize(list).context("kuasard's list is of another form; is it another version?")?;
-    let short = |id: &str| if full_ids { id.to_owned() } else { id.chars().take(SHORT_ID).collect() };
+    let short = |id: &str| table::short(id, full_ids);
     let mut rows = Vec::new();
-    for Sandbox { spec, state, created_at, containers } in sandboxes {
+    let mut aside = Vec::new();
+    for sandbox in sandboxes {
+        let (spec, state, created_at, containers) = match sandbox {
+            Sandbox::Live { spec, state, created_at, containers } => (spec, state, created_at, containers),
+            Sandbox::Other { spec, state } => {
+                aside.push(set_aside(&short(&spec.id), spec.namespace, state));
+                continue;
+            }
+        };
         let pod = match (spec.pod.namespace.as_str(), spec.pod.name.as_str()) {
             ("", name) => name.to_owned(),
             (namespace, name) => format!("{namespace}/{name}"),
@@ -62,7 +79,21 @@ pub(crate) fn render(list: &Value, full_ids: bool, now: SystemTime) -> Result<St
             rows.push(vec![format!("  {}", short(&container.id)), "container".into(), empty(), empty(), state, pid]);
         }
     }
-    Ok(table::render(&["ID", "KIND", "POD", "SANDBOXER", "STATE", "PID", "AGE", "NAMESPACE"], &rows))
+    let mut text = table::render(&["ID", "KIND", "POD", "SANDBOXER", "STATE", "PID", "AGE", "NAMESPACE"], &rows);
+    if !aside.is_empty() {
+        text.push_str("\nNobody looks after these; kuasarctl check tells what to do:\n");
+        text.push_str(&table::render(&["ID", "STATE", "NAMESPACE", "PROCESSES", "WHY"], &aside));
+    }
+    Ok(text)
+}
+
+fn set_aside(id: &str, namespace: String, state: Other) -> Vec<String> {
+    let Other::SetAside { why, processes, unknown } = state;
+    let processes = match (processes, unknown) {
+        (Some(pids), _) => table::pids(&pids),
+        (None, why) => why.unwrap_or_else(|| "?".to_owned()),
+    };
+    vec![id.to_owned(), "set aside".to_owned(), namespace, processes, why]
 }
 
 fn sandbox_state(state: SandboxState) -> (String, String) {
@@ -126,6 +157,21 @@ mod tests {
         assert_eq!(lines[2], ["c1", "container", "running", "42"]);
         assert_eq!(lines[3], ["c2", "container", "exited", "(137)", "-"]);
         assert!(render(&list, true, now).unwrap().contains("0123456789abcdef"));
+    }
+
+    #[test]
+    fn what_was_set_aside_stands_below() {
+        let aside = |processes: Value| {
+            let state =
+                json!({ "set_aside": { "why": "it is empty", "directory": "/d", "processes": processes, "unknown": null } });
+            json!({ "spec": { "namespace": "k8s.io", "id": "0123456789abcdef" }, "state": state, "containers": [] })
+        };
+        let text = render(&json!([aside(json!([7, 8])), aside(json!([]))]), false, SystemTime::now()).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[2], "Nobody looks after these; kuasarctl check tells what to do:");
+        let words: Vec<&str> = lines[4].split_whitespace().collect();
+        assert_eq!(words, ["0123456789abc", "set", "aside", "k8s.io", "7,8", "it", "is", "empty"]);
+        assert!(lines[5].contains("k8s.io     none"), "{text}");
     }
 
     #[test]

@@ -25,6 +25,20 @@ pub(crate) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     out
 }
 
+/// As many digits as crictl and docker show.
+const SHORT_ID: usize = 13;
+
+/// An id, or the beginning of it.
+pub(crate) fn short(id: &str, full: bool) -> String {
+    if full { id.to_owned() } else { id.chars().take(SHORT_ID).collect() }
+}
+
+/// Process ids in one cell.
+pub(crate) fn pids(pids: &[u32]) -> String {
+    let text: Vec<_> = pids.iter().map(u32::to_string).collect();
+    if text.is_empty() { "none".to_owned() } else { text.join(",") }
+}
+
 /// Names come from pod authors: no cell may move the cursor.
 pub(crate) fn printable(cell: &str) -> String {
     cell.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
