@@ -32,7 +32,11 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{process::Tracked, program::InitProgram, sys, sysctl};
+use crate::{
+    process::{Tracked, command_lines},
+    program::InitProgram,
+    sys, sysctl,
+};
 
 /// The longest host name (uname(2)).
 const HOST_NAME_MAX: usize = 64;
@@ -245,26 +249,25 @@ impl Namespaces {
     }
 }
 
+/// A process with this command line, if it is process 1 of a pod whose own directory is below `root`, with that directory.
+pub(crate) fn init(pid: u32, command: &[u8], root: &Path) -> Result<Option<(Tracked, PathBuf)>> {
+    let mut arguments = command.split(|byte| *byte == 0);
+    if arguments.next() != Some(b"kuasar-init") {
+        return Ok(None);
+    }
+    let label = arguments.find_map(|argument| argument.strip_prefix(b"init="));
+    let dir = label.map(|label| Path::new(std::ffi::OsStr::from_bytes(label))).filter(|dir| dir.starts_with(root));
+    let Some(dir) = dir else { return Ok(None) };
+    Ok(Tracked::open(pid)?.map(|process| (process, dir.to_owned())))
+}
+
 /// The live processes 1 of pods whose own directories are below `root`, each with that directory.
 pub(crate) fn inits(root: &Path) -> Result<Vec<(Tracked, PathBuf)>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").map_err(Error::io("list", "/proc"))? {
-        let Ok(entry) = entry else { continue };
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // Whatever cannot be read has just ended, or is none of ours.
-        let Ok(command) = fs::read(entry.path().join("cmdline")) else { continue };
-        let mut arguments = command.split(|byte| *byte == 0);
-        if arguments.next() != Some(b"kuasar-init") {
-            continue;
-        }
-        let label = arguments.find_map(|argument| argument.strip_prefix(b"init="));
-        let Some(dir) = label.map(|label| Path::new(std::ffi::OsStr::from_bytes(label)).to_owned()) else { continue };
-        if dir.starts_with(root)
-            && let Some(process) = Tracked::open(pid)?
-        {
-            found.push((process, dir));
-        }
-    }
+    command_lines(|pid, command| {
+        found.extend(init(pid, command, root)?);
+        Ok(())
+    })?;
     Ok(found)
 }
 

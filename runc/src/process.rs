@@ -1,7 +1,8 @@
 //! A process of this node that we answer for, whoever its parent is.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io::{self, Read},
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     time::Duration,
@@ -31,6 +32,9 @@ const REAPING: Duration = Duration::from_secs(2);
 /// How long the keeper may take to tell of an exit that it has seen.
 const TELLING: Duration = Duration::from_secs(1);
 
+/// How much of a command line is looked at, in bytes: more than we give to any program we start.
+const COMMAND_LINE: usize = 32 << 10;
+
 /// What tells a process from a later one of the same pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
@@ -46,6 +50,22 @@ struct Stat {
     zombie: bool,
     /// As wait(2) gives it; only for a zombie, and 0 without the right to trace it.
     wait_status: i32,
+}
+
+/// Shows every process of this host, by pid and the beginning of its command line, whose arguments end with a zero each. Whatever
+/// cannot be read has just ended, and is left out.
+pub(crate) fn command_lines(mut visit: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<()> {
+    // There may be thousands, and this is done before a new daemon serves: one buffer, and no question for the size of what has none.
+    let mut buffer = vec![0; COMMAND_LINE];
+    for entry in fs::read_dir("/proc").map_err(Error::io("list", "/proc"))? {
+        let name = entry.map_err(Error::io("list", "/proc"))?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Ok(length) = File::open(format!("/proc/{pid}/cmdline")).and_then(|mut file| file.read(&mut buffer)) else {
+            continue;
+        };
+        visit(pid, &buffer[..length])?;
+    }
+    Ok(())
 }
 
 impl Stat {

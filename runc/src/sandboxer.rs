@@ -66,7 +66,11 @@ impl RuncSandboxer {
     /// [`Error::Unavailable`] when it is missing or too old.
     pub async fn open(config: RuncConfig, reaper: Reaper, fds: &FdStore) -> Result<Self> {
         let (runtime, remembered) = Runtime::find_again(&config.runtime, &reaper, fds).await?;
-        Ok(Self { _remembered: remembered, ..Self::new(config, runtime, reaper) })
+        let opened = Self { _remembered: remembered, ..Self::new(config, runtime, reaper) };
+        // Needed before anything is recovered, and it can go on beside what is done until then. Whoever needs it hears why it failed.
+        let inner = opened.inner.clone();
+        tokio::spawn(async move { inner.strays().await.is_ok() });
+        Ok(opened)
     }
 
     /// With a runtime that has been found already.
@@ -140,7 +144,7 @@ impl Inner {
         Arc::new(RuncSandbox::new(pod))
     }
 
-    /// OCI runtimes that an earlier daemon has called.
+    /// What ran when this daemon started.
     async fn strays(&self) -> Result<&Strays> {
         self.strays.get_or_try_init(async || Strays::find(&self.config.root)).await
     }
@@ -240,8 +244,8 @@ impl Sandboxer for RuncSandboxer {
 
     async fn leftovers(&self, known: &Known) -> Result<Vec<Leftover>> {
         let inner = &self.inner;
-        // Before this daemon calls one.
-        inner.strays().await?;
+        // Before this daemon calls an OCI runtime.
+        let strays = inner.strays().await?;
         let root = &inner.config.root;
         let mut found = Vec::new();
         for namespace in names(root)?.iter().filter_map(|name| name.parse::<Namespace>().ok()) {
@@ -270,7 +274,7 @@ impl Sandboxer for RuncSandboxer {
             }
         }
         // Started just before a daemon died, before its directory was made or after it was removed.
-        for (init, dir) in namespaces::inits(root)? {
+        for (init, dir) in strays.inits(root)? {
             let Some(key) = sandbox_of(&dir).filter(|key| !matches!(known.get(key), Some(None))) else { continue };
             if !dir.exists() {
                 let what = format!("process {}, the first of a sandbox at {}", init.identity().pid, dir.display());

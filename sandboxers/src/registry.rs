@@ -6,7 +6,7 @@ use std::{
     path::Path,
     str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::future::join_all;
@@ -15,7 +15,7 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     contract::{Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// How long after a recovery requests that the daemon before has not answered may still be repeated: they are at once.
-const REPEATED: Duration = Duration::from_secs(20);
+const REPEATED: Duration = Duration::from_secs(5);
 
 /// The stage after a backend's own ones.
 pub(crate) const SAVE: &str = "save the state";
@@ -303,6 +303,7 @@ impl Registry {
     /// # Errors
     /// When the state directory cannot be read at all.
     pub async fn recover(&self) -> Result<Recovery> {
+        let begun = Instant::now();
         let loaded = self.store().load()?;
         let mut known = Known::new();
         for (file, why) in &loaded.set_aside {
@@ -328,7 +329,8 @@ impl Registry {
         let recovered: Vec<_> = loaded.records.into_iter().map(|record| self.begin_recovery(record)).collect();
         let (fds, set_aside) = (self.0.fds.clone(), !loaded.set_aside.is_empty());
         Ok(Recovery(tokio::spawn(async move {
-            join_all(recovered).await;
+            let count = join_all(recovered).await.len();
+            info!(sandboxes = count, milliseconds = begun.elapsed().as_millis(), "recovered what the daemon before has left");
             join_all(leftovers.into_iter().map(remove_leftover)).await;
             for dir in loaded.unsaved {
                 info!(dir = %dir.display(), "removing a sandbox that was never made");
@@ -366,7 +368,7 @@ impl Registry {
             let containers: Vec<_> = record.containers.iter().map(|container| container.head.id.clone()).collect();
             match registry.recover_sandbox(record).await {
                 Ok(owner) => {
-                    info!(sandbox_id = %key.1, "recovered a sandbox");
+                    debug!(sandbox_id = %key.1, "recovered a sandbox");
                     for lost in containers.iter().filter(|id| !owner.containers.contains_key(*id)) {
                         registry.forget_container(&key.0, lost);
                     }

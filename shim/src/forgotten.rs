@@ -44,6 +44,9 @@ use crate::{
 /// How long containerd may take to answer, and a sandbox to tell its state.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// Which part of the interval passes before the first look.
+const FIRST: u32 = 5;
+
 /// Looks between two in which sandboxes with containers are compared, too.
 const QUICK: usize = 11;
 
@@ -51,8 +54,11 @@ const QUICK: usize = 11;
 pub async fn collect(containerd: PathBuf, memory: PathBuf, registry: Registry, calls: Calls, interval: Duration) {
     let eyes = Eyes::new(containerd, memory);
     let mut collector = Collector { eyes, registry, calls, quick: 0, missing: BTreeSet::new() };
+    // Soon for the first time: while there are sandboxes that containerd lists, it shows that it is the one that is to be believed.
+    let mut pause = interval / FIRST;
     loop {
-        sleep(interval).await;
+        sleep(pause).await;
+        pause = interval;
         if let Err(error) = collector.look().await {
             // containerd is away: nothing is known, so nothing is forgotten. It may come back with less than it had.
             collector.missing.clear();

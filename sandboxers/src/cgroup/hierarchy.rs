@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 use tracing::debug;
@@ -53,6 +53,12 @@ impl Hierarchy {
     /// [`Error::Unsupported`] when none is mounted.
     pub fn of_host() -> Result<&'static Self> {
         static FOUND: OnceLock<Hierarchy> = OnceLock::new();
+        static SEARCH: Mutex<()> = Mutex::new(());
+        if let Some(found) = FOUND.get() {
+            return Ok(found);
+        }
+        // The table of a busy node is long; one thread reads it and the others wait.
+        let _searching = SEARCH.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = FOUND.get() {
             return Ok(found);
         }
