@@ -76,7 +76,7 @@ conformance_of() {
 chaos() { stage "chaos-${SANDBOXER:-kuasar-runc}" chaos_of "${SANDBOXER:-kuasar-runc}"; }
 
 chaos_of() {
-    local quick=(--minutes 0.5 --pods 5 --containers 20 --serving-pods 15 --serving-kills 8)
+    local quick=(--minutes 0.5 --pods 5 --containers 20 --serving-pods 15 --serving-kills 8 --upgrades 6)
     KUASAR_BIN_DIR=$bin "$bin/kuasar-chaos" --sandboxer "$1" "${quick[@]}" --out "$target/chaos" --results "$KUASAR_RESULTS"
 }
 

@@ -29,6 +29,7 @@ pub mod failures;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 pub mod fdstore;
+pub mod format;
 pub mod handle;
 pub mod id;
 pub mod lifecycle;

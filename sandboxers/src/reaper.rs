@@ -70,7 +70,7 @@ impl FromStr for Mark {
 }
 
 /// How a process has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
     /// The pid it had.
     pub pid: u32,

@@ -1,5 +1,8 @@
 //! `kuasar.v1.Admin`: what kuasarctl asks. Answers are JSON documents.
 
+use std::path::PathBuf;
+
+use futures::future::join_all;
 use kuasar_sandboxers::{
     Error, Result,
     collect::SetAside,
@@ -14,8 +17,10 @@ use crate::{
     calls::Calls,
     gc::Gc,
     inspect,
-    proto::admin::{Document, GcRequest, InspectRequest, ListRequest, VersionRequest, admin_server},
+    keeper::worker::Keeper,
+    proto::admin::{Document, GcRequest, InspectRequest, ListRequest, UpgradeRequest, VersionRequest, admin_server},
     status::IntoStatus,
+    upgrade::Upgrades,
 };
 
 /// The service.
@@ -24,13 +29,26 @@ pub struct Admin {
     registry: Registry,
     calls: Calls,
     gc: Gc,
+    upgrades: Option<Upgrades>,
 }
 
 impl Admin {
     /// A service over `registry`.
     #[must_use]
-    pub fn new(registry: Registry, calls: Calls, gc: Gc) -> Self {
-        Self { registry, calls, gc }
+    pub fn new(registry: Registry, calls: Calls, gc: Gc, upgrades: Option<Upgrades>) -> Self {
+        Self { registry, calls, gc, upgrades }
+    }
+
+    /// What tells one daemon and its program from another.
+    fn identity(&self) -> Map<String, Value> {
+        let mut identity = Map::new();
+        identity.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+        identity.insert("pid".into(), std::process::id().into());
+        if let Some(upgrades) = &self.upgrades {
+            identity.insert("keeper_pid".into(), Keeper::pid().into());
+            identity.insert("upgrade".into(), json!(upgrades.last()));
+        }
+        identity
     }
 }
 
@@ -38,8 +56,9 @@ impl Admin {
 async fn sandboxes(registry: Registry, namespace: String) -> Result<Vec<SandboxStatus>> {
     let wanted = |sandbox: &SandboxHandle| namespace.is_empty() || sandbox.namespace.as_str() == namespace;
     let mut found = Vec::new();
-    for sandbox in registry.list().into_iter().filter(wanted) {
-        match sandbox.status().await {
+    let asked = registry.list().into_iter().filter(wanted).map(|sandbox| async move { sandbox.status().await });
+    for status in join_all(asked).await {
+        match status {
             Ok(status) => found.push(status),
             // Deleted meanwhile.
             Err(Error::NotFound { .. }) => {}
@@ -114,11 +133,21 @@ impl admin_server::Admin for Admin {
             let capabilities = self.registry.capabilities(&name).grpc()?;
             sandboxers.insert(name, json!({ "technique": capabilities.technique, "features": capabilities.features }));
         }
-        document(&json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "pid": std::process::id(),
-            "sandboxers": sandboxers,
-        }))
+        let mut answer = self.identity();
+        answer.insert("sandboxers".into(), sandboxers.into());
+        document(&answer)
+    }
+
+    async fn upgrade(&self, request: Request<UpgradeRequest>) -> Result<Response<Document>, Status> {
+        let binary = Some(request.into_inner().binary).filter(|binary| !binary.is_empty()).map(PathBuf::from);
+        let why = || "this daemon has no keeper that could replace it".into();
+        let upgrades =
+            self.upgrades.as_ref().ok_or_else(|| Error::Unsupported { operation: "an upgrade", why: why() }).grpc()?;
+        let mut answer = self.identity();
+        let (id, binary) = upgrades.begin(binary).grpc()?;
+        answer.insert("id".into(), id.into());
+        answer.insert("binary".into(), json!(binary));
+        document(&answer)
     }
 
     async fn gc(&self, request: Request<GcRequest>) -> Result<Response<Document>, Status> {

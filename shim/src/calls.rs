@@ -27,6 +27,8 @@ struct Inner {
     workers: Handle,
     tracker: TaskTracker,
     stopping: CancellationToken,
+    /// Cancelled by the end of [`Calls::wait_unless_stopped`].
+    parting: CancellationToken,
     begun: Notify,
     running: Mutex<Running>,
 }
@@ -82,6 +84,7 @@ impl Calls {
             workers,
             tracker: TaskTracker::new(),
             stopping: CancellationToken::new(),
+            parting: CancellationToken::new(),
             begun: Notify::new(),
             running: Mutex::default(),
         }))
@@ -131,10 +134,10 @@ impl Calls {
         result
     }
 
-    /// Like [`Calls::wait`], for clients that ask again: ends at the beginning of a shutdown too.
+    /// Like [`Calls::wait`], for clients that ask again: ends with [`Calls::part`] and [`Calls::stop`], too.
     ///
     /// # Errors
-    /// As [`Calls::wait`], and [`Error::Unavailable`] during a shutdown.
+    /// As [`Calls::wait`], and [`Error::Unavailable`] then.
     pub async fn wait_unless_stopped<T>(
         &self,
         name: &'static str,
@@ -143,7 +146,7 @@ impl Calls {
     ) -> Result<T> {
         tokio::select! {
             result = self.wait(name, subject, work) => result,
-            () = self.0.stopping.cancelled() => Err(stopping()),
+            () = self.0.parting.cancelled() => Err(stopping()),
         }
     }
 
@@ -155,10 +158,16 @@ impl Calls {
     /// Refuses calls from now on.
     pub fn stop(&self) {
         self.0.stopping.cancel();
+        self.part();
+    }
+
+    /// Ends waits of clients that ask again. Calls that come are still run; before [`Calls::drain`] there must be none any more.
+    pub fn part(&self) {
+        self.0.parting.cancel();
         self.0.tracker.close();
     }
 
-    /// After [`Calls::stop`]: lets what runs finish, and says what did not within the limit, one line for each.
+    /// After [`Calls::stop`] or [`Calls::part`]: lets what runs finish, and says what did not within the limit, one line for each.
     pub async fn drain(&self, limit: Duration) -> Vec<String> {
         if tokio::time::timeout(limit, self.0.tracker.wait()).await.is_ok() {
             return Vec::new();

@@ -34,3 +34,4 @@ pub mod status;
 pub mod streaming;
 pub mod sys;
 pub mod task;
+pub mod upgrade;

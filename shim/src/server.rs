@@ -1,7 +1,8 @@
 //! The daemon's sockets: claimed, bound, served, drained.
 //!
 //! ```text
-//!   claim the state directory ─▶ bind both sockets ─▶ (recover) ─▶ serve ─▶ stop: refuse, drain, publish, unlink
+//!   claim the state directory ─▶ bind both sockets ─▶ (recover) ─▶ serve ─┬▶ stop: refuse, drain, publish, unlink
+//!                                                                         └▶ leave for another worker: drain
 //! ```
 //!
 //! Sockets are bound before sandboxes are recovered, so that a client that comes early waits instead of failing.
@@ -29,7 +30,7 @@ use tokio::{
     net::UnixListener,
     runtime::{Handle, RuntimeFlavor},
     sync::mpsc::UnboundedReceiver,
-    task::yield_now,
+    task::{JoinHandle, yield_now},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -46,8 +47,9 @@ use crate::{
     sys,
     task::{
         TaskService,
-        connection::{self, Acceptor, Kept, Source},
+        connection::{self, Acceptor, Hush, Kept, Source},
     },
+    upgrade::Upgrades,
 };
 
 /// The gRPC socket's name in the state directory.
@@ -69,6 +71,8 @@ const TASK_CONNECTIONS: (u64, u64) = (64, 8192);
 const TIDY: Duration = Duration::from_secs(2);
 /// How long answers that are ready may take to leave at a shutdown.
 const FLUSH: Duration = Duration::from_secs(2);
+/// How long Task requests may take to finish before another worker takes over; those that do not are begun again there.
+const HAND_OVER: Duration = Duration::from_secs(5);
 
 /// A state directory that is this daemon's alone for as long as this lives. Its sockets go with it.
 #[derive(Debug)]
@@ -107,6 +111,8 @@ pub struct Parts {
     pub workers: Handle,
     /// containerd's gRPC socket.
     pub containerd: PathBuf,
+    /// Who takes upgrades on, where there is a keeper.
+    pub upgrades: Option<Upgrades>,
     /// How long operations may take to finish after a stop.
     pub grace: Duration,
     /// How often to look for sandboxes that containerd has forgotten.
@@ -251,16 +257,28 @@ impl Drop for StateDir {
     }
 }
 
-/// Serves until `stop`, then lets operations finish, and says in the log which did not.
+/// Why [`serve`] has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// It was stopped: nothing is in flight any more.
+    Stopped,
+    /// Another worker is to take over. The process has to end as it is: what it has open is not its own any more.
+    Left,
+}
+
+/// Serves until `stop`, then lets operations finish, and says in the log which did not; or until it is to leave for another worker.
 ///
 /// # Errors
 /// [`Error::Invalid`] on any but a current-thread runtime, where streams would lose their order (see [`connection`]);
 /// [`Error::Failed`] when the gRPC server breaks down.
-pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: CancellationToken) -> Result<()> {
+pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: CancellationToken) -> Result<Served> {
     if Handle::current().runtime_flavor() != RuntimeFlavor::CurrentThread {
         return Err(Error::invalid("runtime", "sockets are to be served on a current-thread runtime"));
     }
-    let Parts { registry, hub, events, workers, containerd, grace, look_interval } = parts;
+    let Parts { registry, hub, events, workers, containerd, upgrades, grace, look_interval } = parts;
+    let (hush, leave) = (Hush::default(), upgrades.as_ref().map(Upgrades::leave).unwrap_or_default());
+    // No more gRPC connections or calls on them.
+    let parted = CancellationToken::new();
     let calls = Calls::new(workers);
     let silence = CancellationToken::new();
     let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
@@ -274,7 +292,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let task_limit = task_connections();
     let source = match sockets.task {
         TaskSocket::Ours(listener) => Source::Listener(Acceptor::new(listener, task_limit)),
-        TaskSocket::Kept(keeper, connections) => Source::Keeper(Kept::new(keeper, connections, task_limit)),
+        TaskSocket::Kept(keeper, connections) => Source::Keeper(Kept::new(keeper, connections, hush.clone(), task_limit)),
     };
     let tasks = tokio::spawn(connection::serve(source, task, hub, stop.clone()));
 
@@ -286,14 +304,20 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let controller = Controller::new(registry.clone(), calls.clone(), &state.path.join(TASK_SOCKET));
     let control = tonic::transport::Server::builder()
         .add_service(ControllerServer::new(controller))
-        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone(), gc)))
-        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone(), gc, upgrades)))
+        .serve_with_incoming_shutdown(incoming, parted.clone().cancelled_owned());
     let mut control = tokio::spawn(control);
 
     let broken = tokio::select! {
         () = stop.cancelled() => None,
         ended = &mut control => Some(ended),
+        () = leave.cancelled() => {
+            parted.cancel();
+            hand_over(&calls, control, &hush, &registry, grace).await;
+            return Ok(Served::Left);
+        }
     };
+    parted.cancel();
     info!("stopping: no more calls; containers keep running");
     stop.cancel();
     calls.stop();
@@ -313,10 +337,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
             Err(_) => warn!("{what} did not end in time"),
         }
     }
-    // Answers pass through a few tasks on this thread before they are in their sockets; each gets its turns.
-    for _ in 0..64 {
-        yield_now().await;
-    }
+    settle().await;
     let ended = match broken {
         Some(ended) => Some(ended),
         None => timeout(FLUSH, control).await.inspect_err(|_| warn!("the gRPC server did not end in time")).ok(),
@@ -324,7 +345,34 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     match ended {
         Some(Ok(Err(error))) => Err(Error::failed("serve gRPC")(error)),
         Some(Err(error)) => Err(Error::failed("serve gRPC")(error)),
-        Some(Ok(Ok(()))) | None => Ok(()),
+        Some(Ok(Ok(()))) | None => Ok(Served::Stopped),
+    }
+}
+
+/// Finishes what is in flight without refusing anything: what comes meanwhile waits in the sockets, which stay open.
+///
+/// gRPC first, while Task requests are still read, because those calls cannot be begun again by another worker and some take long.
+async fn hand_over<T>(calls: &Calls, control: JoinHandle<T>, hush: &Hush, registry: &Registry, grace: Duration) {
+    calls.part();
+    if timeout(grace, control).await.is_err() {
+        warn!("gRPC calls did not finish in time");
+    }
+    hush.begin();
+    settle().await;
+    for call in calls.drain(HAND_OVER).await {
+        info!(call, "a call is left to the next worker");
+    }
+    for sandbox in registry.drain(HAND_OVER).await {
+        info!(sandbox_id = %sandbox, "an operation of a sandbox is left to the next worker");
+    }
+    settle().await;
+    info!("leaving");
+}
+
+/// Requests and answers pass through a few tasks on this thread; each gets its turns.
+async fn settle() {
+    for _ in 0..64 {
+        yield_now().await;
     }
 }
 

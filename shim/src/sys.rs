@@ -62,11 +62,21 @@ pub fn tune_allocator() {
 pub fn take_inherited(variable: &str, number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: no other thread exists that could read the environment at the same time.
     unsafe { env::remove_var(variable) };
+    own_inherited(number)
+}
+
+/// Takes a descriptor that whoever was this process before has left open, and lets it not be inherited any further.
+///
+/// To be called once for each descriptor.
+///
+/// # Errors
+/// When there is no such descriptor.
+pub fn own_inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_GETFD only looks whether the number is in use.
     if number < 3 || unsafe { libc::fcntl(number, libc::F_GETFD) } == -1 {
         return Err(io::ErrorKind::NotFound.into());
     }
-    // SAFETY: it is open, and nobody in this process has opened it: the parent says that it is ours.
+    // SAFETY: it is open, and nobody in this process has opened it: whoever has left it says that it is ours.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)?;
     Ok(descriptor)
@@ -125,6 +135,37 @@ pub fn reset_peek_offset(socket: impl AsFd) -> io::Result<()> {
 pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// Lets go of the pages of this program and its libraries that are as in their files. What is needed is read again, from the page cache;
+/// the rest was needed once, to start: for a process that does little that is most of what it takes.
+pub fn forget_program() {
+    // SAFETY: the callback has the right type, and takes no data.
+    unsafe { libc::dl_iterate_phdr(Some(forget_object), std::ptr::null_mut()) };
+}
+
+/// For one program or library (dl_iterate_phdr(3)).
+unsafe extern "C" fn forget_object(info: *mut libc::dl_phdr_info, _: libc::size_t, _: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: the loader calls this with a valid object.
+    let info = unsafe { &*info };
+    // SAFETY: so many headers are there.
+    let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+    let page = 4096;
+    // What was writable at any time, as tables that the loader has filled in, would be lost.
+    let clean = headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0);
+    for header in clean {
+        let (start, end) = (info.dlpi_addr + header.p_vaddr, info.dlpi_addr + header.p_vaddr + header.p_memsz);
+        let (start, end) = (start.next_multiple_of(page), end / page * page);
+        if start < end
+            && let (Ok(start), Ok(length)) = (usize::try_from(start), usize::try_from(end - start))
+        {
+            // SAFETY: a private mapping of a file that nobody has written to is the same when it is read again. That the file changes
+            // under a program that runs is prevented by the kernel (ETXTBSY) or by whoever installs libraries by rename.
+            // A failure changes nothing.
+            unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(start), length, libc::MADV_DONTNEED) };
+        }
+    }
+    0
 }
 
 /// Gives memory that is free inside glibc's heap back to the kernel. Creating a container parses documents of some hundred

@@ -8,7 +8,9 @@ use std::{
     sync::LazyLock,
 };
 
-use kuasar_shim::proto::admin::{Document, GcRequest, InspectRequest, ListRequest, VersionRequest, admin_server};
+use kuasar_shim::proto::admin::{
+    Document, GcRequest, InspectRequest, ListRequest, UpgradeRequest, VersionRequest, admin_server,
+};
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -188,7 +190,22 @@ impl admin_server::Admin for Fake {
     }
 
     async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {
-        document(&json!({ "version": "9.9.9", "pid": 42, "sandboxers": { "kuasar-runc": { "technique": "runc 1.3.5" } } }))
+        document(&json!({
+            "version": "9.9.9",
+            "pid": 42,
+            "keeper_pid": 41,
+            "upgrade": { "id": "7", "error": null },
+            "sandboxers": { "kuasar-runc": { "technique": "runc 1.3.5" } },
+        }))
+    }
+
+    async fn upgrade(&self, request: Request<UpgradeRequest>) -> Result<Response<Document>, Status> {
+        let binary = match request.into_inner().binary {
+            binary if binary.ends_with("/none") => return Err(Status::invalid_argument("invalid binary: there is none")),
+            binary if binary.is_empty() => "/usr/bin/kuasard".into(),
+            binary => binary,
+        };
+        document(&json!({ "version": "9.9.8", "pid": 40, "id": "7", "binary": binary }))
     }
 }
 
@@ -218,7 +235,12 @@ fn the_daemon_is_asked() {
     assert_eq!(serde_json::from_str::<Value>(&prints(&["gc", "--dry-run", "--json"])).unwrap()["dry_run"], true);
     assert!(refuses(&["gc"]).contains("nobody listens"));
     let version = prints(&["version"]);
-    assert!(version.contains("9.9.9 (process 42)") && version.contains("runc 1.3.5"), "{version}");
+    assert!(version.contains("9.9.9 (keeper 41, worker 42)") && version.contains("runc 1.3.5"), "{version}");
     let version: Value = serde_json::from_str(&prints(&["version", "--json"])).unwrap();
     assert_eq!(version["daemon"]["version"], "9.9.9");
+    let upgraded = prints(&["upgrade"]);
+    assert!(upgraded.starts_with("kuasard 9.9.8 (process 40) is now 9.9.9 (process 42), /usr/bin/kuasard,"), "{upgraded}");
+    let upgraded: Value = serde_json::from_str(&prints(&["upgrade", "--json", "--binary", "/new"])).unwrap();
+    assert_eq!(upgraded["before"]["binary"], "/new");
+    assert_eq!(refuses(&["upgrade", "--binary", "/none"]), "kuasarctl: kuasard refused: invalid binary: there is none\n");
 }

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -22,6 +22,7 @@ use crate::cri;
 use crate::leak::census;
 use crate::process::{self, Daemon};
 use crate::scratch::Scratch;
+use crate::systemd::Supervisor;
 use crate::{tools, wait};
 
 const START: Duration = Duration::from_secs(30);
@@ -58,6 +59,7 @@ pub struct Kuasard {
     state: PathBuf,
     root: PathBuf,
     log: PathBuf,
+    supervisor: Option<Supervisor>,
     daemon: Option<Daemon>,
 }
 
@@ -86,6 +88,7 @@ impl Kuasard {
             state: scratch.run().join("kuasar"),
             root: scratch.root().join("kuasar"),
             log: scratch.dir().join("kuasard.log"),
+            supervisor: None,
             daemon: None,
         };
         let tables: serde_json::Map<String, Value> =
@@ -123,6 +126,17 @@ impl Kuasard {
     /// Sets a variable of its environment from the next start on.
     pub fn set_env(&mut self, key: &str, value: &Path) {
         self.env.push((key.to_owned(), value.display().to_string()));
+    }
+
+    /// Lets it be a service from the next start on.
+    pub fn supervised_by(&mut self, supervisor: Supervisor) {
+        self.supervisor = Some(supervisor);
+    }
+
+    /// Who supervises it.
+    #[must_use]
+    pub fn supervisor(&self) -> Option<&Supervisor> {
+        self.supervisor.as_ref()
     }
 
     /// The keeper's pid, while it runs.
@@ -165,7 +179,10 @@ impl Kuasard {
     /// # Errors
     /// It ends, or does not accept in time; the error carries the end of its log.
     pub async fn start(&mut self) -> Result<()> {
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.supervisor {
+            Some(supervisor) => supervisor.command(&self.program)?,
+            None => Command::new(&self.program),
+        };
         command.arg("--config").arg(&self.config).arg("--state").arg(&self.state).arg("--root").arg(&self.root);
         command.envs(self.env.iter().cloned());
         let daemon = self.daemon.insert(Daemon::spawn("kuasard", command, &self.log)?);
@@ -252,6 +269,20 @@ impl Kuasard {
             killed.pid,
             self.log_tail()
         )
+    }
+
+    /// Lets `kuasarctl` replace it by another program, while it runs; by default by what is installed where it was started from. What
+    /// kuasarctl says is JSON.
+    ///
+    /// # Errors
+    /// kuasarctl cannot be run.
+    pub async fn upgrade(&self, binary: Option<&Path>) -> Result<Output> {
+        let mut command = tokio::process::Command::new(tools::ours("kuasarctl")?);
+        command.arg("--state").arg(&self.state).args(["upgrade", "--json"]);
+        if let Some(binary) = binary {
+            command.arg("--binary").arg(binary);
+        }
+        command.output().await.context("run kuasarctl")
     }
 
     /// Asks for all sandboxes, and returns the pid of who answered.

@@ -65,6 +65,7 @@ pub mod registry;
 pub mod scratch;
 pub mod screen;
 pub mod skip;
+pub mod systemd;
 pub mod tools;
 pub mod wait;
 

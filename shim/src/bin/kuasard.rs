@@ -5,26 +5,30 @@
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
-    io::{self, IsTerminal},
+    fs::File,
+    io::{self, IsTerminal, Read, Seek, Write},
+    os::fd::{AsFd, OwnedFd},
     panic,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use kuasar_sandboxers::{event::EventSink, reaper::Reaper, registry::Registry, stdio::StreamHub};
+use kuasar_sandboxers::{event::EventSink, format, reaper::Reaper, registry::Registry, stdio::StreamHub};
 use kuasar_shim::{
     backends,
     config::{Config, LogLevel},
     keeper::{
-        keep,
+        CONFIG, is_stored, keep,
         worker::{self, Inheritance, Keeper, Parked},
     },
-    server::{LOCK, Parts, StateDir, serve},
+    server::{LOCK, Parts, Served, StateDir, serve},
     sys,
+    upgrade::Upgrades,
 };
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::{
     runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
@@ -75,7 +79,7 @@ fn main() -> ExitCode {
         false => keep().context("the keeper cannot go on"),
         true => {
             sys::tune_allocator();
-            run(&args).map(|()| ExitCode::SUCCESS)
+            run(&args)
         }
     };
     match ended {
@@ -87,14 +91,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
-    let mut inherited = worker::inherit().context("cannot take over from the keeper")?;
-    let path = args.config.clone().unwrap_or_else(Config::default_path);
+fn run(args: &Args) -> Result<ExitCode> {
+    let inherited = worker::inherit().context("cannot take over from the keeper")?;
+    let keeper = inherited.keeper.clone();
+    let served = work(args, inherited);
+    if let Err(error) = &served {
+        // Of interest to an upgrade. The keeper may be why this worker fails.
+        let _ = keeper.failed(&format!("{error:#}"));
+    }
+    served
+}
+
+fn work(args: &Args, mut inherited: Inheritance) -> Result<ExitCode> {
     let state = std::path::absolute(&args.state).with_context(|| format!("cannot use --state {}", args.state.display()))?;
-    let config = Config::load(&path, &state)?;
+    let (config, fresh) = configuration(args, &state, &mut inherited)?;
     log_to_stderr(config.log.level);
     let lock = inherited.parked.remove(LOCK).and_then(|mut parked| parked.pop());
     let state = StateDir::claim_with(&state, lock).map_err(report)?;
+    format::admit(state.path()).map_err(report)?;
     std::fs::create_dir_all(&args.root).with_context(|| format!("cannot create {}", args.root.display()))?;
 
     let workers = Builder::new_multi_thread()
@@ -106,16 +120,58 @@ fn run(args: &Args) -> Result<()> {
         .build()
         .context("cannot start the worker threads")?;
     let faces = Builder::new_current_thread().enable_all().build().context("cannot start the main loop")?;
-    let served = faces.block_on(daemon(config, &state, &workers, inherited));
+    let served = faces.block_on(daemon(config, fresh, &state, &workers, inherited));
+    if matches!(served, Ok(Served::Left)) {
+        // Nothing is closed, removed or given back: it is the next worker's now.
+        std::process::exit(0);
+    }
     // Containers run on; what has not finished by now has been reported.
     workers.shutdown_background();
-    served
+    served.map(|_| ExitCode::SUCCESS)
 }
 
-async fn daemon(config: Config, state: &StateDir, workers: &Runtime, mut inherited: Inheritance) -> Result<()> {
-    let stop = stop_on_signals()?;
+/// What this daemon was told when it started; what is written by now, if it starts, or with the worker of an upgrade. A crash is not to
+/// bring changes that nobody has asked for yet.
+///
+/// The text is what the next worker is to be told, where that is new.
+fn configuration(args: &Args, state: &Path, inherited: &mut Inheritance) -> Result<(Config, Option<String>)> {
+    let kept = inherited.parked.remove(CONFIG).and_then(|mut parked| parked.pop()).filter(|_| !inherited.upgrade);
+    if let Some(kept) = kept {
+        return Ok((kept_configuration(kept).context("cannot read the configuration that the keeper has")?, None));
+    }
+    let path = args.config.clone().unwrap_or_else(Config::default_path);
+    let config = Config::load(&path, state)?;
+    let text = config.to_toml();
+    Ok((config, Some(text)))
+}
+
+fn kept_configuration(kept: OwnedFd) -> Result<Config> {
+    let mut file = File::from(kept);
+    let mut text = String::new();
+    file.rewind()?;
+    file.read_to_string(&mut text)?;
+    Ok(Config::parse(Path::new("kept configuration"), &text)?)
+}
+
+fn keep_configuration(keeper: &Keeper, text: &str) -> io::Result<()> {
+    let mut file = File::from(memfd_create(CONFIG, MemfdFlags::CLOEXEC)?);
+    file.write_all(text.as_bytes())?;
+    keeper.park(CONFIG, &[file.as_fd()])
+}
+
+async fn daemon(
+    config: Config,
+    fresh: Option<String>,
+    state: &StateDir,
+    workers: &Runtime,
+    mut inherited: Inheritance,
+) -> Result<Served> {
     let fds = inherited.fd_store();
-    let Inheritance { keeper, mut parked, exits } = inherited;
+    let Inheritance { keeper, mut parked, exits, upgraded, .. } = inherited;
+    let upgrades = Upgrades::new(keeper.clone(), upgraded);
+    // What a supervisor has stored is for the daemon that it starts next, so it is left as for another worker.
+    let stop = CancellationToken::new();
+    stop_on_signals(if is_stored() { upgrades.leave() } else { stop.clone() })?;
     let hub = StreamHub::default();
     let (sink, events) = EventSink::channel();
     // Among the workers, because owner tasks live where they are made.
@@ -139,9 +195,9 @@ async fn daemon(config: Config, state: &StateDir, workers: &Runtime, mut inherit
         tell.send(Parked { name, descriptors }).context("nobody takes connections")?;
     }
     tokio::spawn({
-        let (keeper, stop) = (keeper.clone(), stop.clone());
+        let (keeper, stop, upgrades) = (keeper.clone(), stop.clone(), upgrades.clone());
         async move {
-            let error = keeper.listen(&reaper, &tell).await;
+            let error = keeper.listen(&reaper, &tell, |outcome| upgrades.note(outcome)).await;
             if !stop.is_cancelled() {
                 error!(%error, "cannot go on without the keeper: stopping");
                 stop.cancel();
@@ -167,20 +223,27 @@ async fn daemon(config: Config, state: &StateDir, workers: &Runtime, mut inherit
         events,
         workers: workers.handle().clone(),
         containerd: config.containerd.address,
+        upgrades: Some(upgrades),
         grace: GRACE,
         look_interval: LOOK_INTERVAL,
     };
     info!(state = %state.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
     keeper.ready().context("cannot tell the keeper")?;
+    // Not before it is known to work.
+    if let Some(text) = fresh {
+        keep_configuration(&keeper, &text).context("cannot leave the configuration with the keeper")?;
+    }
+    // There is no way back to a program that could not read what this one writes.
+    if let Err(error) = format::note(state.path()) {
+        warn!(error = error.report(), "cannot say in which format the state directory is");
+    }
     serve(state, sockets, parts, stop).await.map_err(report)
 }
 
-/// Cancelled by SIGTERM or SIGINT. A second one ends the process at once.
-fn stop_on_signals() -> Result<CancellationToken> {
+/// Cancels by SIGTERM or SIGINT. A second one ends the process at once.
+fn stop_on_signals(stop: CancellationToken) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    let stop = CancellationToken::new();
-    let token = stop.clone();
     tokio::spawn(async move {
         for first in [true, false] {
             tokio::select! {
@@ -188,14 +251,14 @@ fn stop_on_signals() -> Result<CancellationToken> {
                 _ = interrupt.recv() => {}
             }
             if first {
-                token.cancel();
+                stop.cancel();
             } else {
                 warn!("told to stop again: not waiting for calls");
                 std::process::exit(0);
             }
         }
     });
-    Ok(stop)
+    Ok(())
 }
 
 /// An error of the contract, with all its causes in one line.

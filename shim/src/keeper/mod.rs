@@ -13,12 +13,20 @@
 //! It is the child subreaper: a container's first process becomes its child when the OCI runtime exits, whatever has become of the
 //! worker. It remembers how its children ended, by pid *and start time*, because pids are reused.
 //!
+//! An upgrade is the same hand-over on purpose: the worker finishes what it is about and leaves, one of the new program takes its place,
+//! and when that serves, the keeper itself becomes the new program ([`succession`]). A worker that does not get ready is replaced by
+//! one of the old program, which is still at hand whatever has become of its file.
+//!
 //! The keeper's own death ends the worker too; containers run on, and the next daemon finds them by their state. Under [`systemd`] it
 //! finds what was parked as well, so containerd does not notice.
 
 mod parent;
+mod succession;
 mod systemd;
 pub mod wire;
 pub mod worker;
 
-pub use self::parent::keep;
+pub use self::{parent::keep, systemd::is_stored};
+
+/// The name under which the worker's configuration is parked.
+pub const CONFIG: &str = "config";

@@ -5,17 +5,25 @@
 
 use std::{
     collections::BTreeMap,
-    io,
+    env, io,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
 use sd_notify::NotifyState;
 
+use super::CONFIG;
 use crate::sys;
 
 /// The longest name that systemd takes, in bytes.
 const NAME_LIMIT: usize = 255;
+
+/// Whether what is parked outlives the keeper.
+#[must_use]
+pub fn is_stored() -> bool {
+    // Set for a service of Type=notify. There is no telling whether its unit has room for descriptors; ours has.
+    env::var_os("NOTIFY_SOCKET").is_some()
+}
 
 /// What an earlier keeper has stored, by name. To be called once, while there is one thread.
 pub(super) fn stored() -> BTreeMap<String, Vec<OwnedFd>> {
@@ -29,11 +37,12 @@ pub(super) fn stored() -> BTreeMap<String, Vec<OwnedFd>> {
     numbered.into_iter().map(|(name, descriptors)| (name, descriptors.into_values().collect())).collect()
 }
 
-/// The name of one of the descriptors that are parked together; `None` for what is not stored: what systemd has no name for, and output that
-/// goes through no terminal, which its process holds too and of which there is some for each exec.
+/// The name of one of the descriptors that are parked together; `None` for what is not stored: what systemd has no name for; output that
+/// goes through no terminal, which its process holds too and of which there is some for each exec; and the configuration, which
+/// a restart of the service is to read again.
 fn name_of(name: &str, number: usize) -> Option<String> {
-    let is_output = name.ends_with("/stdout") || name.ends_with("/stderr");
-    Some(format!("{name}#{number}")).filter(|name| !is_output && name.len() <= NAME_LIMIT && !name.contains(':'))
+    let left_out = name.ends_with("/stdout") || name.ends_with("/stderr") || name == CONFIG;
+    Some(format!("{name}#{number}")).filter(|name| !left_out && name.len() <= NAME_LIMIT && !name.contains(':'))
 }
 
 /// Stores what is parked under a name, in place of what was.

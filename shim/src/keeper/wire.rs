@@ -1,9 +1,14 @@
 //! What keeper and worker say to each other: a datagram per message, on a pair of connected sockets.
 
 use std::{
+    ffi::OsString,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
@@ -12,11 +17,14 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
     sendmsg,
 };
+use serde::{Deserialize, Serialize};
 
 /// The longest name, in bytes.
 const NAME_LIMIT: usize = 300;
-/// The longest message: an exit, or a name.
-const SIZE_LIMIT: usize = 1 + NAME_LIMIT;
+/// The longest text, in bytes: a path (PATH_MAX) and the id of an upgrade.
+const TEXT_LIMIT: usize = (4 << 10) + NAME_LIMIT;
+/// The longest message.
+const SIZE_LIMIT: usize = 1 + TEXT_LIMIT;
 /// The most descriptors parked under one name.
 const DESCRIPTORS: usize = 2;
 
@@ -34,13 +42,40 @@ pub enum Message {
     Ready,
     /// To the keeper: the worker still works.
     Alive,
+    /// To the keeper: the worker is about to leave, and a program is to take its place, and the keeper's. To a worker: it is that one.
+    Upgrade {
+        /// Which upgrade this is, for who wants to know what became of it.
+        id: String,
+        /// The program, by its absolute path.
+        binary: PathBuf,
+    },
+    /// To the keeper: why the worker is about to end instead of getting ready.
+    Failed(String),
+    /// To the worker: what became of the last upgrade.
+    Upgraded(Outcome),
     /// To the worker: a process has ended.
     Exit(Ended),
     /// To the worker: all that was parked and all exits have been told.
     Complete,
 }
 
+/// How an upgrade ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Which.
+    pub id: String,
+    /// Why the new program does not serve, or not as keeper; `None` when it does.
+    pub error: Option<String>,
+}
+
 impl Message {
+    /// That a worker fails, in as many words as there is room for.
+    #[must_use]
+    pub fn failed(why: &str) -> Self {
+        let end = (0..=why.len().min(TEXT_LIMIT / 2)).rfind(|end| why.is_char_boundary(*end)).unwrap_or(0);
+        Self::Failed(why[..end].to_owned())
+    }
+
     fn encode(&self) -> Vec<u8> {
         let named = |tag: u8, name: &str| [&[tag], name.as_bytes()].concat();
         match self {
@@ -50,6 +85,11 @@ impl Message {
             Self::Ready => vec![b'r'],
             Self::Alive => vec![b'l'],
             Self::Complete => vec![b'c'],
+            Self::Failed(why) => named(b'f', why),
+            Self::Upgrade { id, binary } => [b"u", id.as_bytes(), b"\0", binary.as_os_str().as_bytes()].concat(),
+            Self::Upgraded(Outcome { id, error }) => {
+                [b"o", id.as_bytes(), b"\0", error.as_deref().unwrap_or_default().as_bytes()].concat()
+            }
             Self::Exit(Ended { pid, start, exit }) => {
                 let at = exit.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
                 let nanoseconds = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
@@ -72,6 +112,18 @@ impl Message {
             b'r' if rest.is_empty() => Self::Ready,
             b'l' if rest.is_empty() => Self::Alive,
             b'c' if rest.is_empty() => Self::Complete,
+            b'f' => Self::Failed(String::from_utf8(rest.to_vec()).ok()?),
+            b'u' | b'o' => {
+                let end = rest.iter().position(|byte| *byte == 0)?;
+                let (id, rest) = (String::from_utf8(rest[..end].to_vec()).ok()?, &rest[end + 1..]);
+                match tag {
+                    b'u' => Self::Upgrade { id, binary: OsString::from_vec(rest.to_vec()).into() },
+                    _ => {
+                        let error = String::from_utf8(rest.to_vec()).ok()?;
+                        Self::Upgraded(Outcome { id, error: Some(error).filter(|error| !error.is_empty()) })
+                    }
+                }
+            }
             b'e' => {
                 let (numbers, []) = rest.as_chunks::<8>() else { return None };
                 let [pid, start, status, at] = *numbers else { return None };
@@ -100,7 +152,7 @@ pub fn send(socket: impl AsFd, message: &Message, descriptors: &[BorrowedFd<'_>]
     }
     let bytes = message.encode();
     if bytes.len() > SIZE_LIMIT {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name is too long"));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name or path is too long"));
     }
     rustix::io::retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(&bytes)], &mut ancillary, flags | SendFlags::NOSIGNAL))?;
     Ok(())
@@ -154,6 +206,10 @@ mod tests {
             Message::Accept("a".into()),
             Message::Ready,
             Message::Complete,
+            Message::Failed("no disk".into()),
+            Message::Upgrade { id: "7".into(), binary: "/usr/bin/kuasard".into() },
+            Message::Upgraded(Outcome { id: "7".into(), error: None }),
+            Message::Upgraded(Outcome { id: "8".into(), error: Some("it is a directory".into()) }),
         ];
         for message in messages.into_iter().chain([Message::Exit(exit)]) {
             let file = std::fs::File::open("/dev/null").unwrap();
@@ -168,8 +224,10 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let (one, _other) = pair();
-        let long = Message::Park("x".repeat(NAME_LIMIT + 1));
+        let long = Message::Park("x".repeat(TEXT_LIMIT + 1));
         assert_eq!(send(&one, &long, &[], SendFlags::empty()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        // What is too long to be told is cut, between characters.
+        send(&one, &Message::failed(&"ä".repeat(SIZE_LIMIT)), &[], SendFlags::empty()).unwrap();
         let many = [one.as_fd(); DESCRIPTORS + 1];
         assert_eq!(send(&one, &Message::Ready, &many, SendFlags::empty()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }

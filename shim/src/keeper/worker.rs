@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::parent_id,
     },
+    path::Path,
     sync::Arc,
 };
 
@@ -21,7 +22,7 @@ use nix::sys::{
 use rustix::net::{RecvFlags, SendFlags};
 use tokio::{io::Interest, sync::mpsc::UnboundedSender};
 
-use super::wire::{self, Message};
+use super::wire::{self, Message, Outcome};
 use crate::sys;
 
 /// The environment variable that makes `kuasard` a worker: the number of the socket's descriptor.
@@ -52,6 +53,10 @@ pub struct Inheritance {
     pub parked: BTreeMap<String, Vec<OwnedFd>>,
     /// Processes that have ended.
     pub exits: Vec<Ended>,
+    /// Whether this is the worker of a new program, which is to be replaced by one of the old if it does not get ready.
+    pub upgrade: bool,
+    /// What became of the last upgrade.
+    pub upgraded: Option<Outcome>,
 }
 
 /// Whether a keeper has started this process.
@@ -75,12 +80,16 @@ pub fn inherit() -> io::Result<Inheritance> {
     // Its successor's worker takes over what there is; two at the same work would spoil it. A keeper that is gone already shows below.
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     let keeper = Keeper(Arc::new(socket));
-    let (mut parked, mut exits) = (BTreeMap::new(), Vec::new());
+    // Whatever link to the program it was started by.
+    prctl::set_name(c"kuasard")?;
+    let (mut parked, mut exits, mut upgrade, mut upgraded) = (BTreeMap::new(), Vec::new(), false, None);
     loop {
         match wire::receive(&*keeper.0, RecvFlags::empty())? {
             Some((Message::Park(name), descriptors)) => drop(parked.insert(name, descriptors)),
             Some((Message::Exit(ended), _)) => exits.push(ended),
-            Some((Message::Complete, _)) => return Ok(Inheritance { keeper, parked, exits }),
+            Some((Message::Upgrade { .. }, _)) => upgrade = true,
+            Some((Message::Upgraded(outcome), _)) => upgraded = Some(outcome),
+            Some((Message::Complete, _)) => return Ok(Inheritance { keeper, parked, exits, upgrade, upgraded }),
             Some(_) => {}
             None => return Err(gone()),
         }
@@ -158,6 +167,22 @@ impl Keeper {
         self.tell(&Message::Ready, &[])
     }
 
+    /// Asks to be replaced by a program once this worker has left.
+    ///
+    /// # Errors
+    /// When the keeper is gone.
+    pub fn upgrade(&self, id: &str, binary: &Path) -> io::Result<()> {
+        self.tell(&Message::Upgrade { id: id.to_owned(), binary: binary.to_owned() }, &[])
+    }
+
+    /// Says why this worker is about to end instead of getting ready.
+    ///
+    /// # Errors
+    /// When the keeper is gone.
+    pub fn failed(&self, why: &str) -> io::Result<()> {
+        self.tell(&Message::failed(why), &[])
+    }
+
     /// Says that the worker still works.
     ///
     /// # Errors
@@ -175,7 +200,12 @@ impl Keeper {
     ///
     /// # Errors
     /// Always: why it cannot be heard any more.
-    pub async fn listen(&self, reaper: &Reaper, connections: &UnboundedSender<Parked>) -> io::Error {
+    pub async fn listen(
+        &self,
+        reaper: &Reaper,
+        connections: &UnboundedSender<Parked>,
+        upgraded: impl Fn(Outcome),
+    ) -> io::Error {
         let heard = async {
             let socket = sys::watch(self.0.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
             loop {
@@ -184,6 +214,7 @@ impl Keeper {
                     // Nobody takes connections any more: the daemon is stopping.
                     Some((Message::Park(name), descriptors)) => drop(connections.send(Parked { name, descriptors })),
                     Some((Message::Exit(ended), _)) => reaper.hear(ended),
+                    Some((Message::Upgraded(outcome), _)) => upgraded(outcome),
                     Some(_) => {}
                     None => return Err::<(), _>(gone()),
                 }

@@ -15,7 +15,10 @@ use std::{
     io,
     os::fd::OwnedFd,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -69,13 +72,31 @@ impl Acceptor {
         let place = self.places.clone().acquire_owned().await.ok();
         loop {
             match self.listener.accept().await {
-                Ok((stream, _)) => return Connection { stream, kept: None, heard: None, _place: place, _guard: None },
+                Ok((stream, _)) => {
+                    return Connection { stream, kept: None, hush: Hush::default(), heard: None, _place: place, _guard: None };
+                }
                 Err(error) => {
                     warn!(%error, "cannot accept a connection; trying again");
                     tokio::time::sleep(PAUSE).await;
                 }
             }
         }
+    }
+}
+
+/// Lets connections be read no more. What is sent to them waits in their sockets for the next worker, and what has been read is still
+/// answered. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Hush(Arc<AtomicBool>);
+
+impl Hush {
+    /// From now on nothing is read.
+    pub fn begin(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -93,14 +114,15 @@ pub enum Source {
 pub struct Kept {
     keeper: Keeper,
     fresh: UnboundedReceiver<Parked>,
+    hush: Hush,
     places: Arc<Semaphore>,
 }
 
 impl Kept {
     /// What comes through `fresh`, at most `limit` at a time.
     #[must_use]
-    pub fn new(keeper: Keeper, fresh: UnboundedReceiver<Parked>, limit: usize) -> Self {
-        Self { keeper, fresh, places: Arc::new(Semaphore::new(limit)) }
+    pub fn new(keeper: Keeper, fresh: UnboundedReceiver<Parked>, hush: Hush, limit: usize) -> Self {
+        Self { keeper, fresh, hush, places: Arc::new(Semaphore::new(limit)) }
     }
 
     /// The next connection; `None` when the keeper is gone.
@@ -113,7 +135,8 @@ impl Kept {
             match take(descriptors) {
                 Ok(Some((stream, left))) => {
                     let kept = Journalled { journal: left.journal, replay: left.replay.into(), _hold: hold };
-                    return Some(Connection { stream, kept: Some(kept), heard: None, _place: place, _guard: None });
+                    let (kept, hush) = (Some(kept), self.hush.clone());
+                    return Some(Connection { stream, kept, hush, heard: None, _place: place, _guard: None });
                 }
                 Ok(None) => debug!(name = hold.name, "a connection with streams ends with its worker"),
                 Err(error) => warn!(%error, name = hold.name, "cannot take over a connection; it is closed"),
@@ -158,6 +181,7 @@ struct Journalled {
 pub struct Connection {
     stream: UnixStream,
     kept: Option<Journalled>,
+    hush: Hush,
     /// Told whenever the peer has sent something.
     heard: Option<watch::Sender<()>>,
     _place: Option<OwnedSemaphorePermit>,
@@ -180,6 +204,10 @@ impl Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.hush.is_on() {
+            // For good: this process is about to end.
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         let Self { stream, kept, heard, .. } = &mut *self;
         let polled = match kept {
@@ -343,7 +371,7 @@ mod tests {
     async fn a_journal_that_does_not_parse_ends_its_connection_and_no_other() {
         let (ours, _keeper) = std::os::unix::net::UnixDatagram::pair().unwrap();
         let (tell, fresh) = tokio::sync::mpsc::unbounded_channel();
-        let mut kept = Kept::new(Keeper::at(ours.into()), fresh, 4);
+        let mut kept = Kept::new(Keeper::at(ours.into()), fresh, Hush::default(), 4);
         let (good, mut client) = parked("good", &[]);
         // No journal at all; one of more than there is; one whose bytes are no requests: of a size that no peer may send.
         let header = |length: u64| [0, length, 0].map(u64::to_le_bytes).concat();

@@ -187,6 +187,7 @@ impl Daemon {
             events,
             workers: Handle::current(),
             containerd,
+            upgrades: None,
             grace: Duration::from_secs(2),
             look_interval,
         };
@@ -205,7 +206,7 @@ impl Daemon {
             let _ = tell.send(result);
         });
         bound.await.unwrap();
-        let served = tokio::spawn(async move { ended.await.unwrap() });
+        let served = tokio::spawn(async move { ended.await.unwrap().map(|_| ()) });
         Self { dir, gated, hub, inbox, stop, served, _containerd: server }
     }
 

@@ -9,6 +9,7 @@ use futures::future::join_all;
 use kuasar_tests::cri::k8s_cri::v1::{ContainerState, PodSandboxState};
 use kuasar_tests::cri::logs::Line;
 use kuasar_tests::leak::census;
+use kuasar_tests::systemd::Supervisor;
 use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, tools, wait};
 use nix::sys::signal::Signal;
 use tonic::Code;
@@ -21,6 +22,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         kuasard_is_away,
         the_worker_is_killed,
         the_keeper_is_killed,
+        the_keeper_is_killed_under_systemd,
         the_keeper_and_containerd_are_killed,
         kuasard_is_stopped_while_calls_are_in_flight,
         several_sandboxers,
@@ -37,7 +39,7 @@ async fn gone(pid: i32) -> Result<()> {
     .await
 }
 
-fn numbers(lines: &[Line]) -> Result<Vec<u64>> {
+pub(crate) fn numbers(lines: &[Line]) -> Result<Vec<u64>> {
     lines.iter().map(|line| line.text.parse().with_context(|| format!("{:?} is no number", line.text))).collect()
 }
 
@@ -323,6 +325,84 @@ async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
     assert_eq!(pod.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
     pod.remove_all().await?;
     node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+/// As the last case, but the descriptors are stored: nobody notices, and as little when it is stopped and started again.
+async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let supervisor = Supervisor::new(node.dir())?;
+    kuasard(&mut node)?.stop()?;
+    kuasard(&mut node)?.supervised_by(supervisor);
+    kuasard(&mut node)?.start().await?;
+    wait::until("pods to run again", kuasar_tests::cri::SOON, || async { Ok(node.run_pod(lone.pod()).await.ok()) })
+        .await?
+        .remove_all()
+        .await?;
+    let before = lone.baseline(&node).await?;
+    let service = |node: &Node| {
+        node.kuasard.as_ref().and_then(|kuasard| kuasard.supervisor()).context("no supervisor").map(Supervisor::stored)
+    };
+    let stored = service(&node)?;
+
+    let pods = some_pods(&node, &lone.handler).await?;
+    let counter =
+        pods[0].run(ContainerSpec::new("counter").sh("i=0; while :; do i=$((i+1)); echo $i; sleep 0.005; done")).await?;
+    let terminal = pods[1].run(ContainerSpec::new("terminal").command(&["sh"]).tty().stdin()).await?;
+    counter.wait_log("20").await?;
+    let pid = counter.pid().await?;
+    let start = census::start_time(pid);
+    for round in 0..3 {
+        let ending = pods[2].run(ContainerSpec::new("ending").sh("sleep 0.5; exit 42")).await?;
+        let mut session = pods[2]
+            .run(ContainerSpec::new("e").sleep())
+            .await?
+            .exec_session(&["sh", "-c", "read x; echo $x; exit 6"], false, true)
+            .await?;
+        // In flight: the next worker answers.
+        let exec = counter.sh("sleep 1; exit 9");
+        let kill = async {
+            kuasard(&mut node)?.supervisor().context("no supervisor")?.forget();
+            match round {
+                0 => kuasard(&mut node)?.stop()?,
+                _ => kuasard(&mut node)?.kill()?,
+            }
+            kuasard(&mut node)?.start().await
+        };
+        let (ran, killed) = tokio::join!(exec, kill);
+        killed?;
+        assert_eq!(ran.context("ExecSync in flight")?.exit_code, 9, "round {round}");
+        wait::until("READY=1", kuasar_tests::cri::SOON, || async {
+            let supervisor = node.kuasard.as_ref().and_then(|kuasard| kuasard.supervisor());
+            Ok(supervisor
+                .is_some_and(|supervisor| supervisor.has_heard("READY=1") && supervisor.has_heard("WATCHDOG=1"))
+                .then_some(()))
+        })
+        .await?;
+        assert_eq!(ending.wait_exit().await?.exit_code, 42);
+        session.write(b"it\n").await?;
+        assert_eq!(session.finish().await?, (6, "it\n".to_owned()));
+        assert_eq!(counter.state().await?, ContainerState::ContainerRunning);
+        assert_eq!((counter.pid().await?, census::start_time(pid)), (pid, start));
+        let mut attached = terminal.attach(true, true).await?;
+        attached.write(b"echo ty'p'ed\n").await?;
+        attached.wait_for("typed\r\n").await?;
+        attached.close().await?;
+        agree(&node).await?;
+    }
+    counter.stop(0).await?;
+    let seen = numbers(&counter.logs()?)?;
+    ensure!(seen.iter().copied().eq(1..=seen.len() as u64), "lines were lost or repeated: {:?}", around_the_gap(&seen));
+    node.cri.remove_all_pods().await?;
+    node.assert_no_leak(&before).await?;
+    wait::until("the store to be as before", kuasar_tests::cri::SOON, || async {
+        Ok((service(&node)? == stored).then_some(()))
+    })
+    .await
+    .with_context(|| format!("before: {stored:?}, now: {:?}", service(&node)))?;
+    kuasard(&mut node)?.stop()?;
+    ensure!(kuasard(&mut node)?.supervisor().is_some_and(|supervisor| supervisor.has_heard("STOPPING=1")), "no STOPPING=1");
+    kuasard(&mut node)?.start().await?;
     node.stop().await
 }
 

@@ -32,6 +32,7 @@ mod security;
 mod soak;
 mod streams;
 mod suite;
+mod upgrade;
 mod users;
 mod volumes;
 
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         kuasarctl::cases(),
         logs::cases(),
         streams::cases(),
+        upgrade::cases(),
         process::cases(),
         pod::cases(),
         namespaces::cases(),

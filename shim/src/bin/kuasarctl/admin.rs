@@ -3,8 +3,11 @@
 use std::{io::ErrorKind, path::Path, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
-use kuasar_shim::proto::admin::{GcRequest, InspectRequest, ListRequest, VersionRequest, admin_client::AdminClient};
+use kuasar_shim::proto::admin::{
+    GcRequest, InspectRequest, ListRequest, UpgradeRequest, VersionRequest, admin_client::AdminClient,
+};
 use serde_json::Value;
+use tokio::time::{sleep, timeout};
 use tonic::{
     Status,
     transport::{Channel, Endpoint},
@@ -15,6 +18,11 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// A collection may have processes to wait for.
 const GC_LIMIT: Duration = Duration::from_secs(600);
+/// How long an upgrade may take: what the keeper gives the two workers, and the calls before them.
+const UPGRADE: Duration = Duration::from_secs(90);
+
+/// How often a daemon that is being upgraded is asked whether it is.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// A connection to the daemon.
 #[derive(Debug)]
@@ -66,6 +74,35 @@ impl Daemon {
     /// The daemon itself.
     pub(crate) async fn version(&mut self) -> Result<Value> {
         document(self.0.version(VersionRequest {}).await.map_err(refused)?.into_inner().json)
+    }
+}
+
+/// Lets a daemon be replaced, and waits until it is. Gives what it was and what it is, with what became of the upgrade.
+pub(crate) async fn upgrade(socket: &Path, binary: Option<&Path>) -> Result<(Value, Value)> {
+    let before = {
+        let mut daemon = Daemon::connect(socket).await?;
+        let binary = binary.map(|binary| binary.display().to_string()).unwrap_or_default();
+        let asked = daemon.0.upgrade(UpgradeRequest { binary }).await;
+        document(asked.map_err(refused)?.into_inner().json)?
+    };
+    let asked_again = async {
+        loop {
+            // The one that leaves still answers, the next does not yet: neither knows.
+            if let Ok(mut daemon) = Daemon::connect(socket).await
+                && let Ok(now) = daemon.version().await
+                && now["upgrade"]["id"] == before["id"]
+            {
+                return now;
+            }
+            sleep(AGAIN).await;
+        }
+    };
+    match timeout(UPGRADE, asked_again).await {
+        Ok(after) => Ok((before, after)),
+        Err(_) => Err(anyhow!(
+            "kuasard did not say within {} s what became of the upgrade; its log does, and `kuasarctl version` shows what runs",
+            UPGRADE.as_secs()
+        )),
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf, absolute},
     process::ExitCode,
-    time::SystemTime,
+    time::{Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, anyhow};
@@ -112,6 +112,15 @@ enum Command {
         #[arg(long)]
         no_trunc: bool,
     },
+    /// Replace the running daemon by another program, without a call failing
+    ///
+    /// Pods run on, and what containerd asks meanwhile waits for a moment. If the new program does not get ready, the old one goes on.
+    /// The configuration is read anew.
+    Upgrade {
+        /// The new kuasard [default: what is installed where the running one was]
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+    },
     /// Show the versions of this program and of the daemon
     Version,
     /// Print a completion script for a shell
@@ -164,6 +173,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 None => pretty(&inspected)?,
             }
         }
+        Command::Upgrade { binary } => return upgrade(global, binary.as_deref()),
         Command::Gc { dry_run, no_trunc } => return gc(global, *dry_run, *no_trunc),
         Command::Version => return version(global),
         Command::Completions { shell } => {
@@ -269,6 +279,32 @@ fn containerd_config(global: &Global, version: Option<Version>, programs: &Path,
     drop_in::write(&load(global)?, &target).map_err(|problem| anyhow!(problem))
 }
 
+fn upgrade(global: &Global, binary: Option<&Path>) -> Result<ExitCode> {
+    let binary = binary.map(absolute).transpose().context("cannot tell where the program is")?;
+    let since = Instant::now();
+    let (before, after) = block_on(admin::upgrade(&global.socket()?, binary.as_deref()))?;
+    let took = since.elapsed();
+    let error = after["upgrade"]["error"].as_str();
+    if global.json {
+        let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        print(&pretty(&json!({ "before": before, "after": after, "error": error, "milliseconds": took }))?)?;
+    }
+    let named = |daemon: &Value| format!("{} (process {})", text(&daemon["version"]), text(&daemon["pid"]));
+    if let Some(error) = error {
+        return Err(anyhow!("{error}").context(format!("the upgrade failed; kuasard {} serves", named(&after))));
+    }
+    if !global.json {
+        let program = text(&before["binary"]);
+        print(&format!("kuasard {} is now {}, {program}, after {:.2} s\n", named(&before), named(&after), took.as_secs_f32()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A JSON value as people read it.
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
 fn version(global: &Global) -> Result<ExitCode> {
     let daemon = ask(global, async |daemon| daemon.version().await);
     let mut client = json!({ "client": { "version": env!("CARGO_PKG_VERSION") } });
@@ -287,8 +323,11 @@ fn version(global: &Global) -> Result<ExitCode> {
     }
     let mut rows = vec![vec!["kuasarctl".to_owned(), env!("CARGO_PKG_VERSION").to_owned()]];
     if let Some(daemon) = client.get("daemon") {
-        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        rows.push(vec!["kuasard".to_owned(), format!("{} (process {})", text(&daemon["version"]), text(&daemon["pid"]))]);
+        let processes = match &daemon["keeper_pid"] {
+            Value::Null => format!("process {}", text(&daemon["pid"])),
+            keeper => format!("keeper {}, worker {}", text(keeper), text(&daemon["pid"])),
+        };
+        rows.push(vec!["kuasard".to_owned(), format!("{} ({processes})", text(&daemon["version"]))]);
         for (name, sandboxer) in daemon["sandboxers"].as_object().into_iter().flatten() {
             rows.push(vec![format!("  {name}"), text(&sandboxer["technique"])]);
         }

@@ -85,6 +85,8 @@ pub(crate) enum Disturbance {
     Disk,
     /// The worker cannot open another descriptor.
     Descriptors,
+    /// The daemon is replaced, which excuses nothing.
+    Upgrade,
     /// kill -9 of the whole daemon, and of containerd.
     Keeper,
 }
@@ -101,6 +103,7 @@ impl Disturbance {
             Self::Stop => "worker stopped for seconds",
             Self::Disk => "disk full",
             Self::Descriptors => "descriptors run out",
+            Self::Upgrade => "daemon upgraded",
             Self::Keeper => "keeper and containerd killed",
         }
     }
@@ -122,7 +125,7 @@ impl Disturbance {
             Self::Worker | Self::Failpoint | Self::Stop if call.is_not_repeated(status) => Some(REDIAL),
             Self::Stop if status.code() == Code::DeadlineExceeded => Some(Duration::ZERO),
             Self::Runtime | Self::Disk | Self::Descriptors => Some(AFTERMATH),
-            Self::Worker | Self::Failpoint | Self::Stop | Self::Init => None,
+            Self::Worker | Self::Failpoint | Self::Stop | Self::Init | Self::Upgrade => None,
         }
     }
 }
@@ -302,6 +305,14 @@ impl Ledger {
         window.ended = Some(Instant::now());
         let text = format!("back after {:.0} ms", window.begun.elapsed().as_secs_f64() * 1e3);
         self.note_in(&mut entries, &text);
+    }
+
+    /// Waits until no disturbance excuses a call any more that begins then.
+    pub(crate) async fn quiet(&self) {
+        let last = self.entries().windows.values().filter_map(|window| window.ended).max();
+        if let Some(last) = last {
+            tokio::time::sleep_until((last + REDIAL).into()).await;
+        }
     }
 
     /// A call has succeeded.

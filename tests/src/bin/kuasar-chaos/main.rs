@@ -6,8 +6,8 @@
 //!         └─ saboteur   kill -9, SIGSTOP, disk full, no descriptors      ┘   (broken promises)
 //! ```
 //!
-//! In three parts: the *storm* disturbs everything; *serving* kills only the worker, with many pods, for the time until it serves
-//! again; *keeper* kills the whole daemon together with containerd. Then all is removed, and nothing may be left.
+//! In four parts: the *storm* disturbs everything; *serving* kills only the worker, with many pods, for the time until it serves
+//! again; *upgrades* replaces the daemon, of which no call may fail; *keeper* kills the whole daemon together with containerd. Then all is removed, and nothing may be left.
 //!
 //! Invariants: every call has a deadline; a call that fails is excused by a disturbance that it saw, or breaks a promise
 //! ([`ledger`]); one disturbance begins when the one before is over; a seed gives the same disturbances in the same order,
@@ -50,9 +50,10 @@ const LOOK: Duration = Duration::from_secs(2);
 const BATCH: usize = 10;
 /// Room for the state of all pods, and little more: filling it shall be quick.
 const STATE_MIB: u32 = 32;
-/// Names of times from kill to serving.
-const STORM: &str = "in the storm";
-const MANY: &str = "with many pods";
+/// Names of times until it serves.
+const STORM: &str = "killed in the storm";
+const MANY: &str = "killed with many pods";
+const UPGRADE: &str = "upgraded, by kuasarctl";
 
 /// Kills kuasard, containerd and OCI runtimes at random under load, and looks whether anybody notices.
 #[derive(Parser)]
@@ -79,6 +80,9 @@ struct Arguments {
     /// Kills for it.
     #[arg(long, default_value_t = 60)]
     serving_kills: usize,
+    /// Upgrades.
+    #[arg(long, default_value_t = 20)]
+    upgrades: usize,
     /// Only these parts.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Part>,
@@ -170,6 +174,18 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
         finish(&world, &mut load).await?;
         step(&mut screen, &world, "removing the pods again")?;
         remove_pods(&world, &more).await;
+    }
+
+    if arguments.wants(Part::Upgrades) {
+        step(&mut screen, &world, "waiting until nothing before is an excuse any more")?;
+        world.ledger.quiet().await;
+        let mut load = load::start(&world, &stand, &mut rng);
+        let mut saboteur = Saboteur { node, world: &world, stand: &stand, rng: rng.fork(), phase: UPGRADE };
+        for upgrade in 0..arguments.upgrades {
+            screen.status(&format!("upgrade {} of {}", upgrade + 1, arguments.upgrades))?;
+            saboteur.upgrade_sometime().await?;
+        }
+        finish(&world, &mut load).await?;
     }
 
     // From here on nobody looks beside.

@@ -14,6 +14,8 @@ pub(crate) enum Part {
     Storm,
     /// Only the worker is killed, under load, with many pods: how long until it serves again.
     Serving,
+    /// The daemon is replaced by itself, under load: no call fails.
+    Upgrades,
     /// The whole daemon and containerd are killed, and started again.
     Keeper,
 }

@@ -49,7 +49,7 @@ impl Times {
 #[derive(Serialize)]
 struct Document<'a> {
     head: &'a Head,
-    kill_to_serving: Vec<(&'static str, Times)>,
+    until_serving: Vec<(&'static str, Times)>,
     sum: &'a Sum,
 }
 
@@ -95,7 +95,7 @@ impl Report {
                 count.hung
             ))?;
         }
-        title(screen, "kill to serving", "   kills  median     p95     max  ms")?;
+        title(screen, "until it serves", "   times  median     p95     max  ms")?;
         for (phase, times) in self.serving() {
             let Times { count, median, p95, max } = times;
             screen.line(&format!("  {phase:<30}{count:>8}{median:>8.0}{p95:>8.0}{max:>8.0}"))?;
@@ -127,7 +127,7 @@ impl Report {
 
     /// Writes it as JSON.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
-        let document = Document { head: &self.head, kill_to_serving: self.serving(), sum: &self.sum };
+        let document = Document { head: &self.head, until_serving: self.serving(), sum: &self.sum };
         fs::write(path, serde_json::to_string_pretty(&document)? + "\n").with_context(|| format!("write {}", path.display()))
     }
 

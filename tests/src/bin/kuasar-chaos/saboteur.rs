@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kuasar_sandboxers::failpoint;
 use kuasar_tests::Node;
 use kuasar_tests::kuasard::{Killed, Kuasard};
@@ -79,9 +79,26 @@ impl Saboteur<'_> {
             Disturbance::Stop => self.stop().await,
             Disturbance::Disk => self.disk().await,
             Disturbance::Descriptors => self.descriptors().await,
+            Disturbance::Upgrade => self.upgrade().await,
             Disturbance::Keeper => self.keeper().await,
         }
         .with_context(|| format!("after: {}", what.name()))
+    }
+
+    /// An upgrade at a random moment; how long it took is noted.
+    pub(crate) async fn upgrade_sometime(&mut self) -> Result<()> {
+        self.moment().await;
+        self.upgrade().await
+    }
+
+    async fn upgrade(&mut self) -> Result<()> {
+        let window = self.world.ledger.begin(Disturbance::Upgrade, "");
+        let begun = Instant::now();
+        let output = self.kuasard()?.upgrade(None).await?;
+        ensure!(output.status.success(), "kuasarctl upgrade: {}", String::from_utf8_lossy(&output.stderr));
+        self.world.ledger.end(window);
+        self.world.ledger.served(self.phase, begun.elapsed());
+        Ok(())
     }
 
     /// kill -9 of the worker, at a random moment.
