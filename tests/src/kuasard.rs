@@ -180,7 +180,10 @@ impl Kuasard {
     /// It ends, or does not accept in time; the error carries the end of its log.
     pub async fn start(&mut self) -> Result<()> {
         let mut command = match &self.supervisor {
-            Some(supervisor) => supervisor.command(&self.program)?,
+            Some(supervisor) => {
+                supervisor.forget();
+                supervisor.command(&self.program)?
+            }
             None => Command::new(&self.program),
         };
         command.arg("--config").arg(&self.config).arg("--state").arg(&self.state).arg("--root").arg(&self.root);
@@ -200,7 +203,9 @@ impl Kuasard {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        Ok(())
+        let Some(supervisor) = &self.supervisor else { return Ok(()) };
+        // Its socket has accepted all the time.
+        wait::until("kuasard to be ready", START, || async { Ok(supervisor.has_heard("READY=1").then_some(())) }).await
     }
 
     /// Ends it with SIGTERM, which drains.

@@ -316,7 +316,9 @@ impl Keeper {
 
     /// Becomes the new program, if the worker is and knows all there is to know.
     fn leave_to_successor(&mut self) {
-        if self.stopping || self.worker.as_ref().is_none_or(|worker| !worker.outbox.is_empty()) {
+        let is_told = self.worker.as_ref().is_some_and(|worker| worker.outbox.is_empty());
+        // The next upgrade comes first, if there is one already: it would be forgotten.
+        if self.stopping || self.upgrade.is_some() || !is_told {
             return;
         }
         let Some((id, binary)) = self.successor.take() else { return };

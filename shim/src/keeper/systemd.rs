@@ -34,7 +34,15 @@ pub(super) fn stored() -> BTreeMap<String, Vec<OwnedFd>> {
             numbered.entry(name.to_owned()).or_default().insert(number, descriptor);
         }
     }
-    numbered.into_iter().map(|(name, descriptors)| (name, descriptors.into_values().collect())).collect()
+    let whole = |(name, descriptors): (String, BTreeMap<usize, OwnedFd>)| {
+        // systemd drops what has been closed at its other end: a connection, and not the journal beside it.
+        if !descriptors.keys().copied().eq(0..descriptors.len()) {
+            remove(&name, descriptors.into_keys());
+            return None;
+        }
+        Some((name, descriptors.into_values().collect()))
+    };
+    numbered.into_iter().filter_map(whole).collect()
 }
 
 /// The name of one of the descriptors that are parked together; `None` for what is not stored: what systemd has no name for; output that
@@ -56,7 +64,11 @@ pub(super) fn store(name: &str, descriptors: &[OwnedFd], earlier: usize) {
 
 /// Removes what is stored under a name.
 pub(super) fn forget(name: &str, count: usize) {
-    for name in (0..count).filter_map(|number| name_of(name, number)) {
+    remove(name, 0..count);
+}
+
+fn remove(name: &str, numbers: impl Iterator<Item = usize>) {
+    for name in numbers.filter_map(|number| name_of(name, number)) {
         say(sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)]));
     }
 }

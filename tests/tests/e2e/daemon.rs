@@ -331,6 +331,8 @@ async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
 /// As the last case, but the descriptors are stored: nobody notices, and as little when it is stopped and started again.
 async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
     let mut node = lone.node().await?;
+    let flags = node.dir().join("run/flags");
+    fs::create_dir(&flags)?;
     let supervisor = Supervisor::new(node.dir())?;
     kuasard(&mut node)?.stop()?;
     kuasard(&mut node)?.supervised_by(supervisor);
@@ -353,7 +355,8 @@ async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
     let pid = counter.pid().await?;
     let start = census::start_time(pid);
     for round in 0..3 {
-        let ending = pods[2].run(ContainerSpec::new("ending").sh("sleep 0.5; exit 42")).await?;
+        let script = format!("until test -e /flags/{round}; do sleep 0.01; done; exit 42");
+        let ending = pods[2].run(ContainerSpec::new("ending").sh(&script).mount(&flags, "/flags", true)).await?;
         let mut session = pods[2]
             .run(ContainerSpec::new("e").sleep())
             .await?
@@ -362,7 +365,6 @@ async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
         // In flight: the next worker answers.
         let exec = counter.sh("sleep 1; exit 9");
         let kill = async {
-            kuasard(&mut node)?.supervisor().context("no supervisor")?.forget();
             match round {
                 0 => kuasard(&mut node)?.stop()?,
                 _ => kuasard(&mut node)?.kill()?,
@@ -372,13 +374,13 @@ async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
         let (ran, killed) = tokio::join!(exec, kill);
         killed?;
         assert_eq!(ran.context("ExecSync in flight")?.exit_code, 9, "round {round}");
-        wait::until("READY=1", kuasar_tests::cri::SOON, || async {
+        wait::until("WATCHDOG=1", kuasar_tests::cri::SOON, || async {
             let supervisor = node.kuasard.as_ref().and_then(|kuasard| kuasard.supervisor());
-            Ok(supervisor
-                .is_some_and(|supervisor| supervisor.has_heard("READY=1") && supervisor.has_heard("WATCHDOG=1"))
-                .then_some(()))
+            Ok(supervisor.is_some_and(|supervisor| supervisor.has_heard("WATCHDOG=1")).then_some(()))
         })
         .await?;
+        // How one ends is known as long as somebody of ours is there.
+        fs::write(flags.join(round.to_string()), "")?;
         assert_eq!(ending.wait_exit().await?.exit_code, 42);
         session.write(b"it\n").await?;
         assert_eq!(session.finish().await?, (6, "it\n".to_owned()));
@@ -394,6 +396,7 @@ async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
     let seen = numbers(&counter.logs()?)?;
     ensure!(seen.iter().copied().eq(1..=seen.len() as u64), "lines were lost or repeated: {:?}", around_the_gap(&seen));
     node.cri.remove_all_pods().await?;
+    fs::remove_dir_all(&flags)?;
     node.assert_no_leak(&before).await?;
     wait::until("the store to be as before", kuasar_tests::cri::SOON, || async {
         Ok((service(&node)? == stored).then_some(()))
