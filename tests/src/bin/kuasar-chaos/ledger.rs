@@ -237,6 +237,7 @@ struct Entries {
     /// Messages of failures that are excused, with how often each came.
     reasons: BTreeMap<String, u64>,
     taken_along: TakenAlong,
+    twice_unnoted: u64,
     serving_ms: BTreeMap<&'static str, Vec<f64>>,
     out: Option<File>,
 }
@@ -396,6 +397,23 @@ impl Ledger {
             .any(|window| window.what.kills_containerd() && window.ended.is_none_or(|ended| ended >= then))
     }
 
+    /// Whether since then the disk was full while a worker died: what the OCI runtime had begun was written down nowhere.
+    pub(crate) fn nothing_could_be_noted_since(&self, then: Instant) -> bool {
+        let entries = self.entries();
+        let since = |which: fn(Disturbance) -> bool| {
+            let mut windows = entries.windows.values();
+            windows.any(|window| which(window.what) && window.ended.is_none_or(|ended| ended >= then))
+        };
+        since(|what| what == Disturbance::Disk) && since(Disturbance::kills_worker)
+    }
+
+    /// A command was run twice because of that.
+    pub(crate) fn ran_twice_unnoted(&self, about: &str) {
+        let mut entries = self.entries();
+        entries.twice_unnoted += 1;
+        self.note_in(&mut entries, &format!("run twice, because the disk was full when the worker died: {about}"));
+    }
+
     /// How many disturbances there were of those that `which` selects.
     pub(crate) fn disturbed(&self, which: impl Fn(Disturbance) -> bool) -> usize {
         self.entries().windows.values().filter(|window| which(window.what)).count()
@@ -416,6 +434,7 @@ impl Ledger {
             told: entries.told.clone(),
             reasons: entries.reasons.clone(),
             taken_along: entries.taken_along,
+            twice_unnoted: entries.twice_unnoted,
             serving_ms: entries.serving_ms.clone(),
         }
     }
@@ -431,6 +450,8 @@ pub(crate) struct Sum {
     pub(crate) told: Vec<String>,
     pub(crate) reasons: BTreeMap<String, u64>,
     pub(crate) taken_along: TakenAlong,
+    /// Commands run twice because the disk was full when the worker died.
+    pub(crate) twice_unnoted: u64,
     /// Each time from a kill of the worker until the next one served.
     pub(crate) serving_ms: BTreeMap<&'static str, Vec<f64>>,
 }

@@ -112,6 +112,10 @@ impl Report {
             let text = format!("  {lines} lines and {exits} exit codes were in containerd's own hands when it was killed");
             screen.line(&screen.paint(Style::Dim, &text))?;
         }
+        if self.sum.twice_unnoted > 0 {
+            let text = format!("  {} execs were run twice: the disk was full when the worker died", self.sum.twice_unnoted);
+            screen.line(&screen.paint(Style::Dim, &text))?;
+        }
         for told in &self.sum.told {
             screen.line(&screen.paint(Style::Red, &format!("  {told}")))?;
         }
