@@ -52,14 +52,28 @@ struct Stat {
     wait_status: i32,
 }
 
+/// The pids of this host.
+pub(crate) fn pids() -> Result<impl Iterator<Item = Result<u32>>> {
+    let entries = fs::read_dir("/proc").map_err(Error::io("list", "/proc"))?;
+    let pid = |entry: io::Result<fs::DirEntry>| match entry {
+        Ok(entry) => entry.file_name().to_str()?.parse().ok().map(Ok),
+        Err(error) => Some(Err(Error::io("list", "/proc")(error))),
+    };
+    Ok(entries.filter_map(pid))
+}
+
+/// Whether a process has ended, reaped or not.
+pub(crate) fn is_dead(pid: u32) -> bool {
+    !matches!(Stat::read(pid), Ok(Some(Stat { zombie: false, .. })))
+}
+
 /// Shows every process of this host, by pid and the beginning of its command line, whose arguments end with a zero each. Whatever
 /// cannot be read has just ended, and is left out.
 pub(crate) fn command_lines(mut visit: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<()> {
     // There may be thousands, and this is done before a new daemon serves: one buffer, and no question for the size of what has none.
     let mut buffer = vec![0; COMMAND_LINE];
-    for entry in fs::read_dir("/proc").map_err(Error::io("list", "/proc"))? {
-        let name = entry.map_err(Error::io("list", "/proc"))?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+    for pid in pids()? {
+        let pid = pid?;
         let Ok(length) = File::open(format!("/proc/{pid}/cmdline")).and_then(|mut file| file.read(&mut buffer)) else {
             continue;
         };

@@ -4,14 +4,14 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use kuasar_sandboxers::{
-    Error, Result,
+    Result,
     id::{Namespace, SandboxId},
 };
 use serde_json::Value;
 
 use crate::{
     namespaces,
-    process::{Identity, Tracked},
+    process::{Identity, Tracked, is_dead, pids},
     sandboxer::{names, runtime_root, sandbox_dir},
 };
 
@@ -57,10 +57,10 @@ fn first_process(state: &Value) -> Option<Identity> {
 /// Processes in the control groups of these containers or below. However the runtime has made such a group, containerd has it named after
 /// the container, whose id is unique on the node.
 fn grouped(containers: &[String], found: &mut BTreeSet<u32>) -> Result<()> {
-    for entry in fs::read_dir("/proc").map_err(Error::io("list", "/proc"))?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+    for pid in pids()? {
+        let pid = pid?;
         // Whatever cannot be read has just ended.
-        let Ok(groups) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
+        let Ok(groups) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
         if is_in(&groups, containers) && !is_dead(pid) {
             found.insert(pid);
         }
@@ -74,12 +74,6 @@ fn is_in(groups: &str, containers: &[String]) -> bool {
     let mut names =
         parts.map(|part| part.strip_suffix(".scope").map_or(part, |scope| scope.rsplit('-').next().unwrap_or(scope)));
     names.any(|name| containers.iter().any(|container| container == name))
-}
-
-/// Whether nobody has reaped it yet.
-fn is_dead(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with(['Z', 'X']))
 }
 
 #[cfg(test)]

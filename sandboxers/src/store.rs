@@ -241,6 +241,7 @@ impl Store {
                 match self.look(&dir)? {
                     Found::Unsaved => loaded.unsaved.push(dir),
                     Found::Unreadable(file, why) => set_aside(&file, &why, &mut loaded),
+                    Found::Whole(file, record) if file.ends_with(FILE) => loaded.records.push(*record),
                     Found::Whole(file, record) => match fs::rename(&file, dir.join(FILE)) {
                         Ok(()) => loaded.records.push(*record),
                         Err(error) => loaded.set_aside.push((file, format!("it cannot be put back: {error}"))),

@@ -126,17 +126,18 @@ struct Upgrade {
 pub fn keep() -> io::Result<ExitCode> {
     // Whatever link to the program it was started by.
     nix::sys::prctl::set_name(c"kuasard")?;
-    let origin = succession::origin()?;
-    if matches!(origin, Origin::Trial) {
-        return Ok(ExitCode::SUCCESS);
-    }
+    let estate = match succession::origin()? {
+        Origin::Trial => return Ok(ExitCode::SUCCESS),
+        Origin::Successor(estate) => Some(estate),
+        Origin::First => None,
+    };
     prctl::set_child_subreaper(true)?;
     let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let mut keeper = match origin {
-        Origin::Successor(estate) => Keeper::succeed(estate)?,
-        Origin::First | Origin::Trial => {
+    let mut keeper = match estate {
+        Some(estate) => Keeper::succeed(estate)?,
+        None => {
             let mut keeper = Keeper::with(systemd::stored());
             keeper.worker = Some(keeper.start(None)?);
             keeper
@@ -298,8 +299,9 @@ impl Keeper {
         let late = self.upgrade.as_mut().filter(|upgrade| upgrade.by <= Instant::now());
         let why = match late {
             Some(upgrade) if upgrade.tried => {
-                upgrade.why = Some(format!("it did not serve within {} s", TRIAL.as_secs()));
-                format!("did not serve within {} s", TRIAL.as_secs())
+                let why = format!("did not serve within {} s", TRIAL.as_secs());
+                upgrade.why = Some(format!("it {why}"));
+                why
             }
             // What it has not finished is begun again by the next.
             Some(_) => format!("did not leave within {} s", LEAVE.as_secs()),
