@@ -20,6 +20,7 @@ use kuasar_sandboxers::{
     failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
     mount,
+    process::{Ending, Exiting, Identity, Tracked},
     reaper::ExitFuture,
     spec::OciSpec,
     stages,
@@ -35,7 +36,6 @@ use tracing::{Instrument, debug, error, warn};
 use crate::{
     exec::{Executed, RuncExec},
     io::{Io, Prepared},
-    process::{Ending, Exiting, Identity, Tracked},
     rewrite::{self, Rewriting},
     runtime::{Create, Driver},
     sandbox::{DEATH, Pod},

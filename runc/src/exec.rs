@@ -11,6 +11,7 @@ use kuasar_sandboxers::{
     Error, Process, Result,
     cgroup::expect_move,
     id::ExecId,
+    process::{Ending, Exiting, Identity, Tracked},
     reaper::{Mark, Reaper},
     stdio::{IoContext, Stdio},
     types::{ExecSpec, Exit, WindowSize},
@@ -23,7 +24,6 @@ use tracing::Instrument;
 use crate::{
     container::{Contained, io_context, read_pid, remove_file},
     io::{Io, Prepared},
-    process::{Ending, Exiting, Identity, Tracked},
     runtime::Exec,
     sandbox::DEATH,
 };

@@ -26,7 +26,6 @@ mod container;
 mod exec;
 mod io;
 mod namespaces;
-mod process;
 mod program;
 mod rewrite;
 mod runtime;

@@ -25,6 +25,7 @@ use std::{
 
 use kuasar_sandboxers::{
     Error, Result, mount,
+    process::{Tracked, command_lines},
     reaper::{ExitFuture, Reaper},
     stages,
     types::{IdMapping, IdMappings, NamespaceMode, SandboxSpec},
@@ -32,11 +33,7 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    process::{Tracked, command_lines},
-    program::InitProgram,
-    sys, sysctl,
-};
+use crate::{program::InitProgram, sys, sysctl};
 
 /// The longest host name (uname(2)).
 const HOST_NAME_MAX: usize = 64;
@@ -338,7 +335,6 @@ pub(crate) mod tests {
         in_a_user_namespace(&host).await;
         with_nothing_of_its_own(&host).await;
         what_cannot_be_made_leaves_nothing(&host).await;
-        crate::process::tests::the_status_of_anothers_child(&host.reaper).await;
         host.end().await;
     }
 

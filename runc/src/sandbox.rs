@@ -28,6 +28,7 @@ use kuasar_sandboxers::{
     id::ContainerId,
     mount,
     podfiles::PodFiles,
+    process::{Ending, Exiting, Identity, Tracked},
     stages,
     types::{ContainerHead, ContainerSpec, Exit, NamespaceMode, PodResources, SandboxSpec},
     undo::Undo,
@@ -40,7 +41,6 @@ use tracing::{Instrument, debug};
 use crate::{
     container::{Contained, RuncContainer},
     namespaces::{self, Namespaces},
-    process::{Ending, Exiting, Identity, Tracked},
     program::InitProgram,
     runtime::{Driver, remove_call_files},
 };

@@ -17,6 +17,7 @@ use kuasar_sandboxers::{
     fdstore::{FdStore, Held},
     id::{Namespace, SandboxId},
     mount,
+    process::Tracked,
     reaper::Reaper,
     stages,
     types::{Capabilities, SandboxSpec},
@@ -28,7 +29,6 @@ use tracing::warn;
 use crate::{
     config::RuncConfig,
     namespaces,
-    process::Tracked,
     program::InitProgram,
     runtime::{Driver, Runtime},
     sandbox::{INIT_GROUP, Pod, RuncSandbox},

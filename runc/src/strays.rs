@@ -14,14 +14,14 @@ use std::{
 };
 
 use futures::future::join_all;
-use kuasar_sandboxers::Result;
+use kuasar_sandboxers::{
+    Result,
+    process::{Tracked, command_lines},
+};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::{
-    namespaces,
-    process::{Tracked, command_lines},
-};
+use crate::namespaces;
 
 /// How long one may take to end by itself: it has nothing to wait for but the kernel, and the first process it has made.
 const LIMIT: Duration = Duration::from_secs(5);

@@ -6,12 +6,12 @@ use std::{collections::BTreeSet, fs, path::Path};
 use kuasar_sandboxers::{
     Result,
     id::{Namespace, SandboxId},
+    process::{Identity, Tracked, is_dead, pids},
 };
 use serde_json::Value;
 
 use crate::{
     namespaces,
-    process::{Identity, Tracked, is_dead, pids},
     sandboxer::{names, runtime_root, sandbox_dir},
 };
 

@@ -36,6 +36,7 @@ pub mod lifecycle;
 pub mod mount;
 mod owner;
 pub mod podfiles;
+pub mod process;
 pub mod reaper;
 pub mod registry;
 mod requests;

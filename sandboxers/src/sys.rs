@@ -22,6 +22,28 @@ pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Owned
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
+/// pidfd_send_signal(2). Any number the kernel knows, real-time signals too, which the libraries' signal types leave out.
+pub(crate) fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is involved: the null pointer asks for default signal information.
+    let result = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The wait status of a process that has been reaped, from its pidfd (Linux 6.15); `None` while it has not been.
+pub(crate) fn wait_status(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    // SAFETY: the struct has integers only.
+    let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
+    info.mask = u64::from(libc::PIDFD_INFO_EXIT);
+    // SAFETY: the request carries the size of `info`, and the kernel writes no further.
+    let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0).then_some(info.exit_code))
+}
+
 /// A process that sits in a new user namespace until it is dropped. It has no exit signal, so neither SIGCHLD nor a plain
 /// waitpid(2) sees it (`__WCLONE`), and the reaper is not disturbed.
 pub(crate) struct NamespaceHolder(Pid);

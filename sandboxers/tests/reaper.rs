@@ -1,11 +1,18 @@
 //! The reaper on real children. In a process of its own, because it takes every exit of the process.
 
-use std::{process::Command, time::Duration};
+use std::{
+    fs::File,
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use kuasar_sandboxers::{
     Error,
+    process::Tracked,
     reaper::{Output, Reaper},
 };
+use tokio::time::sleep;
 
 // One test, because a process has one reaper.
 #[tokio::test(flavor = "multi_thread")]
@@ -35,4 +42,29 @@ async fn runs_programs() {
 
     let error = reaper.spawn(&mut Command::new("/nonexistent/program")).unwrap_err();
     assert_eq!(error.to_string(), "failed to start /nonexistent/program");
+
+    the_status_of_anothers_child(&reaper).await;
+}
+
+async fn the_status_of_anothers_child(reaper: &Reaper) {
+    let script = "sh -c 'read x; exit 9' <&3 & echo $!; exec 3<&-; wait; echo; sleep 100";
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("exec 3<&0 </dev/null; {script}")]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let shell = reaper.spawn(&mut command).unwrap();
+    let mut line = String::new();
+    BufReader::new(File::from(shell.stdout.unwrap())).read_line(&mut line).unwrap();
+    let process = Tracked::open(line.trim().parse().unwrap()).unwrap().unwrap();
+    drop(shell.stdin);
+    let exit = process.exit(reaper).await;
+    if exit.status == 255 {
+        eprintln!("SKIP the_status_of_anothers_child: this kernel does not tell it (Linux 6.15 does)");
+    } else {
+        assert_eq!(exit.status, 9);
+    }
+    // Its parent is about to reap it.
+    while process.signal(0).unwrap() {
+        sleep(Duration::from_millis(1)).await;
+    }
+    Tracked::open(shell.pid).unwrap().unwrap().signal(libc::SIGKILL).unwrap();
+    assert_eq!(shell.exit.await.status, 137);
 }

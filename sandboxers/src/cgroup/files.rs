@@ -8,6 +8,8 @@ use std::{
     str::SplitAsciiWhitespace,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// Groups within groups that are followed. cgroup v2 has a limit of its own only where an administrator sets one.
@@ -70,7 +72,7 @@ impl Files {
 }
 
 /// Use or limit of one RDMA device.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RdmaEntry {
     /// Device name.
     pub device: String,
@@ -81,7 +83,7 @@ pub struct RdmaEntry {
 }
 
 /// Use and limits of RDMA devices.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RdmaStat {
     /// What is used.
     pub current: Vec<RdmaEntry>,

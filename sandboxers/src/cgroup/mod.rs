@@ -45,7 +45,8 @@ const EMPTY: Duration = Duration::from_secs(10);
 const REMOVE: Duration = Duration::from_secs(5);
 
 /// Resource use of a control group, in the form of the hierarchy it was read from; containerd has a message for each.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Stats {
     /// From cgroup v1.
     V1(Box<v1::Stats>),

@@ -4,12 +4,14 @@ use std::{collections::HashMap, fs, path::PathBuf};
 
 use nix::unistd::{SysconfVar, sysconf};
 
+use serde::{Deserialize, Serialize};
+
 use super::files::{Files, device, huge_page_sizes, number};
 pub use super::files::{RdmaEntry, RdmaStat};
 use crate::error::Result;
 
 /// Resource use. A controller that is not there is `None`.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)] // the kernel documents the controllers: Documentation/admin-guide/cgroup-v1
 pub struct Stats {
     pub hugetlb: Vec<HugetlbStat>,
@@ -22,7 +24,7 @@ pub struct Stats {
 }
 
 /// Huge pages of one size; bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct HugetlbStat {
     pub usage: u64,
@@ -32,7 +34,7 @@ pub struct HugetlbStat {
 }
 
 /// Processes and threads; a limit of 0 is none, as containerd has it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct PidsStat {
     pub current: u64,
@@ -40,7 +42,7 @@ pub struct PidsStat {
 }
 
 /// Processor time.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct CpuStat {
     pub usage: Option<CpuUsage>,
@@ -48,7 +50,7 @@ pub struct CpuStat {
 }
 
 /// Processor time in nanoseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct CpuUsage {
     pub total: u64,
@@ -58,7 +60,7 @@ pub struct CpuUsage {
 }
 
 /// CFS bandwidth control; time in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Throttle {
     pub periods: u64,
@@ -67,7 +69,7 @@ pub struct Throttle {
 }
 
 /// `memory.stat` and the counters beside it; bytes, except the counts of pages and faults.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct MemoryStat {
     pub cache: u64,
@@ -109,7 +111,7 @@ pub struct MemoryStat {
 }
 
 /// A memory counter in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct MemoryEntry {
     pub limit: u64,
@@ -119,7 +121,7 @@ pub struct MemoryEntry {
 }
 
 /// `memory.oom_control`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct MemoryOomControl {
     pub oom_kill_disable: u64,
@@ -129,7 +131,7 @@ pub struct MemoryOomControl {
 
 /// Block devices. Where the CFQ scheduler does not count (it left the kernel in 5.0), bytes and operations are those of
 /// throttling.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct BlkIoStat {
     pub io_service_bytes_recursive: Vec<BlkIoEntry>,
@@ -143,7 +145,7 @@ pub struct BlkIoStat {
 }
 
 /// One counter of one device.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct BlkIoEntry {
     pub op: String,

@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::files::{Files, device, huge_page_sizes, key_values, number};
 pub use super::files::{RdmaEntry, RdmaStat};
 use crate::error::Result;
 
 /// Resource use. A controller that is not there is `None`. A limit that is not set is `u64::MAX`, as containerd has it.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)] // the kernel documents the fields: Documentation/admin-guide/cgroup-v2.rst
 pub struct Stats {
     pub pids: Option<PidsStat>,
@@ -20,7 +22,7 @@ pub struct Stats {
 }
 
 /// Pressure stall information: the share of time in which some or all waited, in percent, and the time in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct PsiStats {
     pub some: Option<PsiData>,
@@ -28,7 +30,7 @@ pub struct PsiStats {
 }
 
 /// One line of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct PsiData {
     pub avg10: f64,
@@ -38,7 +40,7 @@ pub struct PsiData {
 }
 
 /// Processes and threads.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct PidsStat {
     pub current: u64,
@@ -46,7 +48,7 @@ pub struct PidsStat {
 }
 
 /// Processor time.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct CpuStat {
     pub usage_usec: u64,
@@ -61,7 +63,7 @@ pub struct CpuStat {
 }
 
 /// Memory; bytes, except the counts of events.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct MemoryStat {
     pub anon: u64,
@@ -105,7 +107,7 @@ pub struct MemoryStat {
 }
 
 /// `memory.events`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct MemoryEvents {
     pub low: u64,
@@ -117,7 +119,7 @@ pub struct MemoryEvents {
 }
 
 /// Block devices.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct IoStat {
     pub usage: Vec<IoEntry>,
@@ -125,7 +127,7 @@ pub struct IoStat {
 }
 
 /// One device; bytes and operations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct IoEntry {
     pub major: u64,
@@ -137,7 +139,7 @@ pub struct IoEntry {
 }
 
 /// Huge pages of one size; bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct HugeTlbStat {
     pub current: u64,

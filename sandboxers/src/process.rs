@@ -8,20 +8,21 @@ use std::{
     time::Duration,
 };
 
-use kuasar_sandboxers::{
-    Error, Result,
-    reaper::{ExitFuture, Reaper},
-    types::Exit,
-};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use tokio::{
+    io::Interest,
     sync::watch,
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, warn};
 
-use crate::sys;
+use crate::{
+    error::{Error, Result},
+    reaper::{ExitFuture, Reaper},
+    sys,
+    types::Exit,
+};
 
 /// The status that is told when nobody knows the true one, as containerd does.
 const UNKNOWN_STATUS: u32 = 255;
@@ -37,10 +38,11 @@ const COMMAND_LINE: usize = 32 << 10;
 
 /// What tells a process from a later one of the same pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
-    pub(crate) pid: u32,
+pub struct Identity {
+    /// Its pid.
+    pub pid: u32,
     /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22).
-    pub(crate) start: u64,
+    pub start: u64,
 }
 
 /// What is read from `/proc/<pid>/stat`.
@@ -53,7 +55,7 @@ struct Stat {
 }
 
 /// The pids of this host.
-pub(crate) fn pids() -> Result<impl Iterator<Item = Result<u32>>> {
+pub fn pids() -> Result<impl Iterator<Item = Result<u32>>> {
     let entries = fs::read_dir("/proc").map_err(Error::io("list", "/proc"))?;
     let pid = |entry: io::Result<fs::DirEntry>| match entry {
         Ok(entry) => entry.file_name().to_str()?.parse().ok().map(Ok),
@@ -63,13 +65,13 @@ pub(crate) fn pids() -> Result<impl Iterator<Item = Result<u32>>> {
 }
 
 /// Whether a process has ended, reaped or not.
-pub(crate) fn is_dead(pid: u32) -> bool {
+pub fn is_dead(pid: u32) -> bool {
     !matches!(Stat::read(pid), Ok(Some(Stat { zombie: false, .. })))
 }
 
 /// Shows every process of this host, by pid and the beginning of its command line, whose arguments end with a zero each. Whatever
 /// cannot be read has just ended, and is left out.
-pub(crate) fn command_lines(mut visit: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<()> {
+pub fn command_lines(mut visit: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<()> {
     // There may be thousands, and this is done before a new daemon serves: one buffer, and no question for the size of what has none.
     let mut buffer = vec![0; COMMAND_LINE];
     for pid in pids()? {
@@ -109,7 +111,7 @@ impl Stat {
 
 /// A process that is held by a pidfd, so a signal never reaches another.
 #[derive(Debug)]
-pub(crate) struct Tracked {
+pub struct Tracked {
     identity: Identity,
     pidfd: OwnedFd,
     parent: u32,
@@ -117,7 +119,7 @@ pub(crate) struct Tracked {
 
 impl Tracked {
     /// Takes hold of a process; `None` when there is none of that pid.
-    pub(crate) fn open(pid: u32) -> Result<Option<Self>> {
+    pub fn open(pid: u32) -> Result<Option<Self>> {
         let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
@@ -131,16 +133,18 @@ impl Tracked {
     }
 
     /// Takes hold of a process again; `None` when it is gone, whoever has its pid now, or dead.
-    pub(crate) fn find(identity: Identity) -> Result<Option<Self>> {
+    pub fn find(identity: Identity) -> Result<Option<Self>> {
         Ok(Self::open(identity.pid)?.filter(|found| found.identity == identity))
     }
 
-    pub(crate) fn identity(&self) -> Identity {
+    /// What tells it from others.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
         self.identity
     }
 
     /// Sends a signal; false when the process has ended.
-    pub(crate) fn signal(&self, signal: i32) -> Result<bool> {
+    pub fn signal(&self, signal: i32) -> Result<bool> {
         match sys::send_signal(self.pidfd.as_fd(), signal) {
             Ok(()) => Ok(true),
             Err(error) => match error.raw_os_error() {
@@ -152,17 +156,17 @@ impl Tracked {
     }
 
     /// Waits until it has ended.
-    pub(crate) async fn ended(&self) -> Result<()> {
+    pub async fn ended(&self) -> Result<()> {
         let failed = || Error::failed(format!("watch process {}", self.identity.pid));
         // A descriptor of its own: epoll takes each only once, and several may wait for the same process.
-        let pidfd = self.pidfd.try_clone().and_then(sys::watch).map_err(failed())?;
+        let pidfd = self.pidfd.try_clone().and_then(|fd| sys::watch(fd, Interest::READABLE)).map_err(failed())?;
         pidfd.readable().await.map_err(failed())?.retain_ready();
         Ok(())
     }
 
     /// How a process of an earlier daemon ends. The reaper is told of a child of ours or of our keeper's; another's status is in its pidfd
     /// once that one's parent has reaped it.
-    pub(crate) async fn exit(&self, reaper: &Reaper) -> Exit {
+    pub async fn exit(&self, reaper: &Reaper) -> Exit {
         if self.parent == std::process::id() || Some(self.parent) == reaper.keeper() {
             return reaper.exit_of_started(self.identity.pid, self.identity.start).await;
         }
@@ -212,14 +216,17 @@ fn shell_status(status: i32) -> u32 {
 
 /// The end of something, told to all who ask. It never changes once it is set.
 #[derive(Debug)]
-pub(crate) struct Ending(watch::Sender<Option<Exit>>);
+pub struct Ending(watch::Sender<Option<Exit>>);
 
 impl Ending {
-    pub(crate) fn pending() -> Self {
+    /// One that has not come.
+    #[must_use]
+    pub fn pending() -> Self {
         Self(watch::channel(None).0)
     }
 
-    pub(crate) fn tell(&self, exit: Exit) {
+    /// Tells it, once; later ones do not count.
+    pub fn tell(&self, exit: Exit) {
         self.0.send_if_modified(|known| {
             let news = known.is_none();
             known.get_or_insert(exit);
@@ -227,11 +234,14 @@ impl Ending {
         });
     }
 
-    pub(crate) fn known(&self) -> Option<Exit> {
+    /// The end, if it has come.
+    #[must_use]
+    pub fn known(&self) -> Option<Exit> {
         *self.0.borrow()
     }
 
-    pub(crate) async fn wait(&self) -> Exit {
+    /// Waits for it.
+    pub async fn wait(&self) -> Exit {
         match self.0.subscribe().wait_for(Option::is_some).await {
             Ok(exit) => exit.unwrap_or_else(|| Exit::now(UNKNOWN_STATUS)),
             // `self` holds the sender, so it is never closed.
@@ -241,10 +251,12 @@ impl Ending {
 }
 
 /// The exit of a process we have started, or have taken over.
-pub(crate) enum Exiting {
+pub enum Exiting {
+    /// A child of this daemon.
     Ours(ExitFuture),
     /// It has ended already.
     Known(Exit),
+    /// It runs, and an earlier daemon has started it.
     Adopted(Reaper),
     /// It has ended; whoever has seen that may not have told yet.
     Late(ExitFuture),
@@ -252,7 +264,7 @@ pub(crate) enum Exiting {
 
 impl Exiting {
     /// The exit of a process that has been taken over; `process` is `None` when it has ended.
-    pub(crate) fn adopted(identity: Identity, process: Option<&Tracked>, reaper: &Reaper) -> Self {
+    pub fn adopted(identity: Identity, process: Option<&Tracked>, reaper: &Reaper) -> Self {
         match (process, reaper.known(identity.pid, identity.start)) {
             (_, Some(exit)) => Self::Known(exit),
             (Some(_), None) => Self::Adopted(reaper.clone()),
@@ -262,7 +274,8 @@ impl Exiting {
 }
 
 impl Exiting {
-    pub(crate) async fn of(self, process: Option<&Tracked>) -> Exit {
+    /// Waits for it; `process` is what is held of it.
+    pub async fn of(self, process: Option<&Tracked>) -> Exit {
         match (self, process) {
             (Self::Ours(exit), _) => exit.await,
             (Self::Known(exit), _) => exit,
@@ -275,36 +288,8 @@ impl Exiting {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::process::{Command, Stdio};
-
+mod tests {
     use super::*;
-
-    /// Part of the one test that has the reaper.
-    pub(crate) async fn the_status_of_anothers_child(reaper: &Reaper) {
-        let script = "sh -c 'read x; exit 9' <&3 & echo $!; exec 3<&-; wait; echo; sleep 100";
-        let mut command = Command::new("sh");
-        command.args(["-c", &format!("exec 3<&0 </dev/null; {script}")]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let shell = reaper.spawn(&mut command).unwrap();
-        let mut said = io::BufReader::new(fs::File::from(shell.stdout.unwrap()));
-        let mut line = String::new();
-        io::BufRead::read_line(&mut said, &mut line).unwrap();
-        let process = Tracked::open(line.trim().parse().unwrap()).unwrap().unwrap();
-        assert_ne!(process.parent, std::process::id());
-        drop(shell.stdin);
-        let exit = process.exit(reaper).await;
-        if exit.status == UNKNOWN_STATUS {
-            eprintln!("SKIP the_status_of_anothers_child: this kernel does not tell it (Linux 6.15 does)");
-        } else {
-            assert_eq!(exit.status, 9);
-        }
-        // Its parent is about to reap it.
-        while process.signal(0).unwrap() {
-            sleep(Duration::from_millis(1)).await;
-        }
-        Tracked::open(shell.pid).unwrap().unwrap().signal(libc::SIGKILL).unwrap();
-        assert_eq!(shell.exit.await.status, 137);
-    }
 
     #[test]
     fn a_name_with_brackets_does_not_confuse() {
