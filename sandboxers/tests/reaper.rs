@@ -1,5 +1,7 @@
 //! The reaper on real children. In a process of its own, because it takes every exit of the process.
 
+#![allow(clippy::unwrap_used, reason = "what fails fails the test")]
+
 use std::{
     fs::File,
     io::{BufRead, BufReader},

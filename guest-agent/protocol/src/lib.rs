@@ -1,0 +1,63 @@
+//! What the host and the agent of a microVM say to each other: messages, the service's two sides, and the header of a stream.
+//!
+//! ```text
+//!   host (kuasard)                                     guest (kuasar-guest-agent)
+//!   AgentClient ───── ttrpc on vsock port 1024 ──────▶ Agent
+//!   StreamHeader ──── vsock port 1025, then bytes ───▶ standard input, output and error of one process
+//! ```
+//!
+//! Invariants:
+//! - the host asks and the guest answers, never the other way round;
+//! - every message is bounded ([`MESSAGE_MAX`], [`ID_MAX`], [`HEADER_MAX`]);
+//! - nothing here touches a file, a socket or a process: either side may be fed with anything.
+
+pub mod stream;
+
+/// The generated messages.
+#[allow(missing_docs, clippy::all, clippy::pedantic, nonstandard_style, unused, rust_2018_idioms, unreachable_pub)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The generated service: `create_agent` and the trait `Agent` for the guest, `AgentClient` for the host.
+#[allow(missing_docs, clippy::all, clippy::pedantic, nonstandard_style, unused, rust_2018_idioms, unreachable_pub)]
+pub mod agent_ttrpc {
+    use super::agent;
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
+
+/// The version of this protocol. Both sides must have the same: kernel, agent and daemon are installed together.
+pub const VERSION: u32 = 1;
+
+/// The vsock port of the service.
+pub const PORT: u32 = 1024;
+
+/// The vsock port of streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// The vsock port on which the guest forwards to a TCP port of its own loopback interface: two bytes, big endian, name the port.
+pub const FORWARD_PORT: u32 = 1026;
+
+/// The longest message, in bytes: ttrpc's own limit.
+pub const MESSAGE_MAX: usize = 4 << 20;
+
+/// The longest id of a container or an exec, in bytes.
+pub const ID_MAX: usize = 128;
+
+/// The tag of the share that holds everything of the pod that comes from the host's filesystems.
+pub const SHARE_TAG: &str = "kuasar";
+
+/// Where the agent mounts that share.
+pub const SHARE_TARGET: &str = "/run/kuasar/share";
+
+/// Below it, and the same on the host below the shared directory: `containers/<id>/rootfs` and `containers/<id>/mounts/<number>`.
+pub const SHARED_CONTAINERS: &str = "containers";
+
+/// Where storages that are not shared are mounted in the guest.
+pub const STORAGE_TARGET: &str = "/run/kuasar/storage";
+
+/// Word of the kernel's command line that lets [`agent::ExecRequest::in_guest`] work.
+pub const DEBUG_WORD: &str = "kuasar.debug";
+
+/// Word of the kernel's command line that says how much the agent logs to the console: `kuasar.log=debug`.
+pub const LOG_WORD: &str = "kuasar.log=";
