@@ -14,13 +14,31 @@
 pub mod stream;
 
 /// The generated messages.
-#[allow(missing_docs, clippy::all, clippy::pedantic, nonstandard_style, unused, rust_2018_idioms, unreachable_pub)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    nonstandard_style,
+    unused,
+    rust_2018_idioms,
+    unreachable_pub
+)]
 pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
 /// The generated service: `create_agent` and the trait `Agent` for the guest, `AgentClient` for the host.
-#[allow(missing_docs, clippy::all, clippy::pedantic, nonstandard_style, unused, rust_2018_idioms, unreachable_pub)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    nonstandard_style,
+    unused,
+    rust_2018_idioms,
+    unreachable_pub
+)]
 pub mod agent_ttrpc {
     use super::agent;
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
