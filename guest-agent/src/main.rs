@@ -1,3 +1,64 @@
-//! PID 1 of a microVM.
+//! PID 1 of a microVM: the only program in it besides the OCI runtime and what containers bring along.
 
-fn main() {}
+use std::{env, fs, path::Path, process::ExitCode};
+
+use kuasar_guest_agent::{Guest, Place, boot, console, serve};
+use kuasar_runc::Runtime;
+use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use tokio::runtime::Builder;
+use tracing::{error, info};
+
+/// The OCI runtime.
+const RUNTIME: &str = "/bin/crun";
+
+/// What it says to `--version` and `features`, if the image's maker has asked it: to ask takes tens of milliseconds.
+const RUNTIME_VERSION: &str = "/etc/kuasar/runtime-version";
+const RUNTIME_FEATURES: &str = "/etc/kuasar/runtime-features";
+
+/// Threads that answer and move bytes: one more than the processors of most guests, so that one that waits for a disk stops nobody.
+const THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    if env::args().nth(1).as_deref() == Some(kuasar_guest_agent::WAIT) {
+        loop {
+            nix::unistd::pause();
+        }
+    }
+    if std::process::id() != 1 {
+        eprintln!("kuasar-guest-agent is process 1 of a microVM; it does nothing anywhere else");
+        return ExitCode::FAILURE;
+    }
+    console::end_machine_on_panic();
+    match run() {
+        Ok(()) => {}
+        Err(error) => error!(error = error.report(), "the agent cannot go on"),
+    }
+    // The machine is of no use without it, and the kernel panics when its process 1 ends.
+    console::end_machine();
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<()> {
+    let words = boot::mount_all().inspect_err(|error| eprintln!("kuasar-guest-agent: {}", error.report()))?;
+    console::log(words.log.as_deref());
+    info!("mounted");
+    let threads = Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
+    threads.map_err(Error::failed("start threads"))?.block_on(async {
+        let (ports, booted) = boot::open_ports().await?;
+        let ready_us = boot::uptime_us();
+        info!("listening");
+        let reaper = Reaper::install()?;
+        let runtime = find_runtime(&reaper).await?;
+        let place = Place { root: "/run/kuasar".into(), cgroup: "/pod".into(), machine: true, debug: words.debug };
+        let guest = Guest::new(place, runtime, reaper, booted, ready_us);
+        serve(guest, ports).await
+    })
+}
+
+async fn find_runtime(reaper: &Reaper) -> Result<Runtime> {
+    let program = Path::new(RUNTIME);
+    match (fs::read_to_string(RUNTIME_VERSION), fs::read_to_string(RUNTIME_FEATURES)) {
+        (Ok(version), Ok(features)) => Runtime::told(program, &version, &features),
+        _ => Runtime::probe(program, reaper).await,
+    }
+}

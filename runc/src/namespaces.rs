@@ -96,6 +96,26 @@ pub(crate) fn check(spec: &SandboxSpec) -> Result<()> {
     Ok(())
 }
 
+/// Whether making a pod's namespaces takes kuasar-init: not where it has none of its own, as within a machine that is the pod's.
+///
+/// # Errors
+/// As for [`check`].
+pub(crate) fn need_program(spec: &SandboxSpec) -> Result<bool> {
+    Ok(new_namespaces(spec) != 0 || spec.namespaces.user.is_some() || !sysctl::arguments(spec)?.is_empty())
+}
+
+/// Flags (clone(2)) of those that are to be made, but for the user namespace.
+fn new_namespaces(spec: &SandboxSpec) -> i32 {
+    let modes = &spec.namespaces;
+    let uts = modes.network != NamespaceMode::Node;
+    let new = [
+        (modes.ipc != NamespaceMode::Node, libc::CLONE_NEWIPC),
+        (uts, libc::CLONE_NEWUTS),
+        (modes.pid == NamespaceMode::Pod, libc::CLONE_NEWPID),
+    ];
+    new.into_iter().filter_map(|(wanted, flag)| wanted.then_some(flag)).sum()
+}
+
 /// Opens a network namespace, if it is one.
 fn open_netns(path: &Path) -> Result<File> {
     let field = || format!("netns {}", path.display());
@@ -107,14 +127,15 @@ fn open_netns(path: &Path) -> Result<File> {
     }
 }
 
-/// Makes the namespaces of a pod. `dir` is the sandbox's own directory, and what process 1 is recognised by.
+/// Makes the namespaces of a pod. `dir` is the sandbox's own directory, and what process 1 is recognised by; the program is there where
+/// [`need_program`] says so.
 ///
 /// # Errors
 /// Which step failed. What was made is on the `undo` stack.
 pub(crate) async fn make(
     spec: &SandboxSpec,
     dir: &Path,
-    program: &InitProgram,
+    program: Option<&InitProgram>,
     reaper: &Reaper,
     undo: &mut Undo,
 ) -> Result<Made> {
@@ -135,13 +156,10 @@ pub(crate) async fn make(
         Some(mappings) => user_namespace(mappings, opened.as_ref(), &mut arguments)?,
         None => None,
     };
-    let new = [(ipc, libc::CLONE_NEWIPC), (uts, libc::CLONE_NEWUTS), (shares_pid, libc::CLONE_NEWPID)];
-    let new: i32 = new.into_iter().filter_map(|(wanted, flag)| wanted.then_some(flag)).sum();
+    let new = new_namespaces(spec);
     let pid = if modes.pid == NamespaceMode::Node { PidNamespace::Node } else { PidNamespace::Own };
     let mut namespaces = Namespaces { network: netns.map(Path::to_owned), pid, ..Namespaces::default() };
-    if new == 0 && modes.user.is_none() && sysctl::arguments(spec)?.is_empty() {
-        return Ok(Made { namespaces, init: None });
-    }
+    let Some(program) = program else { return Ok(Made { namespaces, init: None }) };
     arguments.push(format!("new={new}").into());
     if uts && !spec.hostname.is_empty() {
         arguments.push(argument("hostname", spec.hostname.as_bytes()));
@@ -310,7 +328,14 @@ pub(crate) mod tests {
         async fn make(&self, spec: &SandboxSpec) -> Result<Made> {
             check(spec)?;
             let mut undo = Undo::new("test");
-            let made = make(spec, self.dir.path(), &self.program, &self.reaper, &mut undo).await;
+            let made = make(
+                spec,
+                self.dir.path(),
+                Some(&self.program).filter(|_| need_program(spec).unwrap()),
+                &self.reaper,
+                &mut undo,
+            )
+            .await;
             undo.settle(made).await
         }
 

@@ -59,7 +59,8 @@ pub(crate) struct Pod {
     pub(crate) dir: PathBuf,
     pub(crate) driver: Driver,
     pub(crate) files: PodFiles,
-    program: InitProgram,
+    /// Where its namespaces take it.
+    program: Option<InitProgram>,
     state: Mutex<State>,
     ending: Ending,
 }
@@ -90,7 +91,7 @@ impl Pod {
         context: SandboxContext,
         dir: PathBuf,
         driver: Driver,
-        program: InitProgram,
+        program: Option<InitProgram>,
     ) -> Self {
         let files = PodFiles::at(&dir.join("files"), &spec);
         Self { spec, context, dir, driver, files, program, state: Mutex::default(), ending: Ending::pending() }
@@ -192,7 +193,7 @@ impl Pod {
 
     async fn start_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
         let reaper = &self.context.reaper;
-        let made = namespaces::make(&self.spec, &self.dir, &self.program, reaper, undo).await?;
+        let made = namespaces::make(&self.spec, &self.dir, self.program.as_ref(), reaper, undo).await?;
         let mut state = State { namespaces: Some(made.namespaces), ..State::default() };
         if let Some((init, exit)) = made.init {
             let init = Arc::new(init);

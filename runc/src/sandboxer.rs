@@ -134,7 +134,8 @@ impl Inner {
     async fn pod(&self, spec: Arc<SandboxSpec>, context: SandboxContext) -> Result<Pod> {
         let dir = self.dir(&spec.namespace, &spec.id);
         let driver = self.driver(self.runtime_for(&spec).await?, &dir);
-        Ok(Pod::new(spec, context, dir, driver, self.program().await?.clone()))
+        let program = if namespaces::need_program(&spec)? { Some(self.program().await?.clone()) } else { None };
+        Ok(Pod::new(spec, context, dir, driver, program))
     }
 
     fn adopt(&self, pod: Arc<Pod>) -> Arc<dyn Sandbox> {

@@ -111,6 +111,17 @@ impl StreamHeader {
         let Some((exec, rest)) = id(rest)? else { return Ok(None) };
         Ok(Some((Self { container, exec, kind }, bytes.len() - rest.len())))
     }
+
+    /// How many bytes are missing at least, when [`Self::decode`] of `bytes` needs more: whoever reads that many reads nothing of what
+    /// follows the header.
+    #[must_use]
+    pub fn missing(bytes: &[u8]) -> usize {
+        // Layout, kind, a length, that many bytes, another length.
+        let container = bytes.get(2).map(|length| 3 + usize::from(*length) + 1);
+        let Some(container) = container else { return 4 - bytes.len() };
+        let exec = bytes.get(container - 1).map(|length| container + usize::from(*length));
+        exec.unwrap_or(container).saturating_sub(bytes.len()).max(1)
+    }
 }
 
 fn id(bytes: &[u8]) -> Result<Option<(String, &[u8])>, BadHeader> {
@@ -122,4 +133,65 @@ fn id(bytes: &[u8]) -> Result<Option<(String, &[u8])>, BadHeader> {
     let Some((text, rest)) = rest.split_at_checked(length) else { return Ok(None) };
     let text = str::from_utf8(text).map_err(|_| BadHeader::Text)?;
     Ok(Some((text.to_owned(), rest)))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // a test may
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn header() -> impl Strategy<Value = StreamHeader> {
+        ("[a-zA-Z0-9._-]{0,128}", "\\PC{0,20}", prop::sample::select(&StreamKind::ALL))
+            .prop_map(|(container, exec, kind)| StreamHeader { container, exec, kind })
+    }
+
+    #[test]
+    fn what_is_no_header_is_said_as_early_as_it_can_be() {
+        assert_eq!(StreamHeader::decode(b""), Ok(None));
+        assert_eq!(StreamHeader::decode(&[2]), Err(BadHeader::Layout(2)));
+        assert_eq!(StreamHeader::decode(&[1]), Ok(None));
+        assert_eq!(StreamHeader::decode(&[1, 3]), Err(BadHeader::Kind(3)));
+        assert_eq!(StreamHeader::decode(&[1, 0, 129]), Err(BadHeader::Length(129)));
+        assert_eq!(StreamHeader::decode(&[1, 0, 1, 0xff, 0]), Err(BadHeader::Text));
+        let long = StreamHeader { container: "c".repeat(ID_MAX + 1), exec: String::new(), kind: StreamKind::Stdin };
+        assert_eq!(long.encode(), Err(BadHeader::Length(ID_MAX + 1)));
+        assert_eq!(StreamHeader { container: "c".repeat(300), ..long }.encode(), Err(BadHeader::Length(300)));
+    }
+
+    #[test]
+    fn the_longest() {
+        let id = "i".repeat(ID_MAX);
+        let longest = StreamHeader { container: id.clone(), exec: id, kind: StreamKind::Stderr }.encode().unwrap();
+        assert_eq!(longest.len(), HEADER_MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip_with_anything_behind_it(header in header(), rest in vec(any::<u8>(), 0..40)) {
+            let mut bytes = header.encode().unwrap();
+            let length = bytes.len();
+            for end in 0..length {
+                prop_assert_eq!(StreamHeader::decode(&bytes[..end]), Ok(None));
+                let missing = StreamHeader::missing(&bytes[..end]);
+                prop_assert!(missing > 0 && end + missing <= length, "{} of {} are there, {} missing", end, length, missing);
+            }
+            bytes.extend(rest);
+            prop_assert_eq!(StreamHeader::decode(&bytes), Ok(Some((header, length))));
+        }
+
+        #[test]
+        fn never_panics(bytes in vec(any::<u8>(), 0..2 * HEADER_MAX), plausible in any::<bool>()) {
+            let mut bytes = bytes;
+            if plausible && bytes.len() > 2 {
+                (bytes[0], bytes[1], bytes[2]) = (LAYOUT, bytes[1] % 3, bytes[2] % 130);
+            }
+            match StreamHeader::decode(&bytes) {
+                Ok(Some((header, length))) => prop_assert_eq!(header.encode().unwrap(), &bytes[..length]),
+                Ok(None) => prop_assert!(bytes.len() < HEADER_MAX && StreamHeader::missing(&bytes) > 0),
+                Err(_) => {}
+            }
+        }
+    }
 }

@@ -222,15 +222,21 @@ impl Runtime {
                 )));
             }
         };
-        let banner = Banner::parse(&said.stdout).filter(|_| said.status == 0);
-        let Some(banner) = banner else {
-            return Err(unavailable(format!(
-                "{} is not an OCI runtime: `--version` ended with {} and said {:?}",
-                program.display(),
-                said.status,
-                said.stdout.lines().next().unwrap_or_default(),
-            )));
-        };
+        if said.status != 0 {
+            return Err(no_runtime(program, said.status, &said.stdout));
+        }
+        let features = listen(reaper, Command::new(program).arg("features"), PROBE_LIMIT).await?;
+        let features = if features.status == 0 { features.stdout } else { String::new() };
+        Self::told(program, &said.stdout, &features)
+    }
+
+    /// A program of which it is known what it says to `--version` and `features`, so that it need not be asked. `features` is empty for
+    /// one that knows no such command.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when that is not what an OCI runtime says, or one that is too old.
+    pub fn told(program: &Path, version: &str, features: &str) -> Result<Self> {
+        let banner = Banner::parse(version).ok_or_else(|| no_runtime(program, 0, version))?;
         let minimum = banner.kind.minimum();
         if banner.version < minimum {
             return Err(unavailable(format!(
@@ -240,10 +246,7 @@ impl Runtime {
                 banner.version,
             )));
         }
-        let features = listen(reaper, Command::new(program).arg("features"), PROBE_LIMIT).await?;
-        let features = serde_json::from_str(&features.stdout)
-            .ok()
-            .filter(|document: &Value| features.status == 0 && document["ociVersionMin"].is_string());
+        let features = serde_json::from_str(features).ok().filter(|document: &Value| document["ociVersionMin"].is_string());
         Ok(Self(Arc::new(Facts {
             program: program.to_owned(),
             kind: banner.kind,
@@ -327,6 +330,14 @@ impl Banner {
     }
 }
 
+fn no_runtime(program: &Path, status: u32, said: &str) -> Error {
+    unavailable(format!(
+        "{} is not an OCI runtime: `--version` ended with {status} and said {:?}",
+        program.display(),
+        said.lines().next().unwrap_or_default(),
+    ))
+}
+
 fn unavailable(why: String) -> Error {
     Error::Unavailable { what: "OCI runtime".into(), why }
 }
@@ -360,6 +371,17 @@ mod tests {
         assert_eq!(Banner::parse("runsc version release-20240101.0\nspec: 1.1.0-rc.1\n").map(|banner| banner.version), None);
         assert!(Banner::parse("").is_none());
         assert!(Banner::parse("hello world").is_none());
+    }
+
+    #[test]
+    fn what_a_runtime_has_said_before_is_believed() {
+        let features = r#"{"ociVersionMin": "1.0.0"}"#;
+        let crun = Runtime::told(Path::new("/bin/crun"), "crun version 1.21\nspec: 1.0.0\n", features).unwrap();
+        assert_eq!((crun.to_string().as_str(), crun.features().is_some()), ("crun 1.21.0", true));
+        assert!(crun.only_spec_1_0());
+        let old = Runtime::told(Path::new("/bin/runc"), "runc version 1.0.3\n", "").unwrap_err();
+        assert!(old.to_string().contains("too old"), "{old}");
+        assert!(Runtime::told(Path::new("/bin/true"), "", "").is_err());
     }
 
     #[test]
