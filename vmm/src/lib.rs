@@ -19,4 +19,6 @@
 //!   record.
 
 pub mod hypervisor;
+pub mod launch;
+pub mod qmp;
 pub mod spec;
