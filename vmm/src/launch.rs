@@ -621,13 +621,11 @@ mod tests {
         }
         let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         let (launched, dir) = run(|launch| {
+            launch.program = "/bin/bash".into();
             assert_eq!(launch.pass(write), 10);
             launch.user(Some((12345, 12346)), &[7]).open_files(100);
             let status = "grep -E 'Cap(Eff|Bnd)|NoNewPrivs' /proc/self/status";
-            launch.args([
-                "-c",
-                &format!("id -u; id -g; id -G; ulimit -n; {status}; ls /proc/self/fd; echo through > /proc/$$/fd/10"),
-            ]);
+            launch.args(["-c", &format!("id -u; id -g; id -G; ulimit -n; {status}; ls /proc/self/fd; echo through >&10")]);
         })
         .await;
         assert_eq!(launched.exited().await.status, 0, "{:?}", launched.last_words());

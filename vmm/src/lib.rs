@@ -20,5 +20,8 @@
 
 pub mod hypervisor;
 pub mod launch;
+pub mod qemu;
 pub mod qmp;
 pub mod spec;
+pub mod virtiofsd;
+pub mod vsock_device;
