@@ -19,4 +19,9 @@
 //!   record.
 
 pub mod hypervisor;
+pub mod launch;
+pub mod qemu;
+pub mod qmp;
 pub mod spec;
+pub mod virtiofsd;
+pub mod vsock_device;
