@@ -19,4 +19,6 @@
 //!   record.
 
 pub mod hypervisor;
+pub mod net;
 pub mod spec;
+mod sys;
