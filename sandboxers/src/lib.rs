@@ -34,6 +34,7 @@ pub mod handle;
 pub mod id;
 pub mod lifecycle;
 pub mod mount;
+pub mod netlink;
 mod owner;
 pub mod podfiles;
 pub mod process;

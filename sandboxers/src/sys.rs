@@ -84,6 +84,22 @@ impl Drop for NamespaceHolder {
     }
 }
 
+/// Lets a netlink socket give reasons in words, behind its error numbers.
+pub(crate) fn explain_netlink_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the option's value is `on`, which lives during the call, and its size is its own.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_NETLINK,
+            libc::NETLINK_EXT_ACK,
+            (&raw const on).cast(),
+            libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// mount_setattr(2) on the whole tree that `tree` (of open_tree(2)) refers to: maps its ids through `user_namespace`, makes
 /// it private, and read-only if asked.
 pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, readonly: bool) -> io::Result<()> {

@@ -20,8 +20,10 @@
 
 pub mod hypervisor;
 pub mod launch;
+pub mod net;
 pub mod qemu;
 pub mod qmp;
 pub mod spec;
+mod sys;
 pub mod virtiofsd;
 pub mod vsock_device;

@@ -1,0 +1,1 @@
+//! Tests as root, in network namespaces of their own.
