@@ -52,3 +52,4 @@ pub mod undo;
 
 pub use contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer};
 pub use error::{Code, Error, Result};
+pub use sys::watch;

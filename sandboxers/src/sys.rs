@@ -16,7 +16,10 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Lets tokio watch a descriptor.
-pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+///
+/// # Errors
+/// When it is of a kind that cannot be watched (a regular file), or the runtime refuses.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on
     // and gives it out by shared reference or back whole.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
