@@ -143,8 +143,14 @@ impl Guest {
             } else {
                 format!("{}/{}", text(&route.destination), route.prefix)
             };
-            let via = if route.gateway.is_empty() { String::new() } else { format!(" via {}", text(&route.gateway)) };
-            self.namespace.ip(&format!("{family} route append {to}{via} dev {} proto {}", route.interface, route.protocol));
+            let onlink = if route.onlink { " onlink" } else { "" };
+            let via = match route.gateway.len() {
+                0 => String::new(),
+                4 => format!(" via {}", text(&route.gateway)),
+                _ => format!(" via inet6 {}", text(&route.gateway)),
+            };
+            self.namespace
+                .ip(&format!("{family} route append {to}{via} dev {} proto {}{onlink}", route.interface, route.protocol));
         }
     }
 }
@@ -322,7 +328,7 @@ async fn what_others_have_there_stays() {
     }
     let (node, pod) = pod();
     pod.tc("qdisc add dev eth0 clsact");
-    pod.tc("filter add dev eth0 egress protocol ip pref 7 u32 match u32 0 0 action ok");
+    pod.tc("filter add dev eth0 egress protocol ip pref 7 u32 match u32 0 0 flowid 1:1");
     let before = (pod.contents(), pod.tc("filter show dev eth0 egress"));
     let network = connected(&pod).await.unwrap();
     let guest = Guest::start(&network).await;
