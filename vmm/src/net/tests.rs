@@ -482,7 +482,8 @@ async fn connecting_is_quick() {
         return;
     }
     let (_node, pod) = pod();
-    let mut times = [Vec::new(), Vec::new()];
+    let mut times = [Vec::new(), Vec::new(), Vec::new()];
+    let store = MemoryHolder::default().store();
     for _ in 0..20 {
         let begun = Instant::now();
         let network = connected(&pod).await.unwrap();
@@ -491,8 +492,12 @@ async fn connecting_is_quick() {
         let begun = Instant::now();
         disconnect(&pod.path()).await.unwrap();
         times[1].push(begun.elapsed());
+        let begun = Instant::now();
+        let forwarder = Forwarder::attach(&pod.path(), &store, "forward".into()).await;
+        times[2].push(begun.elapsed());
+        drop(forwarder);
     }
-    for (what, times) in ["connect", "disconnect"].into_iter().zip(&mut times) {
+    for (what, times) in ["connect", "disconnect", "attach the forwarder"].into_iter().zip(&mut times) {
         times.sort();
         println!("{what}: median {:?}, least {:?}, most {:?}", times[10], times[0], times[19]);
     }
