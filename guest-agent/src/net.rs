@@ -67,7 +67,7 @@ const WAITING: Duration = Duration::from_secs(10);
 /// [`Error::Invalid`] for what can be no network; [`Error::TimedOut`] when an interface does not appear; others for what the kernel refuses.
 pub(crate) async fn apply(request: &agent::SetUpRequest) -> Result<()> {
     let network = Network::check(request)?;
-    spawn_blocking(move || network.make()).await.map_err(Error::failed("set up the network"))?
+    spawn_blocking(move || network.make(APPEARING)).await.map_err(Error::failed("set up the network"))?
 }
 
 type Mac = [u8; 6];
@@ -192,14 +192,14 @@ impl Network {
         Ok(Self { interfaces, routes, neighbours })
     }
 
-    fn make(&self) -> Result<()> {
+    fn make(&self, appearing: Duration) -> Result<()> {
         let mut netlink = Netlink::open().map_err(Error::failed("open a netlink socket"))?;
         set(&mut netlink, LOOPBACK, Vec::new(), true).map_err(Error::failed("bring up the loopback interface"))?;
         if self.interfaces.is_empty() {
             return Ok(());
         }
         let macs: Vec<Mac> = self.interfaces.iter().map(|interface| interface.mac).collect();
-        let links = appear(&mut netlink, &macs)?;
+        let links = appear(&mut netlink, &macs, appearing)?;
         let indices = self.rename(&mut netlink, &links)?;
         let index = |name: &str| indices.get(name).copied().unwrap_or_default();
         for interface in &self.interfaces {
@@ -272,9 +272,9 @@ fn links(netlink: &mut Netlink) -> Result<Vec<Link>> {
 }
 
 /// Waits until interfaces with all these addresses are there; returns all interfaces.
-fn appear(netlink: &mut Netlink, macs: &[Mac]) -> Result<Vec<Link>> {
+fn appear(netlink: &mut Netlink, macs: &[Mac], limit: Duration) -> Result<Vec<Link>> {
     let failed = || Error::failed("wait for the machine's interfaces");
-    let deadline = Instant::now() + APPEARING;
+    let deadline = Instant::now() + limit;
     // Before the first look, so that nothing is missed between the two; and only if that one does not find them all.
     let mut news: Option<Netlink> = None;
     loop {
@@ -286,11 +286,11 @@ fn appear(netlink: &mut Netlink, macs: &[Mac]) -> Result<Vec<Link>> {
             continue;
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(Error::failed("reckon a time limit"))?;
+        let left = Timespec::try_from(left).map_err(io::Error::other).map_err(failed())?;
         match poll(&mut [PollFd::new(&news.fd(), PollFlags::IN)], Some(&left)) {
             Ok(0) => {
                 let operation = format!("the appearing of an interface with MAC address {}", text(*missing));
-                return Err(Error::TimedOut { operation, seconds: APPEARING.as_secs() });
+                return Err(Error::TimedOut { operation, seconds: limit.as_secs() });
             }
             Ok(_) => news.changed().map_err(failed())?,
             Err(Errno::INTR) => {}
@@ -499,5 +499,4 @@ async fn connect(address: IpAddr, port: u16) -> io::Result<TcpStream> {
 }
 
 #[cfg(test)]
-#[path = "net_tests.rs"]
 mod tests;

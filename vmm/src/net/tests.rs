@@ -143,8 +143,14 @@ impl Guest {
             } else {
                 format!("{}/{}", text(&route.destination), route.prefix)
             };
-            let via = if route.gateway.is_empty() { String::new() } else { format!(" via {}", text(&route.gateway)) };
-            self.namespace.ip(&format!("{family} route append {to}{via} dev {} proto {}", route.interface, route.protocol));
+            let onlink = if route.onlink { " onlink" } else { "" };
+            let via = match route.gateway.len() {
+                0 => String::new(),
+                4 => format!(" via {}", text(&route.gateway)),
+                _ => format!(" via inet6 {}", text(&route.gateway)),
+            };
+            self.namespace
+                .ip(&format!("{family} route append {to}{via} dev {} proto {}{onlink}", route.interface, route.protocol));
         }
     }
 }
@@ -322,7 +328,7 @@ async fn what_others_have_there_stays() {
     }
     let (node, pod) = pod();
     pod.tc("qdisc add dev eth0 clsact");
-    pod.tc("filter add dev eth0 egress protocol ip pref 7 u32 match u32 0 0 action ok");
+    pod.tc("filter add dev eth0 egress protocol ip pref 7 u32 match u32 0 0 flowid 1:1");
     let before = (pod.contents(), pod.tc("filter show dev eth0 egress"));
     let network = connected(&pod).await.unwrap();
     let guest = Guest::start(&network).await;
@@ -476,7 +482,8 @@ async fn connecting_is_quick() {
         return;
     }
     let (_node, pod) = pod();
-    let mut times = [Vec::new(), Vec::new()];
+    let mut times = [Vec::new(), Vec::new(), Vec::new()];
+    let store = MemoryHolder::default().store();
     for _ in 0..20 {
         let begun = Instant::now();
         let network = connected(&pod).await.unwrap();
@@ -485,8 +492,12 @@ async fn connecting_is_quick() {
         let begun = Instant::now();
         disconnect(&pod.path()).await.unwrap();
         times[1].push(begun.elapsed());
+        let begun = Instant::now();
+        let forwarder = Forwarder::attach(&pod.path(), &store, "forward".into()).await;
+        times[2].push(begun.elapsed());
+        drop(forwarder);
     }
-    for (what, times) in ["connect", "disconnect"].into_iter().zip(&mut times) {
+    for (what, times) in ["connect", "disconnect", "attach the forwarder"].into_iter().zip(&mut times) {
         times.sort();
         println!("{what}: median {:?}, least {:?}, most {:?}", times[10], times[0], times[19]);
     }

@@ -1,1 +1,0 @@
-//! Tests as root, in network namespaces of their own.
