@@ -288,6 +288,27 @@ async fn a_machine() {
     let (said, status) = agent.run("c", "seccomp", "hostname other 2>&1; cat /proc/self/status").await;
     assert!(status == 0 && said.contains("Seccomp:\t2") && !said.contains("Seccomp:\t0"), "{said}");
 
+    // Bytes one way, and the other.
+    let out = Streams { stdout: true, ..Default::default() };
+    agent.exec("c", "out", &process(&["dd", "if=/dev/zero", "bs=64k", "count=320"]), out).await.unwrap();
+    let mut stdout = agent.stream("c", "out", StreamKind::Stdout).await.unwrap();
+    timed!("20 MiB out", assert_eq!(exactly(&mut stdout, 20 << 20).await.len(), 20 << 20));
+    assert_eq!(agent.wait("c", "out").await.unwrap().stdout_bytes, 20 << 20);
+    drop(stdout);
+    agent.delete("c", "out").await.unwrap();
+    let both = Streams { stdin: true, stdout: true, ..Default::default() };
+    agent.exec("c", "in", &process(&["sh", "-c", "cat >/tmp/bytes; md5sum </tmp/bytes"]), both).await.unwrap();
+    let mut stdin = agent.stream("c", "in", StreamKind::Stdin).await.unwrap();
+    let mut stdout = agent.stream("c", "in", StreamKind::Stdout).await.unwrap();
+    timed!("20 MiB in", {
+        stdin.write_all(&vec![0; 20 << 20]).await.unwrap();
+        drop(stdin);
+        agent.wait("c", "in").await.unwrap();
+    });
+    assert!(exactly(&mut stdout, 32).await == b"8f4e33f3dc3e414ff94e5fb6905cba8c");
+    drop(stdout);
+    agent.delete("c", "in").await.unwrap();
+
     // Bytes both ways.
     let streams = Streams { stdin: true, stdout: true, ..Default::default() };
     agent.exec("c", "cat", &process(&["cat"]), streams).await.unwrap();
