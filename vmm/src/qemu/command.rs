@@ -121,9 +121,9 @@ impl Line<'_> {
         self.launch.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         self.option("-display", "none");
         self.option("-name", &format!("guest={},debug-threads=on", value(&spec.name)));
-        // Firmware that draws on no screen, and none of the devices of a PC that cost time at boot.
+        // None of the devices of a PC that cost time at boot. With graphics=off the firmware would write on the console.
         let machine = match setup.machine {
-            Machine::Q35 => "q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,graphics=off",
+            Machine::Q35 => "q35,smm=off,vmport=off,hpet=off,usb=off,sata=off",
             Machine::Microvm => "microvm,isa-serial=on",
         };
         self.option("-machine", &format!("{machine},memory-backend=ram"));
