@@ -210,6 +210,12 @@ impl Launch {
         self
     }
 
+    /// The program's arguments, as far as they are known.
+    #[must_use]
+    pub fn arguments(&self) -> &[OsString] {
+        &self.args
+    }
+
     fn command_line(&self) -> Result<Vec<CString>> {
         let mut line: Vec<OsString> = Vec::new();
         let mut say = |words: &[&OsStr]| line.extend(words.iter().map(|word| (*word).to_owned()));

@@ -23,5 +23,6 @@ pub mod launch;
 pub mod qemu;
 pub mod qmp;
 pub mod spec;
+mod sys;
 pub mod virtiofsd;
 pub mod vsock_device;
