@@ -6,7 +6,8 @@
 //!
 //! Decisions, each measured with a guest:
 //! - the mount namespace is a slave of the host's: what is mounted below the directory later appears in the guest, and what is unmounted
-//!   goes. An unmount has to be lazy (`MNT_DETACH`), for virtiofsd keeps a descriptor of each inode that the guest remembers;
+//!   goes. An unmount has to be lazy (`MNT_DETACH`), for virtiofsd keeps a descriptor of each inode that the guest remembers. A mount
+//!   must be read-only (and all else) before it is bound there: what is changed by remounting does not reach the slave;
 //! - submounts are announced, so that equal inode numbers in two of them are not taken for one file;
 //! - inodes are held by descriptors: file handles need `CAP_DAC_READ_SEARCH` of the host. Hence the limit of open files;
 //! - advisory locks stay in the guest, where all of the pod's containers are; shared files of several pods are not locked against each

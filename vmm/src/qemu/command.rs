@@ -121,9 +121,9 @@ impl Line<'_> {
         self.launch.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         self.option("-display", "none");
         self.option("-name", &format!("guest={},debug-threads=on", value(&spec.name)));
-        // Firmware that draws on no screen, and none of the devices of a PC that cost time at boot.
+        // None of the devices of a PC that cost time at boot. With graphics=off the firmware would write on the console.
         let machine = match setup.machine {
-            Machine::Q35 => "q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,graphics=off",
+            Machine::Q35 => "q35,smm=off,vmport=off,hpet=off,usb=off,sata=off",
             Machine::Microvm => "microvm,isa-serial=on",
         };
         self.option("-machine", &format!("{machine},memory-backend=ram"));
@@ -142,7 +142,7 @@ impl Line<'_> {
         self.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
         self.option("-kernel", path(&spec.kernel)?);
         self.option("-initrd", path(&spec.initrd)?);
-        self.option("-append", &kernel_words(spec).join(" "));
+        self.option("-append", &kernel_words(spec, setup).join(" "));
         // Tells of a panic where the guest has a driver for it. On a PC without ISA bridge the console has to.
         if setup.machine == Machine::Q35 {
             self.option("-device", "pvpanic");
@@ -234,12 +234,125 @@ fn huge_pages(memory: Memory) -> String {
 }
 
 /// The kernel's words, and those that this machine needs unless they are said already: where the console is, and that a panic ends it.
-fn kernel_words(spec: &VmSpec) -> Vec<String> {
+fn kernel_words(spec: &VmSpec, setup: &Setup) -> Vec<String> {
     let said = |word: &&str| {
         let key = word.split('=').next().unwrap_or_default();
         !spec.cmdline.iter().any(|other| other.split('=').next() == Some(key))
     };
     // Without a keyboard controller only a triple fault (`reboot=t`) restarts every one of these machines, which -no-reboot makes an end.
-    let own = ["console=ttyS0", "panic=-1", "reboot=t"].into_iter().filter(said).map(str::to_owned);
-    own.chain(spec.cmdline.iter().cloned()).collect()
+    // Translated time stamps are the host's. A microvm has only the PIT to measure them by, which fails on a busy host, and then the guest
+    // has no clock at all and hangs.
+    let clock = setup.time_stamp_khz.map(|khz| format!("tsc_early_khz={khz}"));
+    let own = ["console=ttyS0", "panic=-1", "reboot=t"].into_iter().chain(clock.as_deref());
+    own.filter(said).map(str::to_owned).chain(spec.cmdline.iter().cloned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::spec::{Cpus, MacAddress, Nic, Share};
+
+    fn fd() -> Arc<OwnedFd> {
+        Arc::new(File::open("/dev/null").unwrap().into())
+    }
+
+    fn setup(machine: Machine) -> Setup {
+        let (program, accelerator) = ("/bin/false".into(), Accelerator::Tcg);
+        Setup { program, machine, accelerator, hot_disks: 2, groups: Vec::new(), time_stamp_khz: Some(2_600_000) }
+    }
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            name: "pod".into(),
+            cpus: Cpus { boot: 1, max: 4 },
+            memory: Memory { boot_mib: 256, max_mib: 1024, huge_page_kib: Some(2048) },
+            kernel: "/boot/vmlinuz".into(),
+            initrd: "/boot/initrd".into(),
+            cmdline: vec!["quiet".into(), "panic=5".into()],
+            disks: vec![Disk { serial: "root".into(), path: "/dev/null".into(), readonly: true }],
+            shares: vec![Share { tag: "share".into(), socket: "/s".into() }],
+            nics: vec![Nic { index: 0, mac: MacAddress([2, 0, 0, 0, 0, 1]), mtu: 1400, tap: fd(), vhost: Some(fd()) }],
+            vsock: Vsock::Kernel { cid: 5, vhost: fd() },
+            console: "/console".into(),
+            balloon: true,
+        }
+    }
+
+    fn words(spec: &VmSpec, machine: Machine) -> Vec<String> {
+        let opened = Opened { qmp: fd(), console: fd(), disks: vec![fd()], shares: vec![fd()], vsock: None };
+        let mut launch = Launch::new("qemu", Path::new("/bin/false"));
+        say(spec, &setup(machine), &opened, &mut launch).unwrap();
+        launch.arguments().iter().map(|word| word.to_str().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn a_pc_in_words() {
+        let line = words(&spec(), Machine::Q35).join(" ");
+        for part in [
+            "-machine q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,memory-backend=ram ",
+            "-smp cpus=1,maxcpus=4 ",
+            "-m size=256M,slots=4,maxmem=1280M ",
+            "-object memory-backend-memfd,id=ram,size=256M,share=on,hugetlb=on,hugetlbsize=2048K ",
+            "-append console=ttyS0 reboot=t tsc_early_khz=2600000 quiet panic=5 ",
+            "-add-fd fd=11,set=1 -chardev file,id=console,path=/dev/fdset/1,append=on ",
+            "-add-fd fd=12,set=2 -blockdev {\"node-name\":\"disk-root\",\"driver\":\"raw\",\"read-only\":true,",
+            "-device virtio-blk-pci,drive=disk-root,id=dev-root,serial=root ",
+            "-chardev socket,id=fs-share,fd=13 -device vhost-user-fs-pci,chardev=fs-share,tag=share ",
+            "-netdev tap,id=nic0,fd=14,vhost=on,vhostfd=15 ",
+            "-device virtio-net-pci,netdev=nic0,mac=02:00:00:00:00:01,host_mtu=1400,romfile= ",
+            "-device vhost-vsock-pci,guest-cid=5,vhostfd=16 ",
+            "-device pcie-root-port,id=port2,chassis=2,slot=2",
+        ] {
+            assert!(line.contains(part), "{part:?} is not in {line}");
+        }
+    }
+
+    #[test]
+    fn a_microvm_in_words_has_no_pci_and_nothing_that_grows() {
+        let line = words(&spec(), Machine::Microvm).join(" ");
+        assert!(line.contains("-smp cpus=1,maxcpus=1 ") && line.contains("-m size=256M -object"), "{line}");
+        assert!(!line.contains("-pci") && !line.contains("pcie") && !line.contains("romfile"), "{line}");
+        let refused = VmSpec { vsock: Vsock::Builtin { cid: 3, socket: "/x".into() }, ..spec() };
+        let opened = Opened { qmp: fd(), console: fd(), disks: vec![fd()], shares: vec![fd()], vsock: None };
+        let mut launch = Launch::new("qemu", Path::new("/bin/false"));
+        assert!(say(&refused, &setup(Machine::Microvm), &opened, &mut launch).is_err());
+    }
+
+    #[test]
+    fn the_maximum_of_memory_is_reached_in_as_many_steps_as_there_are_slots() {
+        for (boot_mib, max_mib) in [(128, 128), (128, 200), (256, 1024), (256, 100_000)] {
+            let memory = Memory { boot_mib, max_mib, huge_page_kib: None };
+            let (slots, step) = (dimm_slots(memory), dimm_mib(memory));
+            assert!(slots <= DIMM_SLOTS && boot_mib + slots * step >= max_mib && step % DIMM_MIB == 0, "{memory:?}");
+        }
+    }
+
+    /// The keys of an option's value as QEMU reads it: `,,` is a comma.
+    fn keys(value: &str) -> Vec<String> {
+        let parts = value.replace(",,", "\0");
+        parts.split(',').map(|part| part.split('=').next().unwrap_or_default().to_owned()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_in_a_spec_becomes_an_option(name in "[a-z,=]{0,20}", tag in "[a-z,=]{1,20}", kernel in "/[a-z,=-]{1,20}") {
+            let mut hostile = spec();
+            hostile.name = name.clone();
+            hostile.shares[0].tag = tag.clone();
+            hostile.kernel = PathBuf::from(&kernel);
+            let line = words(&hostile, Machine::Q35);
+            let after = |option: &str, start: &str| {
+                let at = line.windows(2).find(|pair| pair[0] == option && pair[1].starts_with(start));
+                at.map(|pair| pair[1].clone()).unwrap()
+            };
+            prop_assert_eq!(keys(&after("-name", "")), ["guest", "debug-threads"]);
+            prop_assert_eq!(keys(&after("-chardev", "socket,id=fs-")), ["socket", "id", "fd"]);
+            prop_assert_eq!(keys(&after("-device", "vhost-user-fs")), ["vhost-user-fs-pci", "chardev", "tag"]);
+            prop_assert_eq!(after("-kernel", ""), kernel);
+        }
+    }
 }

@@ -309,8 +309,9 @@ impl Vm for QemuVm {
         free.reverse();
         for cpu in free.into_iter().take((count as usize).saturating_sub(there.len())) {
             let mut device = cpu.get("props").cloned().unwrap_or_else(|| json!({}));
+            let place: Vec<String> = device.as_object().into_iter().flatten().map(|(_, number)| number.to_string()).collect();
+            device["id"] = json!(format!("cpu-{}", place.join("-")));
             device["driver"] = cpu.get("type").cloned().unwrap_or_default();
-            device["id"] = json!(format!("cpu-{}", device["socket-id"].as_u64().unwrap_or_default()));
             self.run("device_add", device).await?;
         }
         Ok(())

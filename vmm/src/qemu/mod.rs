@@ -107,6 +107,8 @@ struct Setup {
     hot_disks: usize,
     /// Groups that may open `/dev/kvm`.
     groups: Vec<u32>,
+    /// How fast the guest's time stamp counter runs, where it has nothing to measure that by.
+    time_stamp_khz: Option<u64>,
 }
 
 /// QEMU, found and checked.
@@ -144,7 +146,9 @@ impl Qemu {
         let accelerator = probe::accelerator(config.accel)?;
         let groups = if accelerator == Accelerator::Kvm { probe::kvm_groups()? } else { Vec::new() };
         let hot_disks = config.hot_disks.unwrap_or(4).min(16);
-        let setup = Setup { program, machine: config.machine, accelerator, hot_disks, groups };
+        let blind = accelerator == Accelerator::Tcg && config.machine == Machine::Microvm;
+        let time_stamp_khz = if blind { probe::time_stamps_per_ms().await } else { None };
+        let setup = Setup { program, machine: config.machine, accelerator, hot_disks, groups, time_stamp_khz };
         Ok(Self { capabilities: capabilities(&setup, version), setup })
     }
 

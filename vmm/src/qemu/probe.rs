@@ -5,15 +5,19 @@ use std::{
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kuasar_sandboxers::{Error, Result, reaper::Reaper};
 
 use super::{Accel, Accelerator, OLDEST};
+use crate::sys;
 
 /// A cold page cache may make it load for seconds.
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// How long the processor's clock is watched, once in a daemon's life.
+const SAMPLE: Duration = Duration::from_millis(20);
 
 const KVM: &str = "/dev/kvm";
 
@@ -94,6 +98,27 @@ pub(super) fn kvm_groups() -> Result<Vec<u32>> {
     Ok(if mode & 0o006 != 0o006 && mode & 0o060 == 0o060 { vec![found.gid()] } else { Vec::new() })
 }
 
+/// How fast the processor's time stamp counter runs, in kHz; `None` when it cannot be told.
+pub(super) async fn time_stamps_per_ms() -> Option<u64> {
+    let measure = || {
+        // The quickest of several pairs is the one that nothing came between.
+        let now = || {
+            let pairs = (0..16).map(|_| {
+                let before = sys::time_stamp();
+                let now = Instant::now();
+                (sys::time_stamp().wrapping_sub(before), before, now)
+            });
+            pairs.min_by_key(|(length, ..)| *length).map(|(length, before, now)| (before.wrapping_add(length / 2), now))
+        };
+        let (first, begin) = now()?;
+        std::thread::sleep(SAMPLE);
+        let (last, end) = now()?;
+        let nanoseconds = u64::try_from(end.duration_since(begin).as_nanos()).ok()?;
+        last.checked_sub(first)?.checked_mul(1_000_000)?.checked_div(nanoseconds)
+    };
+    tokio::task::spawn_blocking(measure).await.ok().flatten().filter(|khz| (100_000..100_000_000).contains(khz))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +131,12 @@ mod tests {
         assert_eq!(parse("9.1-rc1"), Some(Version(9, 1, 0)));
         assert_eq!((parse("x"), Version::parse(""), Version::parse("qemu-img version 7.2.1")), (None, None, None));
         assert!(Version(10, 0, 0) > OLDEST && Version(6, 2, 9) < OLDEST);
+    }
+
+    #[tokio::test]
+    async fn the_processors_clock_is_measured() {
+        let (one, two) = (time_stamps_per_ms().await.unwrap(), time_stamps_per_ms().await.unwrap());
+        assert!(one.abs_diff(two) < one / 100, "{one} {two}");
     }
 
     #[test]
