@@ -181,13 +181,13 @@ build_crun() {
     # libgcrypt would only keep compiled seccomp profiles, and only where it happens to be installed. There is no systemd, CRIU
     # or shared library in a guest. What Python would generate again is in the source already.
     if ! (
-        cd "$tree"
-        ac_cv_search_gcry_check_version=no ./configure --quiet --disable-systemd --disable-criu --disable-dl --disable-shared \
-            CFLAGS="-Os -ffunction-sections -fdata-sections -ffile-prefix-map=$tree=." LDFLAGS="-L$lib"
-        make -s -j"$(nproc)" -C libocispec PYTHON=: libocispec.la
-        make -s -j"$(nproc)" .version git-version.h
-        make -s -j"$(nproc)" crun LDFLAGS="-L$lib -Wl,--gc-sections -static-libgcc -all-static"
-        strip crun
+        cd "$tree" &&
+            ac_cv_search_gcry_check_version=no ./configure --quiet --disable-systemd --disable-criu --disable-dl --disable-shared \
+                CFLAGS="-Os -ffunction-sections -fdata-sections -ffile-prefix-map=$tree=." LDFLAGS="-L$lib" &&
+            make -s -j"$(nproc)" -C libocispec PYTHON=: libocispec.la &&
+            make -s -j"$(nproc)" .version git-version.h &&
+            make -s -j"$(nproc)" crun LDFLAGS="-L$lib -Wl,--gc-sections -static-libgcc -all-static" &&
+            strip crun
     ) >"$log" 2>&1; then
         tail -n 30 "$log" >&2
         fail "crun did not build"
