@@ -16,6 +16,11 @@ apt_log() {
 apt_prepare() {
     have apt-get && have dpkg-deb || fail "not a Debian system, so no packages of a kernel and of crun: set KUASAR_GUEST_KERNEL to a kernel \
 with everything built in and KUASAR_GUEST_CRUN to a static crun"
+    # Nothing has changed since the last time: the usual case, and apt would take a second to say so.
+    if [ -z "${UPDATE:-}" ] && [ -e "$apt_state/updated" ] && [ -e "$apt_state/apt.conf" ] &&
+        [ -z "$(find /etc/apt/sources.list /etc/apt/sources.list.d -newer "$apt_state/apt.conf" 2>/dev/null)" ]; then
+        return 0
+    fi
     mkdir -p "$apt_state/lists/partial" "$apt_state/cache/archives/partial"
     local codename lines
     # shellcheck source=/dev/null
@@ -43,6 +48,7 @@ Dir::Etc::sourcelist "$apt_state/sources.list";
 Dir::Etc::sourceparts "/dev/null";
 CONF
     [ -z "${UPDATE:-}" ] || rm -f "$apt_state/updated"
+    unset UPDATE
     [ -e "$apt_state/updated" ] || apt_update
 }
 

@@ -13,7 +13,7 @@
 kernel=${1:-cloud}
 [ -z "${KUASAR_GUEST_KERNEL:-}" ] || [ $# -gt 0 ] || kernel=own
 out=${KUASAR_GUEST_DIR:-$cache/guest}/$kernel
-# What issues have been promised: of the agent alone, and of initrd as a file.
+# In bytes, of the agent alone and of the whole initrd.
 agent_budget=$((10 * 1024 * 1024))
 initrd_budget=$((12 * 1024 * 1024))
 
@@ -181,13 +181,13 @@ build_crun() {
     # libgcrypt would only keep compiled seccomp profiles, and only where it happens to be installed. There is no systemd, CRIU
     # or shared library in a guest. What Python would generate again is in the source already.
     if ! (
-        cd "$tree"
-        ac_cv_search_gcry_check_version=no ./configure --quiet --disable-systemd --disable-criu --disable-dl --disable-shared \
-            CFLAGS="-Os -ffunction-sections -fdata-sections -ffile-prefix-map=$tree=." LDFLAGS="-L$lib"
-        make -s -j"$(nproc)" -C libocispec PYTHON=: libocispec.la
-        make -s -j"$(nproc)" .version git-version.h
-        make -s -j"$(nproc)" crun LDFLAGS="-L$lib -Wl,--gc-sections -static-libgcc -all-static"
-        strip crun
+        cd "$tree" &&
+            ac_cv_search_gcry_check_version=no ./configure --quiet --disable-systemd --disable-criu --disable-dl --disable-shared \
+                CFLAGS="-Os -ffunction-sections -fdata-sections -ffile-prefix-map=$tree=." LDFLAGS="-L$lib" &&
+            make -s -j"$(nproc)" -C libocispec PYTHON=: libocispec.la &&
+            make -s -j"$(nproc)" .version git-version.h &&
+            make -s -j"$(nproc)" crun LDFLAGS="-L$lib -Wl,--gc-sections -static-libgcc -all-static" &&
+            strip crun
     ) >"$log" 2>&1; then
         tail -n 30 "$log" >&2
         fail "crun did not build"
@@ -306,12 +306,19 @@ input guest.sh $(sha256 scripts/guest.sh)"
     say "$out: kernel $(du -k "$out/vmlinuz" | cut -f 1) KiB, initrd $(du -k "$out/initrd" | cut -f 1) KiB"
 }
 
-case $kernel in
-cloud | mini | own) ;;
-*) fail "no guest $kernel: cloud, mini, own" ;;
-esac
-[ "$(uname -m)" = x86_64 ] || fail "guests are built on x86_64 only, this is $(uname -m)"
-"kernel_$kernel"
-crun
-agent
-image
+main() {
+    case $kernel in
+    cloud | mini | own) ;;
+    *) fail "no guest $kernel: cloud, mini, own" ;;
+    esac
+    [ "$(uname -m)" = x86_64 ] || fail "guests are built on x86_64 only, this is $(uname -m)"
+    mkdir -p "$cache"
+    "kernel_$kernel"
+    crun
+    agent
+    image
+}
+
+# A kernel builds for minutes, and bash reads a script as it goes: in one piece, so that an edit meanwhile does no harm.
+main
+exit
