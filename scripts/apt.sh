@@ -5,6 +5,8 @@
 # Versions are those of the lists in that state, which stay as they are until `make guest UPDATE=1`.
 
 apt_state=$cache/apt
+# Where a package is being fetched to; for the trap of who uses this.
+apt_scratch=
 
 # Everything apt prints, for when it fails.
 apt_log() {
@@ -81,15 +83,16 @@ ask_stands_for() {
 
 # Fetches a binary package and unpacks it: apt_unpack PACKAGE VERSION DIRECTORY
 apt_unpack() {
-    local package=$1 version=$2 to=$3 scratch
-    scratch=$(mktemp -d "$cache/.apt-XXXXXX")
+    local package=$1 version=$2 to=$3
+    apt_scratch=$(mktemp -d "$cache/.apt-XXXXXX")
     # apt drops root's powers for the download.
-    chmod 777 "$scratch"
-    (cd "$scratch" && apt_log apt-get -c "$apt_state/apt.conf" download -q "$package=$version") ||
+    chmod 777 "$apt_scratch"
+    (cd "$apt_scratch" && apt_log apt-get -c "$apt_state/apt.conf" download -q "$package=$version") ||
         fail "$package $version could not be fetched: if the archive has a newer one by now, make guest UPDATE=1"
     mkdir -p "$to"
-    dpkg-deb -x "$scratch"/*.deb "$to"
-    rm -rf "$scratch"
+    dpkg-deb -x "$apt_scratch"/*.deb "$to"
+    rm -rf "$apt_scratch"
+    apt_scratch=
 }
 
 # The version of the source package that a name stands for, or nothing.
@@ -101,11 +104,12 @@ ask_source_version() {
 
 # Fetches a source package and unpacks it, patches applied: apt_source PACKAGE DIRECTORY
 apt_source() {
-    local package=$1 to=$2 scratch
-    scratch=$(mktemp -d "$cache/.apt-XXXXXX")
-    chmod 777 "$scratch"
-    (cd "$scratch" && apt_log apt-get -c "$apt_state/apt.conf" source -q --only-source --download-only "$package") ||
+    local package=$1 to=$2
+    apt_scratch=$(mktemp -d "$cache/.apt-XXXXXX")
+    chmod 777 "$apt_scratch"
+    (cd "$apt_scratch" && apt_log apt-get -c "$apt_state/apt.conf" source -q --only-source --download-only "$package") ||
         fail "the source of $package could not be fetched: if the archive has a newer one by now, make guest UPDATE=1"
-    apt_log dpkg-source --no-check -x "$scratch"/*.dsc "$to"
-    rm -rf "$scratch"
+    apt_log dpkg-source --no-check -x "$apt_scratch"/*.dsc "$to"
+    rm -rf "$apt_scratch"
+    apt_scratch=
 }

@@ -38,7 +38,7 @@ keep() {
     scratch=
 }
 scratch=
-trap '[ -z "$scratch" ] || rm -rf "$scratch"' EXIT
+trap 'rm -rf ${scratch:+"$scratch"} ${apt_scratch:+"$apt_scratch"}' EXIT
 trap 'exit 130' INT TERM
 
 # Kernels. Each function sets kernel_dir, with vmlinuz and perhaps modules/ and modules.list, and kernel_text for the manifest.
