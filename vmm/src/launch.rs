@@ -399,6 +399,15 @@ impl Launched {
         self.ending.known()
     }
 
+    /// Sends it a signal. One that has ended is an error.
+    ///
+    /// # Errors
+    /// [`Error::Finished`] then.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let sent = self.process.as_ref().map(|process| process.signal(signal)).transpose()?;
+        if sent == Some(true) { Ok(()) } else { Err(Error::Finished { id: self.record.name.clone() }) }
+    }
+
     /// The last it said, at most [`LAST_WORDS`] bytes; `None` when it said nothing.
     #[must_use]
     pub fn last_words(&self) -> Option<String> {

@@ -1,4 +1,5 @@
 //! What tests that boot machines share: the guest image with a test's own first process, and the daemon's part around it.
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::{
     fs,
