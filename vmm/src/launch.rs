@@ -680,6 +680,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_program_is_in_its_control_group_from_the_start() {
+        if !root() {
+            return;
+        }
+        let path = format!("/kuasar-launch-{}", std::process::id());
+        let cgroup = match Cgroup::create(Path::new(&path)) {
+            Ok(cgroup) => cgroup,
+            Err(error) => return eprintln!("SKIP a_program_is_in_its_control_group_from_the_start: {}", error.report()),
+        };
+        let (launched, _dir) = run(|launch| {
+            launch.cgroup(Some(cgroup.clone())).args(["-c", "cat /proc/self/cgroup"]);
+        })
+        .await;
+        launched.exited().await;
+        cgroup.remove().await.unwrap();
+        let words = launched.last_words().unwrap();
+        assert!(words.contains(&format!(":memory:{path}\n")) || words.contains(&format!("0::{path}\n")), "{words}");
+    }
+
+    #[tokio::test]
     async fn words_are_bounded_and_the_last_count() {
         let (launched, _dir) = run(|launch| {
             launch.args(["-c", "head -c 9000000 /dev/zero | tr '\\0' x 2>/dev/null; sleep 1.2; echo; echo the end"]);
