@@ -49,7 +49,7 @@ echo x > /mnt/share/sub/readonly/file || say read only
 say config $(cat /mnt/share/config/key)
 n=0; while [ \"$(cat /mnt/share/config/key)\" = old ]; do n=$((n+1)); sleep 0.1; done
 say swapped to $(cat /mnt/share/config/key)
-while grep -q before /mnt/share/file; do sleep 0.1; done
+while ! grep -q longer /mnt/share/file; do sleep 0.1; done
 say file $(cat /mnt/share/file)
 step 2
 while [ -e /mnt/share/sub/one/name ]; do sleep 0.1; done
