@@ -399,6 +399,15 @@ impl Launched {
         self.ending.known()
     }
 
+    /// Sends it a signal. One that has ended is an error.
+    ///
+    /// # Errors
+    /// [`Error::Finished`] then.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let sent = self.process.as_ref().map(|process| process.signal(signal)).transpose()?;
+        if sent == Some(true) { Ok(()) } else { Err(Error::Finished { id: self.record.name.clone() }) }
+    }
+
     /// The last it said, at most [`LAST_WORDS`] bytes; `None` when it said nothing.
     #[must_use]
     pub fn last_words(&self) -> Option<String> {
@@ -668,6 +677,26 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         assert_eq!(fs::metadata(dir.path().join("f")).unwrap().uid(), 4_000_000, "{:?}", launched.last_words());
         assert!(!dir.path().join("null").exists());
+    }
+
+    #[tokio::test]
+    async fn a_program_is_in_its_control_group_from_the_start() {
+        if !root() {
+            return;
+        }
+        let path = format!("/kuasar-launch-{}", std::process::id());
+        let cgroup = match Cgroup::create(Path::new(&path)) {
+            Ok(cgroup) => cgroup,
+            Err(error) => return eprintln!("SKIP a_program_is_in_its_control_group_from_the_start: {}", error.report()),
+        };
+        let (launched, _dir) = run(|launch| {
+            launch.cgroup(Some(cgroup.clone())).args(["-c", "cat /proc/self/cgroup"]);
+        })
+        .await;
+        launched.exited().await;
+        cgroup.remove().await.unwrap();
+        let words = launched.last_words().unwrap();
+        assert!(words.contains(&format!(":memory:{path}\n")) || words.contains(&format!("0::{path}\n")), "{words}");
     }
 
     #[tokio::test]

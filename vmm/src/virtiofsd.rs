@@ -58,7 +58,8 @@ pub struct VirtiofsdConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cache {
-    /// Attributes, names and data for a second. Changes made on the host are seen after that at the latest.
+    /// Attributes, names and data for a second. Changes made on the host are seen after that at the latest; until then a file that the
+    /// host rewrites in place can show its new content cut to its old length. One that is replaced (ConfigMap, Secret) never does.
     #[default]
     Auto,
     /// Nothing, at a price in speed; files cannot be mapped shared.

@@ -1,4 +1,5 @@
 //! The real QEMU, translating a real kernel: start to end, changes while it runs, being taken over, and what goes wrong.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may")]
 
 mod machines;
 
@@ -68,13 +69,15 @@ async fn boots_and_is_killed(test: &str, machine: Machine) {
     assert_eq!((line("NoNewPrivs:").as_str(), line("Seccomp:").as_str()), ("NoNewPrivs: 1", "Seccomp: 2"));
     // The console is cut by whoever owns it; QEMU appends.
     fs::File::options().write(true).open(bench.path("console")).unwrap().set_len(0).unwrap();
-    vm.pause().await.unwrap();
-    vm.resume().await.unwrap();
-    // Nobody listens on the guest's port, which is an answer.
+    // Nobody listens on the guest's port, which is an answer; a pause does not cost the way to it.
     let VsockAddress::Hybrid(path) = vm.vsock() else { panic!("{:?}", vm.vsock()) };
-    let mut stream = UnixStream::connect(path).await.unwrap();
-    stream.write_all(b"CONNECT 1024\n").await.unwrap();
-    assert_eq!(timeout(MINUTE, stream.read(&mut [0; 32])).await.unwrap().unwrap_or(0), 0);
+    for _ in 0..4 {
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream.write_all(b"CONNECT 1024\n").await.unwrap();
+        assert_eq!(timeout(MINUTE, stream.read(&mut [0; 32])).await.unwrap().unwrap_or(0), 0);
+        vm.pause().await.unwrap();
+        vm.resume().await.unwrap();
+    }
     assert!(!is_dead(vm.pid()));
     fs::remove_file(bench.path("disk")).unwrap();
     end(&bench, &vm, &device).await;
@@ -193,7 +196,7 @@ async fn a_later_daemon_takes_it_over() {
     let late = qemu.adopt(record, bench.place()).await.unwrap();
     assert_eq!(late.exited().await.status, 137);
     let error = late.pause().await.unwrap_err().report();
-    assert!(error.contains("ended with status 137"), "{error}");
+    assert!(error.contains("already finished"), "{error}");
     late.kill().await.unwrap();
 }
 

@@ -1,4 +1,5 @@
 //! virtiofsd with a real guest: what is mounted on the host later is seen, changes are seen, and what the guest may do to files.
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 mod machines;
 
@@ -48,7 +49,7 @@ echo x > /mnt/share/sub/readonly/file || say read only
 say config $(cat /mnt/share/config/key)
 n=0; while [ \"$(cat /mnt/share/config/key)\" = old ]; do n=$((n+1)); sleep 0.1; done
 say swapped to $(cat /mnt/share/config/key)
-while grep -q before /mnt/share/file; do sleep 0.1; done
+while ! grep -q longer /mnt/share/file; do sleep 0.1; done
 say file $(cat /mnt/share/file)
 step 2
 while [ -e /mnt/share/sub/one/name ]; do sleep 0.1; done
@@ -75,7 +76,7 @@ async fn shares(test: &str, cache: Cache) {
     symlink("data/key", shared.join("config/key")).unwrap();
     fs::write(shared.join("file"), "before\n").unwrap();
     fs::write(shared.join("secret"), "").unwrap();
-    fs::set_permissions(shared.join("secret"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(shared.join("secret"), fs::Permissions::from_mode(0o000)).unwrap();
     std::os::unix::fs::chown(shared.join("secret"), Some(1234), Some(1234)).unwrap();
 
     let socket = bench.path("fs.sock");

@@ -1,4 +1,5 @@
 //! What tests that boot machines share: the guest image with a test's own first process, and the daemon's part around it.
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::{
     fs,
@@ -8,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::reaper::Reaper;
+use kuasar_sandboxers::{process::Tracked, reaper::Reaper};
 use kuasar_vmm::{
     hypervisor::Place,
     launch::Launched,
@@ -117,6 +118,24 @@ fn append(archive: &mut Vec<u8>, name: &str, mode: u32, bytes: &[u8]) {
 
 pub(crate) fn config(machine: Machine) -> QemuConfig {
     QemuConfig { machine, accel: Accel::Tcg, ..QemuConfig::default() }
+}
+
+/// Whatever a failed test has left running names its directory.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let dir = self.dir.path().as_os_str().as_encoded_bytes().to_owned();
+        let ended = kuasar_sandboxers::process::command_lines(|pid, line| {
+            if line.windows(dir.len()).any(|part| part == dir)
+                && let Some(process) = Tracked::open(pid)?
+            {
+                process.signal(9)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = ended {
+            eprintln!("{}", error.report());
+        }
+    }
 }
 
 impl Bench {
