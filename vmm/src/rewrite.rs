@@ -19,14 +19,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kuasar_sandboxers::{Error, Result, spec::OciSpec};
+use kuasar_sandboxers::{Error, Result, mount::Binding, spec::OciSpec};
 use nix::sys::{
     stat::{major, makedev, minor},
     statvfs::statvfs,
 };
 use serde_json::{Value, json};
-
-use crate::share::Binding;
 
 /// How containerd writes a namespace of a sandbox that has no process; the agent knows it too.
 const PLACEHOLDER: &str = "/proc/0/ns";
@@ -141,7 +139,7 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
         let binding = Binding {
             readonly: options.contains(&"ro"),
             recursive,
-            follows_host: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
+            follows: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
         };
         let source = PathBuf::from(source);
         let kind = memory_volume(&source)?.unwrap_or(VolumeKind::Shared(binding));
@@ -319,7 +317,7 @@ mod tests {
         ]);
         let mut spec = spec(json!({ "mounts": mounts }));
         let (volumes, _) = prepare(&mut spec).unwrap();
-        let binding = |readonly, recursive, follows_host| VolumeKind::Shared(Binding { readonly, recursive, follows_host });
+        let binding = |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows });
         let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
         assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true))]);
         place(&mut spec, 2, Path::new("/guest/b"));

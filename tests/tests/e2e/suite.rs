@@ -118,7 +118,7 @@ impl Lone {
 async fn baseline(node: &Node, handlers: &[String]) -> Result<Snapshot> {
     let before = node.snapshot()?;
     for handler in handlers {
-        if let Some((name, _)) = sandboxer(handler) {
+        if let Some((name, _)) = sandboxer(handler).filter(|_| !is_machine(handler)) {
             crate::direct::first(node, name).await?;
         }
         let pod = node.run_pod(PodSpec::new("first").handler(handler).shared_pid()).await?;
@@ -144,6 +144,11 @@ fn with_handler(options: NodeOptions, handler: &str) -> NodeOptions {
         Some((name, runtime)) => options.sandboxer(name, runtime),
         None => options,
     }
+}
+
+/// Whether a handler's pods have a virtual machine each.
+fn is_machine(handler: &str) -> bool {
+    sandboxer(handler).is_some_and(|(_, runtime)| tools::HYPERVISORS.contains(&runtime))
 }
 
 /// `kuasar-crun-streaming` is the sandboxer `kuasar-crun` with the OCI runtime `crun`.
@@ -209,8 +214,16 @@ impl Case {
         self.run(self.spec()).await
     }
 
-    /// A pod on the node's network: quicker, where the network does not matter.
+    /// Whether the handler's pods have a virtual machine each.
+    pub(crate) fn is_machine(&self) -> bool {
+        is_machine(&self.handler)
+    }
+
+    /// A pod on the node's network where it can be: quicker, where the network does not matter.
     pub(crate) async fn quick_pod(&self) -> Result<Pod, Status> {
+        if self.is_machine() {
+            return self.pod().await;
+        }
         self.run(self.spec().host_network()).await
     }
 
