@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use kuasar_guest_protocol::{DEBUG_WORD, FORWARD_PORT, LOG_WORD, PORT, STREAM_PORT};
+use kuasar_guest_protocol::{DEBUG_WORD, FORWARD_PORT, LOG_WORD, POKE_WORD, PORT, STREAM_PORT};
 use kuasar_sandboxers::{Error, Result};
 use nix::{
     kmod::{ModuleInitFlags, finit_module},
@@ -24,7 +24,7 @@ use nix::{
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
 
-use crate::{connection::Listener, machine, serve::Ports, storage::make_dir};
+use crate::{connection::Listener, machine, poke::Pokes, serve::Ports, storage::make_dir};
 
 /// Names the modules to load, a path a line, in order. A kernel that has everything built in has none.
 const MODULES: &str = "/etc/modules";
@@ -40,6 +40,8 @@ const OPEN_FILES: u64 = 1 << 20;
 pub struct Words {
     /// Processes beside the containers are allowed.
     pub debug: bool,
+    /// The host's vsock device needs to be kept going (see `poke`).
+    pub poke: bool,
     /// How much to log.
     pub log: Option<String>,
 }
@@ -49,6 +51,7 @@ impl Words {
         let mut words = Self::default();
         for word in cmdline.split_whitespace() {
             words.debug |= word == DEBUG_WORD;
+            words.poke |= word == POKE_WORD;
             if let Some(level) = word.strip_prefix(LOG_WORD) {
                 words.log = Some(level.into());
             }
@@ -178,14 +181,15 @@ fn load_module(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// When there is no vsock after all modules have been loaded.
-pub async fn open_ports() -> Result<(Ports, watch::Receiver<bool>)> {
+pub async fn open_ports(words: &Words) -> Result<(Ports, watch::Receiver<bool>)> {
     let mut modules = load_modules();
+    let pokes = words.poke.then(Pokes::start);
     let ports = loop {
         let opened = (|| {
             Ok::<_, io::Error>(Ports {
-                calls: Listener::vsock(PORT)?,
-                streams: Listener::vsock(STREAM_PORT)?,
-                forward: Listener::vsock(FORWARD_PORT)?,
+                calls: Listener::vsock(PORT, pokes.clone())?,
+                streams: Listener::vsock(STREAM_PORT, pokes.clone())?,
+                forward: Listener::vsock(FORWARD_PORT, pokes.clone())?,
             })
         })();
         match opened {
@@ -217,7 +221,7 @@ mod tests {
     #[test]
     fn words_of_the_command_line() {
         let words = Words::parse("console=ttyS0 quiet kuasar.log=debug kuasar.debug panic=-1");
-        assert_eq!(words, Words { debug: true, log: Some("debug".into()) });
+        assert_eq!(words, Words { debug: true, log: Some("debug".into()), poke: false });
         assert_eq!(Words::parse("kuasar.debugging kuasar.log"), Words::default());
     }
 }

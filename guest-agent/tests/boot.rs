@@ -211,7 +211,7 @@ async fn a_machine() {
         eprintln!("SKIP a_machine: {why}");
         return;
     }
-    let mut machine = Machine::boot("kuasar.debug kuasar.log=info");
+    let mut machine = Machine::boot("kuasar.debug kuasar.log=info kuasar.vsock-poke");
     let agent = Agent::connect(machine.place()).await;
     let told = hello(&agent).await;
     println!(

@@ -77,5 +77,9 @@ pub const STORAGE_TARGET: &str = "/run/kuasar/storage";
 /// Word of the kernel's command line that lets [`agent::ExecRequest::in_guest`] work.
 pub const DEBUG_WORD: &str = "kuasar.debug";
 
+/// Word of the kernel's command line for guests whose vsock is vhost-device-vsock: with it the agent keeps that going (it loses track of
+/// what it has to do when both sides wait for each other).
+pub const POKE_WORD: &str = "kuasar.vsock-poke";
+
 /// Word of the kernel's command line that says how much the agent logs to the console: `kuasar.log=debug`.
 pub const LOG_WORD: &str = "kuasar.log=";
