@@ -4,6 +4,10 @@ SHELL := /bin/bash
 CARGO ?= cargo
 # Where deps puts the tools it builds, outside the checkout.
 export KUASAR_CACHE ?= /var/cache/kuasar-tools
+# Which kernel guest builds and install installs: cloud, the distribution's; mini, a small one, built in some minutes. Where
+# KUASAR_GUEST_KERNEL names one, that.
+KERNEL ?= $(if $(KUASAR_GUEST_KERNEL),own,cloud)
+GUEST := $(or $(KUASAR_GUEST_DIR),$(KUASAR_CACHE)/guest)/$(KERNEL)
 # Which sandboxer conformance and bench are about.
 export SANDBOXER ?= kuasar-runc
 
@@ -13,12 +17,13 @@ RELEASE := $(TARGET)/release
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
 SYSCONFDIR ?= /etc
+GUESTDIR ?= $(PREFIX)/share/kuasar/guest
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 # One name of the shim per sandboxer: containerd derives it from runtime_type.
 SHIMS := kuasar-runc
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test check e2e conformance chaos bench install clean
+.PHONY: help deps build guest demo test check e2e conformance chaos bench install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,14 +31,19 @@ help: ## Show this list
 deps: ## Install what building and testing need, only what is missing
 	@scripts/deps.sh
 
-build: deps ## Build the daemon, its tools and the test programs (release)
-	@$(CARGO) build --quiet --release --locked --workspace --bins
+# The agent is a static program, which scripts/guest.sh builds.
+build: deps ## Build the daemon, its tools, the test programs (release) and the guest
+	@$(CARGO) build --quiet --release --locked --workspace --exclude kuasar-guest-agent --bins
+	@scripts/guest.sh $(KERNEL)
+
+guest: deps ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 for newer packages
+	@scripts/guest.sh $(KERNEL)
 
 demo: build ## Run a pod in each sandboxer on a private containerd, beside the runc shim
 	@$(RELEASE)/kuasar-demo
 
-test: build ## check, end-to-end tests, conformance and a minute of chaos, with a summary
-	@scripts/test.sh check e2e conformance chaos
+test: build ## check, the guest, end-to-end tests, conformance and a minute of chaos, with a summary
+	@scripts/test.sh check guest e2e conformance chaos
 
 check: deps ## Format, lints, unit tests, licences and advisories
 	@scripts/test.sh check
@@ -50,10 +60,11 @@ chaos: build ## Kill daemons at random under load, CHAOS_MINUTES long; nobody ma
 bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute's worth
 	@$(RELEASE)/kuasar-bench
 
-install: build ## Install into DESTDIR and PREFIX: programs, shim names, configuration, systemd unit
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR)
+install: build ## Install into DESTDIR and PREFIX: programs, shim names, guest, configuration, systemd unit
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(GUESTDIR)
 	install -m 755 $(RELEASE)/kuasard $(RELEASE)/kuasarctl $(RELEASE)/containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/
 	for name in $(SHIMS); do ln -sf containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/containerd-shim-$$name-v1; done
+	install -m 644 $(GUEST)/vmlinuz $(GUEST)/initrd $(GUEST)/initrd-debug $(DESTDIR)$(GUESTDIR)/
 	test -e $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml || install -m 644 packaging/config.toml $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml
 	sed 's|@BINDIR@|$(BINDIR)|; s|@SYSCONFDIR@|$(SYSCONFDIR)|' packaging/kuasard.service.in > $(DESTDIR)$(UNITDIR)/kuasard.service
 	chmod 644 $(DESTDIR)$(UNITDIR)/kuasard.service

@@ -2,7 +2,7 @@
 # Installs what building and testing need, and only what is missing:
 #   Debian packages   with apt-get
 #   Rust              not by itself: says how
-#   containerd, runc, CNI plugins, a second containerd, cargo-deny, crictl, critest
+#   containerd, runc, CNI plugins, a second containerd, cargo-deny, crictl, critest, virtiofsd, vhost-device-vsock
 #                     at pinned versions into a cache outside the checkout ($KUASAR_CACHE, /var/cache/kuasar-tools)
 #
 # Go modules come through the module proxy; the go command checks each against the checksum database (sum.golang.org) and
@@ -15,6 +15,8 @@ runc=1.3.5
 cni=1.9.1
 cri_tools=1.34.0
 cargo_deny=0.20.2
+virtiofsd=1.14.0
+vhost_device_vsock=0.3.0
 go_hint="install Go 1.26 or newer (https://go.dev/dl/) and run make deps again"
 
 root=()
@@ -26,11 +28,16 @@ fi
 debian_packages() {
     local wanted=(gcc libc6-dev make pkg-config protobuf-compiler libprotobuf-dev libseccomp-dev busybox-static iproute2 iptables ca-certificates)
     [ -n "${KUASAR_CRUN:-}" ] || have crun || wanted+=(crun)
+    [ -n "${KUASAR_QEMU:-}" ] || have qemu-system-x86_64 || wanted+=(qemu-system-x86)
+    # To build virtiofsd
+    [ -n "${KUASAR_VIRTIOFSD:-}" ] || wanted+=(libcap-ng-dev)
+    # To build the guest: its OCI runtime, its small kernel, and to list its modules and its initrd
+    wanted+=(dpkg-dev gperf libcap-dev libyajl-dev kmod cpio xz-utils flex bison bc libelf-dev lz4 perl)
     if ! have dpkg-query; then
         local program missing=()
         for program in cc make pkg-config protoc ip iptables; do have "$program" || missing+=("$program"); done
         [ ${#missing[@]} -eq 0 ] ||
-            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, a static libc and a static busybox"
+            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, libcap-ng, libcap and libyajl, a static libc, a static busybox, QEMU and kmod"
         return 0
     fi
     local missing
@@ -180,6 +187,15 @@ install_cargo_deny() {
     rm -rf "$cache/.cargo-deny"
 }
 
+# What serves microVMs on the host's side, as crates: cargo_tool VARIABLE CRATE VERSION
+cargo_tool() {
+    local variable=$1 crate=$2 version=$3
+    usable "$variable" "$crate" "$version" && return 0
+    say "building $crate $version"
+    CARGO_TARGET_DIR=$cache/.$crate cargo install --quiet --locked --root "$cache" "$crate@$version"
+    rm -rf "$cache/.$crate"
+}
+
 # critest is a test binary, which go install does not build.
 build_cri_tools() { go build -ldflags '-s -w' -o "$GOBIN/crictl" ./cmd/crictl && go test -c -ldflags '-s -w' -o "$GOBIN/critest" ./cmd/critest; }
 
@@ -210,4 +226,6 @@ install_old_containerd
 install_runc
 install_cni
 install_cargo_deny
+cargo_tool KUASAR_VIRTIOFSD virtiofsd "$virtiofsd"
+cargo_tool KUASAR_VHOST_DEVICE_VSOCK vhost-device-vsock "$vhost_device_vsock"
 install_cri_tools

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs groups of stages, then sums up: scripts/test.sh check|e2e|conformance|chaos...
+# Runs groups of stages, then sums up: scripts/test.sh check|guest|e2e|conformance|chaos...
 # Every stage runs, whatever became of the one before it.
 . "$(dirname "$0")/lib.sh"
 
@@ -87,12 +87,14 @@ check() {
     stage deny deny
 }
 
+guest() { stage guest scripts/guest-test.sh; }
+
 export cache target bin
 export -f say unit_tests deny end_to_end missing_containerd conformance_of chaos_of
 for group in "$@"; do
     case $group in
-    check | e2e | conformance | chaos) $group ;;
-    *) fail "no group $group: check, e2e, conformance, chaos" ;;
+    check | guest | e2e | conformance | chaos) $group ;;
+    *) fail "no group $group: check, guest, e2e, conformance, chaos" ;;
     esac
 done
 scripts/summary.sh "${stages[@]}"

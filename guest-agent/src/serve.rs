@@ -64,7 +64,7 @@ pub async fn serve(guest: Guest, ports: Ports) -> Result<()> {
     });
     let forward = each(forward, FORWARDS, |connection| async move {
         if let Err(error) = net::forward(connection).await {
-            debug!(error = error.report(), "a connection was not forwarded");
+            debug!(%error, "a connection was not forwarded");
         }
     });
     tokio::try_join!(streams, forward).map(drop)

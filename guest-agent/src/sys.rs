@@ -32,24 +32,3 @@ pub(crate) fn set_vsock_buffer(socket: RawFd, size: u64) -> io::Result<()> {
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
-
-/// Sets IFF_UP of `lo` (netdevice(7)).
-pub(crate) fn loopback_up() -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    // SAFETY: integers and bytes only; all zeroes is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b'l'.cast_signed();
-    request.ifr_name[1] = b'o'.cast_signed();
-    // SAFETY: `request` is an ifreq with a terminated name, which the kernel fills, and lives during the call.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the flags were filled above.
-    unsafe { request.ifr_ifru.ifru_flags |= i16::try_from(libc::IFF_UP).unwrap_or(1) };
-    // SAFETY: as above; the kernel only reads.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}

@@ -85,20 +85,7 @@ struct Born {
 pub(crate) struct RuncContainer(Arc<Contained>);
 
 pub(crate) fn io_context(pod: &Pod, id: &ContainerId, exec: Option<&ExecId>) -> IoContext {
-    let sandbox = &pod.spec.id;
-    let name = match exec {
-        None => format!("{sandbox}/{id}"),
-        Some(exec) => format!("{sandbox}/{id}/{exec}"),
-    };
-    IoContext {
-        namespace: pod.spec.namespace.clone(),
-        container: id.clone(),
-        streams: pod.context.streams.clone(),
-        reaper: pod.context.reaper.clone(),
-        owner: pod.spec.options.io_owner,
-        fds: pod.context.fds.clone(),
-        name,
-    }
+    IoContext::of(&pod.spec, &pod.context, id, exec)
 }
 
 /// Reads a pid file.

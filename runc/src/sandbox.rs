@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use futures::future::join_all;
 use kuasar_sandboxers::{
     Container, Error, Result, Sandbox, SandboxContext,
-    cgroup::{Cgroup, Stats, parent_path},
+    cgroup::{Cgroup, Stats, parent_path, parent_stats},
     failpoint::{self, Failpoint},
     id::ContainerId,
     mount,
@@ -334,17 +334,7 @@ impl Sandbox for RuncSandbox {
     }
 
     async fn metrics(&self) -> Result<Option<Stats>> {
-        let parent = parent_path(&self.0.spec.cgroup_parent);
-        if parent.parent().is_none() {
-            return Ok(None);
-        }
-        // The group is kubelet's: it is looked at, and not made if it is not there.
-        let group: Cgroup =
-            serde_json::from_value(json!({"path": parent})).map_err(Error::failed("name the pod's control group"))?;
-        match group.stats() {
-            Err(Error::NotFound { .. }) => Ok(None),
-            stats => stats.map(Some),
-        }
+        parent_stats(&self.0.spec.cgroup_parent)
     }
 
     fn record(&self) -> Value {

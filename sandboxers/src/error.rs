@@ -112,6 +112,18 @@ pub enum Error {
         /// The program's own message.
         message: String,
     },
+    /// Another part of the system refused, with a code of its own.
+    #[error("{by} failed to {operation}: {message}")]
+    Refused {
+        /// Which part.
+        by: String,
+        /// What was being done.
+        operation: String,
+        /// The code it answered with.
+        code: Code,
+        /// Its own message.
+        message: String,
+    },
     /// Anything else, with its cause.
     #[error("failed to {operation}")]
     Failed {
@@ -166,6 +178,7 @@ impl Error {
             Self::Unavailable { .. } => Code::Unavailable,
             Self::TimedOut { .. } => Code::DeadlineExceeded,
             Self::Backend { .. } => Code::Internal,
+            Self::Refused { code, .. } => *code,
             Self::Staged { error, .. } => error.code(),
             Self::Io { source, .. } => io_code(source),
             Self::Failed { source, .. } => {

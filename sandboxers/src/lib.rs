@@ -34,6 +34,7 @@ pub mod handle;
 pub mod id;
 pub mod lifecycle;
 pub mod mount;
+pub mod netlink;
 mod owner;
 pub mod podfiles;
 pub mod process;
@@ -51,3 +52,4 @@ pub mod undo;
 
 pub use contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer};
 pub use error::{Code, Error, Result};
+pub use sys::watch;

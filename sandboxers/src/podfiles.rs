@@ -67,16 +67,8 @@ impl PodFiles {
     }
 
     fn write(&self, hostname: &str, dns: Option<&DnsConfig>, owner: Option<(u32, u32)>) -> Result<()> {
-        let hostname = match hostname {
-            "" => nix::unistd::gethostname().map_err(Error::failed("read the node's name"))?.to_string_lossy().into_owned(),
-            name => name.to_owned(),
-        };
-        let hosts = node_file("/etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")?;
-        let resolv = match dns {
-            Some(dns) => resolv_conf(dns).into_bytes(),
-            None => node_file("/etc/resolv.conf", "")?,
-        };
-        for ((name, _), content) in FILES.iter().zip([hosts, format!("{hostname}\n").into_bytes(), resolv]) {
+        let Contents { hosts, hostname, resolv_conf } = Contents::of(hostname, dns)?;
+        for ((name, _), content) in FILES.iter().zip([hosts, format!("{hostname}\n").into_bytes(), resolv_conf]) {
             let path = self.dir.join(name);
             write_file(&path, &content).map_err(Error::io("write", &path))?;
             give(&path, owner)?;
@@ -165,6 +157,36 @@ impl PodFiles {
             missing_is_fine(fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
         }
         Ok(())
+    }
+}
+
+/// What is in the files of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// `/etc/hosts`.
+    pub hosts: Vec<u8>,
+    /// The host name, without an end of line.
+    pub hostname: String,
+    /// `/etc/resolv.conf`.
+    pub resolv_conf: Vec<u8>,
+}
+
+impl Contents {
+    /// For a pod of this name, or the node's if it is empty, and this DNS configuration, or the node's.
+    ///
+    /// # Errors
+    /// When the node's own files or name cannot be read.
+    pub fn of(hostname: &str, dns: Option<&DnsConfig>) -> Result<Self> {
+        let hostname = match hostname {
+            "" => nix::unistd::gethostname().map_err(Error::failed("read the node's name"))?.to_string_lossy().into_owned(),
+            name => name.to_owned(),
+        };
+        let hosts = node_file("/etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")?;
+        let resolv_conf = match dns {
+            Some(dns) => resolv_conf(dns).into_bytes(),
+            None => node_file("/etc/resolv.conf", "")?,
+        };
+        Ok(Self { hosts, hostname, resolv_conf })
     }
 }
 

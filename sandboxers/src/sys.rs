@@ -16,7 +16,10 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Lets tokio watch a descriptor.
-pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+///
+/// # Errors
+/// When it is of a kind that cannot be watched (a regular file), or the runtime refuses.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on
     // and gives it out by shared reference or back whole.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
@@ -82,6 +85,22 @@ impl Drop for NamespaceHolder {
             tracing::warn!(%error, pid = self.0.as_raw(), "cannot end the holder of a user namespace");
         }
     }
+}
+
+/// Lets a netlink socket give reasons in words, behind its error numbers.
+pub(crate) fn explain_netlink_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the option's value is `on`, which lives during the call, and its size is its own.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_NETLINK,
+            libc::NETLINK_EXT_ACK,
+            (&raw const on).cast(),
+            libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// mount_setattr(2) on the whole tree that `tree` (of open_tree(2)) refers to: maps its ids through `user_namespace`, makes

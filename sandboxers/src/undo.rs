@@ -24,6 +24,11 @@ impl Undo {
         self.steps.push((what.into(), Box::pin(step)));
     }
 
+    /// Adds another stack on top, as of a part that ran beside others.
+    pub fn append(&mut self, mut other: Self) {
+        self.steps.append(&mut other.steps);
+    }
+
     /// Forgets the steps: the operation has succeeded, and someone else owns what it made.
     pub fn disarm(mut self) {
         self.steps.clear();

@@ -67,9 +67,13 @@ impl NodeOptions {
         self
     }
 
-    /// kuasard with a sandboxer of kind `runc` and this OCI runtime: `runc` or `crun` as found, or a path.
+    /// kuasard with a sandboxer of kind `runc` and this OCI runtime: `runc` or `crun` as found, or a path; or with one of kind `vmm` and
+    /// this hypervisor: `qemu`.
     #[must_use]
     pub fn sandboxer(self, name: &str, runtime: &str) -> Self {
+        if tools::HYPERVISORS.contains(&runtime) {
+            return self.sandboxer_table(name, tools::machine_table(runtime));
+        }
         let path = match runtime {
             "runc" => tools::runc().unwrap_or_else(|_| runtime.into()),
             "crun" => tools::crun().unwrap_or_else(|_| runtime.into()),

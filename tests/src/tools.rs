@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::process;
@@ -92,6 +93,62 @@ fn find(name: &str, variable: &'static str) -> Result<PathBuf, Missing> {
         return Ok(cached);
     }
     on_path(name).ok_or_else(|| Missing::Tool { name: name.to_owned(), variable })
+}
+
+/// Hypervisors that a sandboxer can be of.
+pub const HYPERVISORS: [&str; 1] = ["qemu"];
+
+/// The guest's kernel to test with, its initrd beside it: `KUASAR_GUEST_KERNEL`, else what `make guest` has put into the cache.
+///
+/// # Errors
+/// [`Missing`] when there is none.
+pub fn guest_kernel() -> Result<PathBuf, Missing> {
+    let variable = "KUASAR_GUEST_KERNEL";
+    if let Some(value) = env::var_os(variable).filter(|value| !value.is_empty()) {
+        return Ok(value.into());
+    }
+    let kernel = cache().join("guest/cloud/vmlinuz");
+    if kernel.is_file() { Ok(kernel) } else { Err(Missing::Tool { name: "guest kernel".into(), variable }) }
+}
+
+/// A hypervisor's program.
+///
+/// # Errors
+/// [`Missing`] when there is none.
+pub fn hypervisor(name: &str) -> Result<PathBuf, Missing> {
+    match name {
+        "qemu" => find("qemu-system-x86_64", "KUASAR_QEMU"),
+        _ => Err(Missing::Tool { name: name.into(), variable: "KUASAR_QEMU" }),
+    }
+}
+
+/// What of a virtual machine is missing here.
+///
+/// # Errors
+/// [`Missing`].
+pub fn machine(hypervisor_name: &str) -> Result<(), Missing> {
+    hypervisor(hypervisor_name)?;
+    guest_kernel()?;
+    find("virtiofsd", "KUASAR_VIRTIOFSD").map(drop)
+}
+
+/// The table of a sandboxer with this hypervisor.
+#[must_use]
+pub fn machine_table(hypervisor_name: &str) -> Value {
+    let mut table = json!({ "kind": "vmm", "hypervisor": hypervisor_name, "memory_mib": 256 });
+    let found = [
+        ("path", hypervisor(hypervisor_name)),
+        ("kernel", guest_kernel()),
+        ("virtiofsd", find("virtiofsd", "KUASAR_VIRTIOFSD")),
+        ("vsock_device", find("vhost-device-vsock", "KUASAR_VHOST_DEVICE_VSOCK")),
+    ];
+    for (key, path) in found {
+        // The daemon says what it lacks.
+        if let Ok(path) = path {
+            table[key] = path.to_string_lossy().into();
+        }
+    }
+    table
 }
 
 /// A containerd installation: the daemon and what has to be of the same version.

@@ -18,5 +18,28 @@
 //! - everything of a sandbox lies in one directory, or in the control group that carries its name, so that it can be removed without any
 //!   record.
 
+mod agent;
+pub mod config;
+mod console;
+mod container;
+mod dial;
+mod guest;
 pub mod hypervisor;
+pub mod launch;
+pub mod net;
+mod pod;
+pub mod qemu;
+pub mod qmp;
+mod relay;
+mod rewrite;
+mod sandboxer;
+mod share;
+mod sizing;
 pub mod spec;
+mod sys;
+pub mod virtiofsd;
+mod vsock;
+pub mod vsock_device;
+
+pub use config::{Annotation, HypervisorConfig, VmmConfig};
+pub use sandboxer::{VmmSandboxer, processes};

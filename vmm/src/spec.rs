@@ -104,6 +104,8 @@ pub enum Vsock {
         cid: u32,
         /// The device's vhost-user socket.
         socket: PathBuf,
+        /// The socket with the hybrid protocol.
+        hybrid: PathBuf,
     },
     /// By the VMM itself, with the hybrid protocol on this unix socket.
     Builtin {

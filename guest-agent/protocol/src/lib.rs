@@ -4,6 +4,7 @@
 //!   host (kuasard)                                     guest (kuasar-guest-agent)
 //!   AgentClient ───── ttrpc on vsock port 1024 ──────▶ Agent
 //!   StreamHeader ──── vsock port 1025, then bytes ───▶ standard input, output and error of one process
+//!   port number ───── vsock port 1026, then frames ──▶ a TCP port of the guest's loopback interface
 //! ```
 //!
 //! Invariants:
@@ -11,6 +12,7 @@
 //! - every message is bounded ([`MESSAGE_MAX`], [`ID_MAX`], [`HEADER_MAX`]);
 //! - nothing here touches a file, a socket or a process: either side may be fed with anything.
 
+pub mod forward;
 pub mod stream;
 
 /// The generated messages.
@@ -53,7 +55,7 @@ pub const PORT: u32 = 1024;
 /// The vsock port of streams.
 pub const STREAM_PORT: u32 = 1025;
 
-/// The vsock port on which the guest forwards to a TCP port of its own loopback interface: two bytes, big endian, name the port.
+/// The vsock port on which the guest forwards to a TCP port of its own loopback interface: see [`forward`].
 pub const FORWARD_PORT: u32 = 1026;
 
 /// The longest message, in bytes: ttrpc's own limit.
@@ -77,9 +79,12 @@ pub const STORAGE_TARGET: &str = "/run/kuasar/storage";
 /// Word of the kernel's command line that lets [`agent::ExecRequest::in_guest`] work.
 pub const DEBUG_WORD: &str = "kuasar.debug";
 
-/// Word of the kernel's command line for guests whose vsock is vhost-device-vsock: with it the agent keeps that going (it loses track of
-/// what it has to do when both sides wait for each other).
-pub const POKE_WORD: &str = "kuasar.vsock-poke";
+/// The port of the host that the agent connects to once, when it listens, and says nothing. Only with [`EMULATED_WORD`].
+pub const KNOCK_PORT: u32 = 1023;
+
+/// Word of the kernel's command line for guests whose vsock is vhost-device-vsock. That loses track of what it has to do when both sides
+/// wait for each other, so the agent keeps it going; and it never answers who connects before the guest listens, so the agent knocks.
+pub const EMULATED_WORD: &str = "kuasar.vsock=emulated";
 
 /// Word of the kernel's command line that says how much the agent logs to the console: `kuasar.log=debug`.
 pub const LOG_WORD: &str = "kuasar.log=";

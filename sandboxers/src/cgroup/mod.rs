@@ -79,6 +79,22 @@ pub fn parent_path(cgroup_parent: &str) -> PathBuf {
     path
 }
 
+/// Resource use of the group that kubelet or Docker calls `cgroup_parent`; `None` where that is the root, or is not there: the group is
+/// kubelet's, and is not made.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn parent_stats(cgroup_parent: &str) -> Result<Option<Stats>> {
+    let path = parent_path(cgroup_parent);
+    if path.parent().is_none() {
+        return Ok(None);
+    }
+    match Cgroup::at(&path)?.stats() {
+        Err(Error::NotFound { .. }) => Ok(None),
+        stats => stats.map(Some),
+    }
+}
+
 impl Cgroup {
     /// The group a process is in. Trees where it shares the daemon's group, or is in the root, do not count.
     ///

@@ -66,15 +66,15 @@ pub async fn unmount_all(target: &Path) -> Result<()> {
     blocking("unmount", move || unmount_tree(&target)).await
 }
 
-/// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind. Mounts below
-/// `source` are not taken along.
+/// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind; with what is mounted below
+/// `source` if `flags` has `MS_REC`. Read-only is the bound mount alone, as with `mount -o bind,ro`.
 ///
 /// # Errors
 /// The kernel's refusal; nothing is left mounted then.
-pub async fn bind(source: &Path, target: &Path, readonly: bool) -> Result<()> {
+pub async fn bind(source: &Path, target: &Path, flags: MsFlags, readonly: bool) -> Result<()> {
     let (source, target) = (source.to_owned(), target.to_owned());
     blocking("bind mount", move || {
-        call(Some(&source), &target, None, MsFlags::MS_BIND, None)?;
+        call(Some(&source), &target, None, MsFlags::MS_BIND | flags, None)?;
         if readonly && let Err(failure) = remount_bind(&target, MsFlags::MS_RDONLY) {
             detach(&target)?;
             return Err(failure);
@@ -82,6 +82,15 @@ pub async fn bind(source: &Path, target: &Path, readonly: bool) -> Result<()> {
         Ok(())
     })
     .await
+}
+
+/// Changes how mounts propagate to and from `target` (`MS_SHARED`, `MS_SLAVE` …, with `MS_REC` also of all below it).
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn propagate(target: &Path, propagation: MsFlags) -> Result<()> {
+    let target = target.to_owned();
+    blocking("change the propagation of a mount", move || call(None, &target, None, propagation, None)).await
 }
 
 /// Keeps a namespace alive without a process: binds `namespace` (`/proc/<pid>/ns/net`, `/proc/self/fd/<n>`) on the file
@@ -393,7 +402,7 @@ mod tests {
         let (source, target) = (scratch.dir("t").join("file"), scratch.0.path().join("target"));
         fs::write(&source, "x").unwrap();
         fs::write(&target, "").unwrap();
-        bind(&source, &target, true).await.unwrap();
+        bind(&source, &target, MsFlags::empty(), true).await.unwrap();
         assert!(fs::write(&target, "y").is_err());
         let flags = statvfs(&target).unwrap().flags();
         assert!(flags.contains(FsFlags::ST_NOEXEC | FsFlags::ST_NOSUID | FsFlags::ST_RDONLY));

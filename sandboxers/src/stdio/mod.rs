@@ -29,9 +29,11 @@ pub use process::{ChildFds, ProcessIo};
 pub(crate) use process::{Streams, open_log, own};
 
 use crate::{
+    contract::SandboxContext,
     fdstore::FdStore,
-    id::{ContainerId, Namespace},
+    id::{ContainerId, ExecId, Namespace},
     reaper::Reaper,
+    types::SandboxSpec,
 };
 
 /// containerd's three stdio fields, as it sent them: a FIFO path, a `file://` or `binary://` log URI, a streaming URL
@@ -68,6 +70,25 @@ pub struct IoContext {
 }
 
 impl IoContext {
+    /// For a process of a sandbox: the first one of a container, or an exec.
+    #[must_use]
+    pub fn of(spec: &SandboxSpec, context: &SandboxContext, container: &ContainerId, exec: Option<&ExecId>) -> Self {
+        let sandbox = &spec.id;
+        let name = match exec {
+            None => format!("{sandbox}/{container}"),
+            Some(exec) => format!("{sandbox}/{container}/{exec}"),
+        };
+        Self {
+            namespace: spec.namespace.clone(),
+            container: container.clone(),
+            streams: context.streams.clone(),
+            reaper: context.reaper.clone(),
+            owner: spec.options.io_owner,
+            fds: context.fds.clone(),
+            name,
+        }
+    }
+
     /// The name of one of the process's descriptors.
     pub(crate) fn held(&self, which: &str) -> String {
         format!("{}/{which}", self.name)

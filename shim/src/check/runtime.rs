@@ -1,7 +1,8 @@
-//! The OCI runtime of each sandboxer.
+//! What each sandboxer runs its containers with.
 
 use kuasar_runc::Runtime;
-use kuasar_sandboxers::reaper::Reaper;
+use kuasar_sandboxers::{Sandboxer, reaper::Reaper};
+use kuasar_vmm::VmmSandboxer;
 use serde_json::Value;
 
 use super::{Finding, Status};
@@ -11,7 +12,19 @@ use crate::config::{Config, SandboxerConfig};
 pub(super) async fn all(config: &Config, reaper: &Reaper) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (name, sandboxer) in &config.sandboxers {
-        let SandboxerConfig::Runc(config) = sandboxer;
+        let config = match sandboxer {
+            SandboxerConfig::Runc(config) => config,
+            SandboxerConfig::Vmm(config) => {
+                let subject = format!("virtual machines, {name}");
+                findings.push(match VmmSandboxer::open(config.clone(), reaper.clone()).await {
+                    Ok(sandboxer) => Finding::ok(subject, sandboxer.capabilities().technique),
+                    Err(error) => {
+                        Finding::missing(subject, error.report(), "see docs/microvm.md for what virtual machines need")
+                    }
+                });
+                continue;
+            }
+        };
         let subject = format!("OCI runtime, {name}");
         findings.push(match Runtime::find(&config.runtime, reaper).await {
             Ok(runtime) => {

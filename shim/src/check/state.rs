@@ -49,8 +49,12 @@ fn unreadable(host: &Host, config: &Config, entry: Entry) -> Option<Finding> {
 
 fn processes(host: &Host, config: &Config, entry: &Entry) -> Result<BTreeSet<u32>> {
     let mut found = BTreeSet::new();
-    for SandboxerConfig::Runc(config) in config.sandboxers.values() {
-        found.extend(kuasar_runc::processes(&host.path(&config.root), &entry.namespace, &entry.id)?);
+    for sandboxer in config.sandboxers.values() {
+        let root = host.path(sandboxer.root());
+        found.extend(match sandboxer {
+            SandboxerConfig::Runc(_) => kuasar_runc::processes(&root, &entry.namespace, &entry.id)?,
+            SandboxerConfig::Vmm(_) => kuasar_vmm::processes(&root, &entry.namespace, &entry.id)?,
+        });
     }
     Ok(found)
 }

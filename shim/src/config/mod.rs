@@ -19,6 +19,7 @@ mod file;
 mod sandboxer;
 mod section;
 mod tree;
+mod vmm;
 
 #[cfg(test)]
 mod tests;

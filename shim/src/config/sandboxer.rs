@@ -8,10 +8,12 @@ use std::{
 };
 
 use kuasar_runc::{RuncConfig, RuntimeChoice};
+use kuasar_vmm::VmmConfig;
 
 use super::{
     fault::Origin,
     section::{Section, absolute_path},
+    vmm,
 };
 
 /// Name of the sandboxer that exists when the configuration names none.
@@ -30,6 +32,19 @@ const MAX_NAME: usize = 63;
 pub enum SandboxerConfig {
     /// `kind = "runc"`: containers as processes on this kernel, through an OCI runtime.
     Runc(RuncConfig),
+    /// `kind = "vmm"`: each pod in a virtual machine of its own.
+    Vmm(VmmConfig),
+}
+
+impl SandboxerConfig {
+    /// The directory for what lives as long as its sandboxes.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        match self {
+            Self::Runc(config) => &config.root,
+            Self::Vmm(config) => &config.root,
+        }
+    }
 }
 
 /// What runs when nothing is configured.
@@ -50,9 +65,9 @@ pub(super) fn read_all(mut section: Section<'_>, state: &Path) -> BTreeMap<Strin
             table.fault_here(problem);
         }
         let origin = table.origin_of("root");
-        if let Some(SandboxerConfig::Runc(config)) = read(name, table, state) {
-            roots.push((name.to_owned(), config.root.clone(), origin));
-            sandboxers.insert(name.to_owned(), SandboxerConfig::Runc(config));
+        if let Some(config) = read(name, table, state) {
+            roots.push((name.to_owned(), config.root().to_owned(), origin));
+            sandboxers.insert(name.to_owned(), config);
         }
     });
     for (index, (name, root, origin)) in roots.iter().enumerate() {
@@ -89,22 +104,30 @@ fn check_name(name: &str) -> Result<(), String> {
 }
 
 /// The techniques by name.
-const KINDS: &str = "runc";
+const KINDS: [&str; 2] = ["runc", "vmm"];
 
 /// Range of `command_limit_secs`. Below a second a busy node would fail for nothing; above an hour nobody waits.
 const COMMAND_LIMIT_SECS: RangeInclusive<i64> = 1..=3600;
 
 fn read(name: &str, mut table: Section<'_>, state: &Path) -> Option<SandboxerConfig> {
     let missing = table.is_missing("kind");
-    let kind = table.checked("kind", |kind| match kind {
-        "runc" => Ok(()),
-        other => Err(format!("{other:?} is not a kind of sandboxer; accepted: {KINDS}")),
+    let kind = table.checked("kind", |kind| {
+        KINDS
+            .into_iter()
+            .find(|known| *known == kind)
+            .ok_or_else(|| format!("{kind:?} is not a kind of sandboxer; accepted: {}", KINDS.join(", ")))
     });
     if missing {
-        table.fault_here(format!("has no kind; accepted: kind = \"{KINDS}\""));
+        table.fault_here(format!("has no kind; accepted: {}", KINDS.map(|kind| format!("kind = \"{kind}\"")).join(", ")));
     }
     // With an unknown kind nobody can say which other keys are right.
-    kind?;
+    match kind? {
+        "vmm" => Some(SandboxerConfig::Vmm(vmm::read(name, table, state))),
+        _ => Some(SandboxerConfig::Runc(read_runc(name, table, state))),
+    }
+}
+
+fn read_runc(name: &str, mut table: Section<'_>, state: &Path) -> RuncConfig {
     let mut config = default_runc(state, name);
     if let Some(runtime) = table.checked("runtime", runtime) {
         config.runtime = runtime;
@@ -116,7 +139,7 @@ fn read(name: &str, mut table: Section<'_>, state: &Path) -> Option<SandboxerCon
         config.command_limit = Duration::from_secs(seconds.unsigned_abs());
     }
     table.finish();
-    Some(SandboxerConfig::Runc(config))
+    config
 }
 
 fn runtime(text: &str) -> Result<RuntimeChoice, String> {
@@ -139,6 +162,7 @@ impl SandboxerConfig {
                 let seconds = i64::try_from(config.command_limit.as_secs()).unwrap_or(*COMMAND_LIMIT_SECS.end());
                 table.insert("command_limit_secs".into(), seconds.into());
             }
+            Self::Vmm(config) => return vmm::to_toml(config),
         }
         table
     }

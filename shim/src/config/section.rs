@@ -120,6 +120,40 @@ impl<'a> Section<'a> {
         None
     }
 
+    /// Takes a boolean.
+    pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
+        let node = self.take(key)?;
+        match node.value {
+            Value::Boolean(boolean) => Some(boolean),
+            other => {
+                self.fault(&node.origin, key, format!("is {}; accepted: true or false", other.kind()));
+                None
+            }
+        }
+    }
+
+    /// Takes a list of strings and has each checked; `None` when any is wrong.
+    pub(super) fn list<T>(&mut self, key: &'static str, check: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
+        let node = self.take(key)?;
+        let Value::List(items) = node.value else {
+            self.fault(&node.origin, key, format!("is {}; accepted: an array of strings", node.value.kind()));
+            return None;
+        };
+        let wanted = items.len();
+        let mut list = Vec::with_capacity(wanted);
+        for item in items {
+            let checked = match &item.value {
+                Value::String(text) => check(text),
+                other => Err(format!("has {} in it; accepted: an array of strings", other.kind())),
+            };
+            match checked {
+                Ok(value) => list.push(value),
+                Err(problem) => self.fault(&item.origin, key, problem),
+            }
+        }
+        (list.len() == wanted).then_some(list)
+    }
+
     /// Takes a string that means something; the type's error says what is accepted.
     pub(super) fn parsed<T: FromStr<Err: ToString>>(&mut self, key: &'static str) -> Option<T> {
         self.checked(key, |text| text.parse().map_err(|error: T::Err| error.to_string()))

@@ -19,6 +19,8 @@ pub(super) enum Value {
     Table(BTreeMap<String, Node>),
     String(String),
     Integer(i64),
+    Boolean(bool),
+    List(Vec<Node>),
     Other(&'static str),
 }
 
@@ -29,6 +31,8 @@ impl Value {
             Self::Table(_) => "a table",
             Self::String(_) => "a string",
             Self::Integer(_) => "an integer",
+            Self::Boolean(_) => "a boolean",
+            Self::List(_) => "an array",
             Self::Other(kind) => kind,
         }
     }
@@ -97,9 +101,9 @@ impl Reader {
             DeValue::Integer(integer) => i64::from_str_radix(integer.as_str(), integer.radix())
                 .map_or(Value::Other("an integer beyond 64 bits"), Value::Integer),
             DeValue::Float(_) => Value::Other("a float"),
-            DeValue::Boolean(_) => Value::Other("a boolean"),
+            DeValue::Boolean(boolean) => Value::Boolean(*boolean),
             DeValue::Datetime(_) => Value::Other("a date"),
-            DeValue::Array(_) => Value::Other("an array"),
+            DeValue::Array(list) => Value::List(list.iter().map(|item| self.node(item.get_ref(), item.span().start)).collect()),
         };
         Node { value, origin: self.origin(offset) }
     }

@@ -1,0 +1,294 @@
+//! The guest's agent, as the host talks to it.
+//!
+//! The guest is hostile. So of what it sends nothing is believed that matters on the host: a call has a time limit, a message ttrpc's limit of
+//! 4 MiB, all messages together a [`Budget`], a text a length; and no answer is used as a path.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use kuasar_guest_protocol::{
+    PORT, VERSION,
+    agent::{HelloRequest, HelloResponse},
+    agent_ttrpc::AgentClient,
+};
+use kuasar_sandboxers::{Code, Error, Result};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::Mutex as AsyncMutex,
+    time::{Instant, sleep, timeout},
+};
+use ttrpc::{
+    r#async::{Client, transport::Socket},
+    context::{self, Context as Ctx},
+};
+
+use crate::{dial::Connection, spec::VsockAddress};
+
+/// How long a call may take that only looks at something or sends a signal. Emulated machines are slow.
+pub(crate) const QUICK: Duration = Duration::from_secs(30);
+
+/// How long a call may take that starts a program.
+pub(crate) const SLOW: Duration = Duration::from_secs(120);
+
+/// How often a guest that boots is tried: vsock tells nobody when somebody begins to listen.
+const TRY: Duration = Duration::from_millis(3);
+
+/// The longest text of the guest's that is kept, in bytes.
+const TEXT: usize = 4 << 10;
+
+/// How much the guest may say to calls at once, and in the long run each second, in bytes. The largest answers are diagnostics (256 KiB)
+/// and statistics (a few KiB).
+const BURST: u64 = 8 << 20;
+const RATE: u64 = 1 << 20;
+
+/// The agent of one guest. Connects when it is needed.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    address: VsockAddress,
+    budget: Arc<Budget>,
+    client: AsyncMutex<Option<Connected>>,
+}
+
+struct Connected {
+    client: AgentClient,
+    hello: Arc<HelloResponse>,
+}
+
+impl std::fmt::Debug for Connected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connected").field("agent", &self.hello.agent).finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    pub(crate) fn at(address: VsockAddress) -> Self {
+        Self { address, budget: Arc::default(), client: AsyncMutex::new(None) }
+    }
+
+    pub(crate) fn address(&self) -> &VsockAddress {
+        &self.address
+    }
+
+    /// Waits until the guest has booted and its agent answers, for as long as `limit`.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`], and what an agent says that cannot be worked with.
+    pub(crate) async fn wait(&self, limit: Duration) -> Result<Arc<HelloResponse>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.address.dial(PORT).await {
+                Ok(connection) => match self.greet(connection, deadline).await {
+                    Err(Error::Unavailable { .. }) if Instant::now() < deadline => {}
+                    Err(Error::TimedOut { .. }) | Err(Error::Unavailable { .. }) => return Err(self.late(limit)),
+                    greeted => return greeted,
+                },
+                Err(_) if Instant::now() < deadline => {}
+                Err(_) => return Err(self.late(limit)),
+            }
+            sleep(TRY).await;
+        }
+    }
+
+    fn late(&self, limit: Duration) -> Error {
+        Error::TimedOut { operation: "the boot of the guest up to its agent's first answer".into(), seconds: limit.as_secs() }
+    }
+
+    /// Says hello on a new connection, which then is the one that calls use.
+    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<Arc<HelloResponse>> {
+        let metered = Metered { connection, budget: self.budget.clone() };
+        let client = AgentClient::new(Client::new(Socket::new(metered)));
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).map_err(Error::failed("read the clock"))?;
+        let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+        let request = HelloRequest { version: VERSION, time_ns, ..HelloRequest::default() };
+        let left = deadline.saturating_duration_since(Instant::now()).min(QUICK);
+        let hello =
+            client.hello(context::with_duration(left), &request).await.map_err(|error| self.error("say hello", error))?;
+        if hello.version != VERSION {
+            return Err(Error::Unavailable {
+                what: "the guest's agent".into(),
+                why: format!(
+                    "it speaks version {} of the protocol, this daemon {VERSION}; install the guest image of the same release",
+                    hello.version
+                ),
+            });
+        }
+        let mut hello = hello;
+        for text in [&mut hello.agent, &mut hello.kernel, &mut hello.runtime, &mut hello.boot_id] {
+            *text = tame(text, 128);
+        }
+        let hello = Arc::new(hello);
+        *self.client.lock().await = Some(Connected { client, hello: hello.clone() });
+        Ok(hello)
+    }
+
+    async fn client(&self) -> Result<AgentClient> {
+        if let Some(connected) = &*self.client.lock().await {
+            return Ok(connected.client.clone());
+        }
+        let connection = timeout(QUICK, self.address.dial(PORT)).await.map_err(|_| lost("it does not take connections"))?;
+        let connection = connection.map_err(|error| lost(&format!("it cannot be reached: {error}")))?;
+        self.greet(connection, Instant::now() + QUICK).await?;
+        let connected = self.client.lock().await;
+        connected.as_ref().map(|connected| connected.client.clone()).ok_or_else(|| lost("its connection was lost"))
+    }
+
+    /// Makes a call; `operation` reads as the end of "failed to …". Without a limit it may take as long as the machine lives.
+    ///
+    /// # Errors
+    /// What the agent answered, by its code; [`Error::Unavailable`] when it cannot be reached; [`Error::TimedOut`].
+    pub(crate) async fn call<T, F>(
+        &self,
+        operation: &'static str,
+        limit: Option<Duration>,
+        call: impl FnOnce(AgentClient, Ctx) -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        let client = self.client().await?;
+        let context = limit.map_or_else(|| context::with_timeout(0), context::with_duration);
+        let called = call(client, context);
+        let answer = match limit {
+            Some(limit) => timeout(limit, called).await.map_err(|_| Error::TimedOut {
+                operation: format!("the guest's answer to: {operation},"),
+                seconds: limit.as_secs(),
+            })?,
+            None => called.await,
+        };
+        match answer {
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                if !matches!(error, ttrpc::Error::RpcStatus(_)) {
+                    self.client.lock().await.take();
+                }
+                Err(self.error(operation, error))
+            }
+        }
+    }
+
+    fn error(&self, operation: &str, error: ttrpc::Error) -> Error {
+        if self.budget.is_exceeded() {
+            return lost("it has sent more than a guest has to say, and is not listened to any more; delete the pod");
+        }
+        let ttrpc::Error::RpcStatus(status) = error else { return lost(&tame(&error.to_string(), TEXT)) };
+        let code = match status.code() {
+            ttrpc::Code::INVALID_ARGUMENT => Code::InvalidArgument,
+            ttrpc::Code::NOT_FOUND => Code::NotFound,
+            ttrpc::Code::ALREADY_EXISTS => Code::AlreadyExists,
+            ttrpc::Code::FAILED_PRECONDITION => Code::FailedPrecondition,
+            ttrpc::Code::UNIMPLEMENTED => Code::Unimplemented,
+            ttrpc::Code::RESOURCE_EXHAUSTED => Code::ResourceExhausted,
+            ttrpc::Code::UNAVAILABLE => Code::Unavailable,
+            ttrpc::Code::DEADLINE_EXCEEDED => {
+                return Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: QUICK.as_secs() };
+            }
+            _ => Code::Internal,
+        };
+        Error::Refused { by: "the guest".into(), operation: operation.into(), code, message: tame(status.message(), TEXT) }
+    }
+}
+
+fn lost(why: &str) -> Error {
+    Error::Unavailable { what: "the guest's agent".into(), why: why.into() }
+}
+
+/// A text of the guest's as it may be shown and logged: bounded, without control characters.
+pub(crate) fn tame(text: &str, limit: usize) -> String {
+    let mut tamed: String =
+        text.chars().take(limit).map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect();
+    while tamed.len() > limit {
+        tamed.pop();
+    }
+    tamed
+}
+
+/// What a guest may still say, across its connections: [`BURST`] bytes, and [`RATE`] more each second.
+#[derive(Debug, Default)]
+struct Budget(Mutex<Spent>);
+
+#[derive(Debug, Default)]
+struct Spent {
+    bytes: u64,
+    since: Option<Instant>,
+    exceeded: bool,
+}
+
+impl Budget {
+    fn spend(&self, bytes: u64, now: Instant) -> bool {
+        let mut spent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = *spent.since.get_or_insert(now);
+        let earned = now.saturating_duration_since(since).as_millis() * u128::from(RATE) / 1000;
+        if earned > 0 {
+            spent.bytes = spent.bytes.saturating_sub(u64::try_from(earned).unwrap_or(u64::MAX));
+            spent.since = Some(now);
+        }
+        spent.bytes = spent.bytes.saturating_add(bytes);
+        spent.exceeded |= spent.bytes > BURST;
+        !spent.exceeded
+    }
+
+    fn is_exceeded(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).exceeded
+    }
+}
+
+/// A connection that breaks when more comes over it than the budget allows.
+struct Metered {
+    connection: Connection,
+    budget: Arc<Budget>,
+}
+
+impl AsyncRead for Metered {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.connection).poll_read(cx, buffer))?;
+        let read = buffer.filled().len() - before;
+        if self.budget.spend(read as u64, Instant::now()) {
+            Poll::Ready(Ok(()))
+        } else {
+            Poll::Ready(Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the guest has sent too much")))
+        }
+    }
+}
+
+impl AsyncWrite for Metered {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.connection).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_earned_back() {
+        let budget = Budget::default();
+        let start = Instant::now();
+        assert!(budget.spend(BURST, start));
+        let later = start + Duration::from_secs(2);
+        assert!(budget.spend(2 * RATE, later) && !budget.is_exceeded());
+        assert!(!budget.spend(1, later) && budget.is_exceeded());
+        // It is not earned back from a guest that floods.
+        assert!(!budget.spend(0, later + Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn texts_are_tamed() {
+        assert_eq!(tame("a\x1b[31mb\nc", 100), "a\u{fffd}[31mb\nc");
+        assert!(tame(&"ä".repeat(100), 51).len() <= 51);
+    }
+}

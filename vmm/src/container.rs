@@ -1,0 +1,644 @@
+//! A container in the guest, and processes added to it.
+//!
+//! The agent holds what is true of them; here is what they have on the host (a place in the share, disks, streams) and how they ended.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use async_trait::async_trait;
+use kuasar_guest_protocol::agent::{
+    self, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, StateResponse,
+    Storage, Tmpfs, UpdateRequest, WaitResponse, state_response::State,
+};
+use kuasar_sandboxers::{
+    Code, Container, Error, Process, Result,
+    cgroup::Stats,
+    failpoint::{self, Failpoint},
+    id::{ContainerId, ExecId},
+    process::Ending,
+    spec::OciSpec,
+    stages,
+    stdio::{IoContext, ProcessIo, Stdio},
+    types::{ContainerHead, ContainerSpec, ExecSpec, Exit, Mount, ProcessInfo, WindowSize},
+    undo::Undo,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tracing::{Instrument, debug, warn};
+
+use crate::{
+    agent::{QUICK, SLOW},
+    pod::{Guest, Pod},
+    relay::{self, Relay},
+    rewrite::{self, VolumeKind},
+};
+
+/// The status of a process whose machine ended under it, as of one that was killed.
+const KILLED: u32 = 137;
+
+/// The most processes of a container that are listed: the guest says how many there are.
+const MOST_PROCESSES: usize = 65_536;
+
+/// A process in the guest and all that belongs to it on this side.
+#[derive(Debug)]
+struct Running {
+    pod: Arc<Pod>,
+    request: ProcessRequest,
+    pid: u32,
+    relay: Relay,
+    ending: Ending,
+}
+
+/// What is saved of a container.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    pid: u32,
+    /// Serial numbers.
+    disks: Vec<String>,
+}
+
+/// What is saved of an added process.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ExecRecord {
+    /// It can be started.
+    Added { document: Value },
+    /// It has been.
+    Started { pid: u32 },
+}
+
+/// The contract's face of a container.
+#[derive(Debug)]
+pub(crate) struct VmContainer(Arc<Contained>);
+
+/// A container and all that belongs to it.
+#[derive(Debug)]
+pub(crate) struct Contained {
+    process: Arc<Running>,
+    head: ContainerHead,
+    disks: Vec<String>,
+    deleted: AtomicBool,
+}
+
+/// A process that was added to a container.
+#[derive(Debug)]
+pub(crate) struct VmExec {
+    pod: Arc<Pod>,
+    request: ProcessRequest,
+    id: ExecId,
+    container: ContainerId,
+    stdio: Stdio,
+    /// What to run; null once it runs.
+    document: Mutex<Value>,
+    running: OnceLock<Arc<Running>>,
+}
+
+fn request(container: &ContainerId, exec: Option<&ExecId>) -> ProcessRequest {
+    let exec = exec.map(ToString::to_string).unwrap_or_default();
+    ProcessRequest { container: container.to_string(), exec, ..ProcessRequest::default() }
+}
+
+impl Running {
+    /// Watches for its end.
+    fn begin(pod: Arc<Pod>, guest: Option<Arc<Guest>>, request: ProcessRequest, pid: u32, relay: Relay) -> Arc<Self> {
+        let running = Arc::new(Self { pod, request, pid, relay, ending: Ending::pending() });
+        tokio::spawn(running.clone().watch(guest).in_current_span());
+        running
+    }
+
+    async fn watch(self: Arc<Self>, guest: Option<Arc<Guest>>) {
+        let exit = match &guest {
+            Some(guest) => self.exit(guest).await,
+            None => None,
+        };
+        if let Some(guest) = &guest {
+            self.relay.finish(exit.as_ref(), guest.agent(), &self.request).await;
+        }
+        self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
+    }
+
+    /// What the guest tells of its end; `None` when the machine ended first.
+    async fn exit(&self, guest: &Guest) -> Option<WaitResponse> {
+        loop {
+            let wait = guest.agent().call("wait for a process", None, |client, context| {
+                let request = self.request.clone();
+                async move { client.wait(context, &request).await }
+            });
+            let error = tokio::select! {
+                biased;
+                waited = wait => match waited {
+                    Ok(exit) => return Some(exit),
+                    Err(error) => error,
+                },
+                _ = guest.ended() => return None,
+            };
+            if error.code() == Code::NotFound {
+                // Nobody can tell any more.
+                warn!(container = self.request.container, exec = self.request.exec, "the guest does not know the process");
+                return Some(WaitResponse { status: 255, ..WaitResponse::default() });
+            }
+            debug!(error = error.report(), "cannot wait for a process in the guest");
+            // The machine ends when its agent is gone for good, so one of the two comes.
+            if !guest.agent_is_back().await {
+                return None;
+            }
+        }
+    }
+
+    async fn kill(&self, signal: i32, all: bool) -> Result<()> {
+        let finished = || Error::Finished {
+            id: if self.request.exec.is_empty() { &self.request.container } else { &self.request.exec }.clone(),
+        };
+        if self.ending.known().is_some() {
+            return Err(finished());
+        }
+        let signal = u32::try_from(signal).map_err(|_| Error::invalid("signal", format!("{signal} is no signal")))?;
+        let ProcessRequest { container, exec, .. } = self.request.clone();
+        let request = SignalRequest { container, exec, signal, all, ..SignalRequest::default() };
+        let guest = self.pod.guest()?;
+        let sent = guest
+            .agent()
+            .call("send a signal", Some(QUICK), |client, context| async move { client.signal(context, &request).await });
+        match sent.await {
+            Err(error) if error.code() == Code::NotFound => Err(finished()),
+            sent => sent.map(drop),
+        }
+    }
+
+    async fn resize(&self, size: WindowSize) -> Result<()> {
+        let ProcessRequest { container, exec, .. } = self.request.clone();
+        let (width, height) = (size.width.into(), size.height.into());
+        let request = ResizeRequest { container, exec, width, height, ..ResizeRequest::default() };
+        let guest = self.pod.guest()?;
+        let resized = guest
+            .agent()
+            .call("resize a terminal", Some(QUICK), |client, context| async move { client.resize(context, &request).await });
+        resized.await.map(drop)
+    }
+
+    async fn close_stdin(&self) -> Result<()> {
+        // The guest sees the end of input when the connection ends, which is after containerd has closed its end, too.
+        self.relay.close_stdin();
+        Ok(())
+    }
+
+    async fn state(&self) -> Result<StateResponse> {
+        state(&*self.pod.guest()?, &self.request).await
+    }
+
+    /// Has the guest remove it, if there still is a guest.
+    async fn delete(&self) -> Result<()> {
+        delete(&self.pod, &self.request).await
+    }
+}
+
+async fn state(guest: &Guest, request: &ProcessRequest) -> Result<StateResponse> {
+    let request = request.clone();
+    let asked = guest
+        .agent()
+        .call("ask for a process", Some(QUICK), |client, context| async move { client.state(context, &request).await });
+    asked.await
+}
+
+fn has_started(state: &StateResponse) -> bool {
+    matches!(state.state.enum_value(), Ok(State::RUNNING | State::ENDED))
+}
+
+pub(crate) async fn delete(pod: &Pod, request: &ProcessRequest) -> Result<()> {
+    let Ok(guest) = pod.guest() else { return Ok(()) };
+    let request = request.clone();
+    let deleted = guest
+        .agent()
+        .call("delete a process", Some(SLOW), |client, context| async move { client.delete(context, &request).await });
+    tokio::select! {
+        deleted = deleted => match deleted {
+            Err(error) if error.code() == Code::NotFound => Ok(()),
+            // It went with the machine.
+            Err(_) if guest.has_ended() => Ok(()),
+            deleted => deleted.map(drop),
+        },
+        _ = guest.ended() => Ok(()),
+    }
+}
+
+impl VmContainer {
+    pub(crate) async fn create(pod: Arc<Pod>, spec: ContainerSpec) -> Result<Self> {
+        let mut undo = Undo::new("create the container");
+        let created = create(pod, spec, &mut undo).await;
+        undo.settle(created).await.map(Self)
+    }
+
+    pub(crate) async fn recover(pod: Arc<Pod>, head: ContainerHead, record: Value) -> Result<Self> {
+        let record: Record = serde_json::from_value(record).map_err(Error::failed("read the container's record"))?;
+        let request = request(&head.id, None);
+        let (guest, context) = (pod.guest().ok(), IoContext::of(&pod.spec, &pod.context, &head.id, None));
+        let agent = guest.as_ref().map(|guest| guest.agent());
+        let relay = Relay::adopt(&head.stdio, &context, agent, &request).await?;
+        let process = Running::begin(pod, guest, request, record.pid, relay);
+        Ok(Self(Arc::new(Contained { process, head, disks: record.disks, deleted: AtomicBool::new(false) })))
+    }
+}
+
+async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<Arc<Contained>> {
+    let ContainerSpec { id, bundle, spec: mut oci, rootfs, stdio } = spec;
+    let guest = pod.guest()?;
+    stages::enter("rewrite the specification");
+    let (volumes, devices) = rewrite::prepare(&mut oci)?;
+    let request = request(&id, None);
+    // What an attempt that was cut off has left, here and in the guest.
+    let _claim = pod.claim(&id).await;
+    pod.shared.remove_container(&id).await?;
+
+    stages::enter("share the rootfs");
+    let (shared, named) = (pod.shared.clone(), id.clone());
+    undo.push(format!("take container {id} out of the share"), async move { shared.remove_container(&named).await });
+    pod.shared.add_container(&id)?;
+    let mut disks = Vec::new();
+    let mut storages = Vec::new();
+    let root = match &rootfs[..] {
+        [] => {
+            let source = bundle.join(oci.root_path().unwrap_or("rootfs"));
+            pod.shared.bind_rootfs(&id, &source, oci.root_readonly()).await?
+        }
+        [only] if pod.can_be_disk(only) => {
+            let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
+            let serial =
+                add_disk(&pod, &guest, only.source.as_ref(), only.options.iter().any(|option| option == "ro"), undo).await?;
+            storages.push(disk_storage(&serial, only, &target));
+            disks.push(serial);
+            target.into()
+        }
+        mounts => pod.shared.add_rootfs(&id, mounts).await?,
+    };
+    failpoint::reach(Failpoint::Mounted);
+    oci.set_root_path(&root);
+    stages::enter("share the volumes");
+    for volume in &volumes {
+        let place = match &volume.kind {
+            VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, *binding).await?,
+            VolumeKind::Memory { filesystem, options } => {
+                let target = pod.memory_volume(&volume.source);
+                storages.push(memory_storage(filesystem, options, &target));
+                target.into()
+            }
+        };
+        rewrite::place(&mut oci, volume.index, &place);
+    }
+    for device in &devices {
+        let serial = add_disk(&pod, &guest, &device.source, device.readonly, undo).await?;
+        let target = format!("{}/{id}/{serial}", kuasar_guest_protocol::STORAGE_TARGET);
+        let disk = agent::Disk { serial: serial.clone(), ..agent::Disk::default() };
+        let mut storage = Storage { target: target.clone(), ..Storage::default() };
+        storage.set_disk(disk);
+        storages.push(storage);
+        rewrite::add_block_device(&mut oci, device, target.as_ref());
+        disks.push(serial);
+    }
+
+    stages::enter("open its input and output");
+    let context = IoContext::of(&pod.spec, &pod.context, &id, None);
+    let io = ProcessIo::open(&stdio, &context).await?;
+    stages::enter("create the container in the guest");
+    let asked = CreateContainerRequest {
+        id: id.to_string(),
+        spec: document(&oci)?,
+        storages,
+        streams: Some(relay::streams(&stdio)).into(),
+        ..CreateContainerRequest::default()
+    };
+    let (taken_back, named) = (pod.clone(), request.clone());
+    undo.push("remove the container in the guest", async move { delete(&taken_back, &named).await });
+    let made = guest.agent().call("create the container", Some(SLOW), |client, context| async move {
+        client.create_container(context, &asked).await
+    });
+    let pid = guest.unless_ended(made).await?.pid;
+    failpoint::reach(Failpoint::ContainerMade);
+    stages::enter("connect its input and output");
+    let relay = guest.unless_ended(Relay::open(io, &stdio, &context, guest.agent(), &request)).await?;
+    let process = Running::begin(pod, Some(guest), request, pid, relay);
+    Ok(Arc::new(Contained { process, head: ContainerHead { id, bundle, stdio }, disks, deleted: AtomicBool::new(false) }))
+}
+
+fn document(spec: &OciSpec) -> Result<Vec<u8>> {
+    let bytes = spec.as_value().to_string().into_bytes();
+    // With room for the rest of the message.
+    let most = kuasar_guest_protocol::MESSAGE_MAX - (64 << 10);
+    if bytes.len() > most {
+        return Err(Error::invalid("container spec", format!("it has {} bytes; a guest takes at most {most}", bytes.len())));
+    }
+    Ok(bytes)
+}
+
+async fn add_disk(
+    pod: &Arc<Pod>,
+    guest: &Arc<Guest>,
+    source: &std::path::Path,
+    readonly: bool,
+    undo: &mut Undo,
+) -> Result<String> {
+    stages::enter(format!("add {} as a disk", source.display()));
+    let serial = pod.disk_serial();
+    let (taken_back, named) = (guest.clone(), serial.clone());
+    undo.push(format!("remove disk {serial}"), async move { taken_back.remove_disk(&named).await });
+    guest.add_disk(source, &serial, readonly).await?;
+    Ok(serial)
+}
+
+fn disk_storage(serial: &str, mount: &Mount, target: &str) -> Storage {
+    let disk = agent::Disk {
+        serial: serial.into(),
+        filesystem: mount.kind.clone(),
+        options: mount.options.clone(),
+        ..agent::Disk::default()
+    };
+    let mut storage = Storage { target: target.into(), ..Storage::default() };
+    storage.set_disk(disk);
+    storage
+}
+
+fn memory_storage(filesystem: &str, options: &[String], target: &str) -> Storage {
+    let memory = Tmpfs { options: options.to_vec(), ..Tmpfs::default() };
+    let mut storage = Storage { target: target.into(), ..Storage::default() };
+    if filesystem == "hugetlbfs" {
+        storage.set_hugetlbfs(memory);
+    } else {
+        storage.set_tmpfs(memory);
+    }
+    storage
+}
+
+impl Contained {
+    fn named(&self) -> ContainerRequest {
+        ContainerRequest { container: self.head.id.to_string(), ..ContainerRequest::default() }
+    }
+}
+
+#[async_trait]
+impl Process for VmContainer {
+    fn pid(&self) -> Option<u32> {
+        Some(self.0.process.pid)
+    }
+
+    async fn start(&self) -> Result<u32> {
+        let guest = self.0.process.pod.guest()?;
+        let request = self.0.named();
+        let started = guest.agent().call("start the container", Some(SLOW), |client, context| async move {
+            client.start_container(context, &request).await
+        });
+        guest.unless_ended(started).await?;
+        failpoint::reach(Failpoint::ContainerStarted);
+        Ok(self.0.process.pid)
+    }
+
+    async fn started(&self) -> Result<Option<u32>> {
+        match self.0.process.state().await {
+            Ok(state) => Ok(has_started(&state).then_some(self.0.process.pid)),
+            Err(error) if error.code() == Code::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn kill(&self, signal: i32, all: bool) -> Result<()> {
+        self.0.process.kill(signal, all).await
+    }
+
+    async fn exited(&self) -> Exit {
+        self.0.process.ending.wait().await
+    }
+
+    async fn delete(&self) -> Result<()> {
+        let pod = &self.0.process.pod;
+        self.0.process.delete().await?;
+        failpoint::reach(Failpoint::ContainerDeleted);
+        if let Ok(guest) = pod.guest() {
+            for serial in &self.0.disks {
+                guest.remove_disk(serial).await?;
+            }
+        }
+        pod.shared.remove_container(&self.0.head.id).await?;
+        self.0.deleted.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    async fn resize(&self, size: WindowSize) -> Result<()> {
+        self.0.process.resize(size).await
+    }
+
+    async fn close_stdin(&self) -> Result<()> {
+        self.0.process.close_stdin().await
+    }
+
+    fn record(&self) -> Value {
+        json!(Record { pid: self.0.process.pid, disks: self.0.disks.clone() })
+    }
+}
+
+#[async_trait]
+impl Container for VmContainer {
+    async fn exec(&self, spec: ExecSpec) -> Result<Arc<dyn Process>> {
+        let ExecSpec { id, mut process, stdio } = spec;
+        let Some(document) = process.as_object_mut() else {
+            return Err(Error::invalid("exec spec", "the process is not a JSON object"));
+        };
+        // The request decides; the runtime wants both to agree.
+        document.insert("terminal".into(), stdio.terminal.into());
+        document.shift_remove("apparmorProfile");
+        document.shift_remove("selinuxLabel");
+        Ok(Arc::new(self.add(id, stdio, process)))
+    }
+
+    async fn recover_exec(&self, id: ExecId, stdio: Stdio, record: Value) -> Result<Arc<dyn Process>> {
+        let record: ExecRecord = serde_json::from_value(record).map_err(Error::failed("read the exec's record"))?;
+        let (document, pid) = match record {
+            ExecRecord::Added { document } => (document, None),
+            ExecRecord::Started { pid } => (Value::Null, Some(pid)),
+        };
+        let exec = self.add(id, stdio, document);
+        let guest = exec.pod.guest().ok();
+        let pid = match (pid, &guest) {
+            (Some(pid), _) => Some(pid),
+            // Perhaps the daemon before this one has started it and could not save that.
+            (None, Some(guest)) => match state(guest, &exec.request).await {
+                Ok(state) => has_started(&state).then_some(state.pid),
+                Err(error) if error.code() == Code::NotFound => None,
+                Err(error) => return Err(error),
+            },
+            (None, None) => None,
+        };
+        if let Some(pid) = pid {
+            let agent = guest.as_ref().map(|guest| guest.agent());
+            let relay = Relay::adopt(&exec.stdio, &exec.io_context(), agent, &exec.request).await?;
+            exec.running.get_or_init(|| Running::begin(exec.pod.clone(), guest, exec.request.clone(), pid, relay));
+        }
+        Ok(Arc::new(exec))
+    }
+
+    async fn pids(&self) -> Result<Vec<ProcessInfo>> {
+        let first = ProcessInfo { pid: self.0.process.pid, exec: None };
+        let Ok(guest) = self.0.process.pod.guest() else { return Ok(vec![first]) };
+        let request = self.0.named();
+        let listed = guest
+            .agent()
+            .call("list processes", Some(QUICK), |client, context| async move { client.pids(context, &request).await });
+        let mut listed: Vec<_> = match listed.await {
+            Ok(listed) => listed.processes,
+            Err(error) if guest.has_ended() || error.code() == Code::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        listed.truncate(MOST_PROCESSES);
+        let list: Vec<_> =
+            listed.into_iter().map(|process| ProcessInfo { pid: process.pid, exec: process.exec.parse().ok() }).collect();
+        Ok(if list.is_empty() { vec![first] } else { list })
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        self.0.process.pod.guest()?.stats(&self.0.head.id.to_string()).await
+    }
+
+    async fn update(&self, mut resources: Value) -> Result<()> {
+        // Numbers of the host's processors and memory nodes mean nothing in the guest.
+        if let Some(cpu) = resources["cpu"].as_object_mut() {
+            cpu.shift_remove("cpus");
+            cpu.shift_remove("mems");
+        }
+        let request = UpdateRequest {
+            container: self.0.head.id.to_string(),
+            resources: resources.to_string().into_bytes(),
+            ..UpdateRequest::default()
+        };
+        let guest = self.0.process.pod.guest()?;
+        let updated = guest.agent().call("change the container's resources", Some(SLOW), |client, context| async move {
+            client.update(context, &request).await
+        });
+        updated.await.map(drop)
+    }
+
+    async fn pause(&self) -> Result<()> {
+        let guest = self.0.process.pod.guest()?;
+        let request = self.0.named();
+        let paused = guest
+            .agent()
+            .call("pause the container", Some(QUICK), |client, context| async move { client.pause(context, &request).await });
+        paused.await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<()> {
+        let guest = self.0.process.pod.guest()?;
+        let request = self.0.named();
+        let resumed = guest
+            .agent()
+            .call("resume the container", Some(QUICK), |client, context| async move { client.resume(context, &request).await });
+        resumed.await.map(drop)
+    }
+}
+
+impl VmContainer {
+    fn add(&self, id: ExecId, stdio: Stdio, document: Value) -> VmExec {
+        let container = self.0.head.id.clone();
+        VmExec {
+            pod: self.0.process.pod.clone(),
+            request: request(&container, Some(&id)),
+            id,
+            container,
+            stdio,
+            document: Mutex::new(document),
+            running: OnceLock::new(),
+        }
+    }
+}
+
+impl VmExec {
+    fn io_context(&self) -> IoContext {
+        IoContext::of(&self.pod.spec, &self.pod.context, &self.container, Some(&self.id))
+    }
+
+    fn document(&self) -> MutexGuard<'_, Value> {
+        self.document.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Process for VmExec {
+    fn pid(&self) -> Option<u32> {
+        self.running.get().map(|running| running.pid)
+    }
+
+    async fn start(&self) -> Result<u32> {
+        let guest = self.pod.guest()?;
+        let context = self.io_context();
+        let io = ProcessIo::open(&self.stdio, &context).await?;
+        let ProcessRequest { container, exec, .. } = self.request.clone();
+        let request = ExecRequest {
+            container,
+            exec,
+            process: self.document().to_string().into_bytes(),
+            streams: Some(relay::streams(&self.stdio)).into(),
+            ..ExecRequest::default()
+        };
+        let started =
+            guest.agent().call("exec", Some(SLOW), |client, context| async move { client.exec(context, &request).await });
+        let pid = guest.unless_ended(started).await?.pid;
+        failpoint::reach(Failpoint::ExecStarted);
+        let relay = match guest.unless_ended(Relay::open(io, &self.stdio, &context, guest.agent(), &self.request)).await {
+            Ok(relay) => relay,
+            Err(error) => {
+                delete(&self.pod, &self.request).await?;
+                return Err(error);
+            }
+        };
+        // Once: by the one start, or by the recovery.
+        self.running.get_or_init(|| Running::begin(self.pod.clone(), Some(guest), self.request.clone(), pid, relay));
+        *self.document() = Value::Null;
+        Ok(pid)
+    }
+
+    async fn started(&self) -> Result<Option<u32>> {
+        Ok(self.pid())
+    }
+
+    async fn kill(&self, signal: i32, all: bool) -> Result<()> {
+        match self.running.get() {
+            Some(running) => running.kill(signal, all).await,
+            None => Err(Error::Finished { id: self.id.to_string() }),
+        }
+    }
+
+    async fn exited(&self) -> Exit {
+        match self.running.get() {
+            Some(running) => running.ending.wait().await,
+            // Nobody asks before it was started.
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn delete(&self) -> Result<()> {
+        match self.running.get() {
+            Some(running) => running.delete().await,
+            None => Ok(()),
+        }
+    }
+
+    async fn resize(&self, size: WindowSize) -> Result<()> {
+        match self.running.get() {
+            Some(running) => running.resize(size).await,
+            // The client sends the first size when it likes, also before the start; the next one will do.
+            None => Ok(()),
+        }
+    }
+
+    async fn close_stdin(&self) -> Result<()> {
+        match self.running.get() {
+            Some(running) => running.close_stdin().await,
+            None => Ok(()),
+        }
+    }
+
+    fn record(&self) -> Value {
+        json!(match self.running.get() {
+            Some(running) => ExecRecord::Started { pid: running.pid },
+            None => ExecRecord::Added { document: self.document().clone() },
+        })
+    }
+}

@@ -1,0 +1,187 @@
+//! Connections to the guest's vsock ports.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use kuasar_sandboxers::watch;
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, connect, getsockopt, socket, sockopt},
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, unix::AsyncFd};
+
+use crate::spec::VsockAddress;
+
+/// The longest answer to `CONNECT`: `OK` and a port, in bytes.
+const ANSWER: usize = 32;
+
+/// A connection to the guest, or anything else that is one stream of bytes.
+#[derive(Debug)]
+pub(crate) struct Connection(AsyncFd<OwnedFd>);
+
+impl Connection {
+    /// Takes a connected, non-blocking socket.
+    ///
+    /// # Errors
+    /// When the runtime cannot watch it.
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+        watch(socket, Interest::READABLE | Interest::WRITABLE).map(Self)
+    }
+
+    /// Lets the runtime go of it.
+    pub(crate) fn into_fd(self) -> OwnedFd {
+        self.0.into_inner()
+    }
+
+    async fn open(family: AddressFamily, address: &(impl SockaddrLike + Sync)) -> io::Result<Self> {
+        let socket = socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+        match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), address) {
+            Ok(()) => return Self::new(socket),
+            Err(Errno::EINPROGRESS) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let connection = Self::new(socket)?;
+        connection.0.writable().await?.retain_ready();
+        match getsockopt(&connection.0, sockopt::SocketError)? {
+            0 => Ok(connection),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
+    /// The hybrid protocol of Firecracker's vsock device, which Cloud Hypervisor and vhost-device-vsock have too.
+    async fn open_hybrid(path: &Path, port: u32) -> io::Result<Self> {
+        let address = UnixAddr::new(path.as_os_str().as_bytes())?;
+        let mut connection = Self::open(AddressFamily::Unix, &address).await?;
+        connection.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+        // Byte by byte: what follows the line is the guest's.
+        let mut line = Vec::new();
+        loop {
+            match connection.read_u8().await {
+                Ok(b'\n') => break,
+                Ok(byte) if line.len() < ANSWER => line.push(byte),
+                Ok(_) => return Err(io::Error::new(io::ErrorKind::InvalidData, "the vsock device answers with garbage")),
+                // Nobody listens on the port.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(io::ErrorKind::ConnectionRefused.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if line.starts_with(b"OK ") { Ok(connection) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
+impl VsockAddress {
+    /// Connects to a port of the guest.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ConnectionRefused`] and its like while nobody listens there, which is so until the guest has booted.
+    pub(crate) async fn dial(&self, port: u32) -> io::Result<Connection> {
+        match self {
+            Self::Cid(cid) => Connection::open(AddressFamily::Vsock, &VsockAddr::new(*cid, port)).await,
+            Self::Hybrid(path) => Connection::open_hybrid(path, port).await,
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            let unfilled = buffer.initialize_unfilled();
+            match guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut *unfilled)?)) {
+                Ok(Ok(length)) => {
+                    buffer.advance(length);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return Poll::Ready(Err(error)),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            let send = |fd: &AsyncFd<OwnedFd>| Ok(rustix::net::send(fd.get_ref(), bytes, rustix::net::SendFlags::NOSIGNAL)?);
+            match guard.try_io(send) {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(sent) => return Poll::Ready(sent),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match rustix::net::shutdown(self.0.get_ref(), rustix::net::Shutdown::Write) {
+            Ok(()) | Err(rustix::io::Errno::NOTCONN) => Poll::Ready(Ok(())),
+            Err(errno) => Poll::Ready(Err(errno.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    /// A vsock device that answers a connection with these bytes.
+    async fn dialled(answer: &'static [u8]) -> io::Result<Vec<u8>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let device = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut asked = [0; 13];
+            stream.read_exact(&mut asked).await.unwrap();
+            assert_eq!(&asked, b"CONNECT 1024\n");
+            stream.write_all(answer).await.unwrap();
+        });
+        let result = async {
+            let mut connection = VsockAddress::Hybrid(path).dial(1024).await?;
+            let mut rest = Vec::new();
+            connection.read_to_end(&mut rest).await?;
+            Ok(rest)
+        };
+        let result = result.await;
+        device.await.unwrap();
+        result
+    }
+
+    #[tokio::test]
+    async fn hybrid_connections() {
+        assert_eq!(dialled(b"OK 1073741824\nhello").await.unwrap(), b"hello");
+        for refused in [&b""[..], b"ERR\n", b"OK"] {
+            assert_eq!(dialled(refused).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        }
+        assert_eq!(dialled(&[b'x'; 100]).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[tokio::test]
+    async fn without_a_device() {
+        let error = VsockAddress::Hybrid("/nonexistent/vsock".into()).dial(1024).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,322 @@
+//! A running machine with its helpers: one unit that lives and ends together.
+//!
+//! ```text
+//!   launch ──▶ Guest ── VMM, virtiofsd, a vsock device where the host has none
+//!                │        any of them ends ─▶ all are ended, and the reason is kept
+//!                ├── tend    cuts the console, keeps the clock, passes events on
+//!                └── agent
+//! ```
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use futures::future::{join_all, select_all};
+use kuasar_guest_protocol::agent::{
+    ContainerRequest, EventsRequest, OnlineRequest, SetTimeRequest, ShutDownRequest, events_response::event::Kind,
+};
+use kuasar_sandboxers::{
+    Error, Result, SandboxContext, cgroup::Stats, event::EventKind, id::Namespace, process::Ending, types::Exit,
+};
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::{
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+use tracing::{Instrument, debug, info, warn};
+
+use crate::{
+    agent::{Agent, QUICK, tame},
+    console::Console,
+    hypervisor::Vm,
+    launch::{LaunchRecord, Launched},
+    spec::Disk,
+};
+
+/// How often the console is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How often the guest's clock is set to the host's: under load a guest loses milliseconds, and after a pause all of it.
+const CLOCK: Duration = Duration::from_secs(10);
+
+/// How long a machine that was asked to may take to switch itself off, beyond the grace of its containers.
+const OFF: Duration = Duration::from_secs(5);
+
+/// How long to wait before an agent that does not answer is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// What is saved of a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct GuestRecord {
+    /// The driver's own.
+    pub(crate) vm: Value,
+    /// virtiofsd, vhost-device-vsock.
+    pub(crate) helpers: Vec<LaunchRecord>,
+}
+
+/// A running machine.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    vm: Arc<dyn Vm>,
+    helpers: Vec<Launched>,
+    agent: Agent,
+    console: Console,
+    ending: Ending,
+    reason: OnceLock<String>,
+    tending: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Guest {
+    /// Watches a machine that has been started or taken over.
+    pub(crate) fn watch(vm: Arc<dyn Vm>, helpers: Vec<Launched>, console: Console) -> Arc<Self> {
+        let agent = Agent::at(vm.vsock());
+        let guest = Arc::new(Self {
+            vm,
+            helpers,
+            agent,
+            console,
+            ending: Ending::pending(),
+            reason: OnceLock::new(),
+            tending: Mutex::default(),
+        });
+        tokio::spawn(guest.clone().until_ended().in_current_span());
+        guest
+    }
+
+    async fn until_ended(self: Arc<Self>) {
+        let helper = async {
+            if self.helpers.is_empty() {
+                return std::future::pending().await;
+            }
+            let (exit, index, _) = select_all(self.helpers.iter().map(|helper| Box::pin(helper.exited()))).await;
+            (exit, index)
+        };
+        let reason = tokio::select! {
+            biased;
+            exit = self.vm.exited() => match self.vm.last_words() {
+                Some(words) => format!("its hypervisor ended: {}", tame(words.trim(), 2048)),
+                None => format!("its hypervisor ended with status {}", exit.status),
+            },
+            (exit, index) = helper => {
+                let name = self.helpers.get(index).map(|helper| helper.record().name).unwrap_or_default();
+                format!("{name}, which it cannot do without, ended with status {}", exit.status)
+            }
+        };
+        // The first reason is the true one: what follows is ended by us.
+        let reason = self.reason.get_or_init(|| reason);
+        info!(reason, "the machine has ended");
+        self.end_all().await;
+        self.ending.tell(Exit::now(0));
+    }
+
+    /// Kills what still runs of it.
+    async fn end_all(&self) {
+        let vm = self.vm.kill().await;
+        let helpers = join_all(self.helpers.iter().map(Launched::kill)).await;
+        for error in helpers.into_iter().chain([vm]).filter_map(Result::err) {
+            warn!(error = error.report(), "cannot end a process of the machine");
+        }
+    }
+
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub(crate) fn vm(&self) -> &Arc<dyn Vm> {
+        &self.vm
+    }
+
+    pub(crate) fn record(&self) -> GuestRecord {
+        GuestRecord { vm: self.vm.record(), helpers: self.helpers.iter().map(Launched::record).collect() }
+    }
+
+    /// The pids of all of it.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        std::iter::once(self.vm.pid()).chain(self.helpers.iter().map(Launched::pid)).collect()
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.reason.get().is_some() || self.ending.known().is_some()
+    }
+
+    /// Resolves when all of it has ended.
+    pub(crate) async fn ended(&self) -> Exit {
+        self.ending.wait().await
+    }
+
+    /// Why it ended.
+    pub(crate) fn reason(&self) -> String {
+        self.reason.get().cloned().unwrap_or_else(|| "it was stopped".into())
+    }
+
+    pub(crate) fn gone(&self) -> Error {
+        Error::Unavailable { what: "the pod's virtual machine".into(), why: format!("{}; create a new pod", self.reason()) }
+    }
+
+    /// Does something with the guest, which fails with the reason when the machine ends meanwhile.
+    pub(crate) async fn unless_ended<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            _ = self.ended() => Err(self.gone()),
+            done = work => match done {
+                Err(_) if self.has_ended() => {
+                    self.ended().await;
+                    Err(self.gone())
+                }
+                done => done,
+            },
+        }
+    }
+
+    /// After a call was cut off: waits until the agent answers again, or false when the machine ends.
+    pub(crate) async fn agent_is_back(&self) -> bool {
+        let again = async {
+            loop {
+                sleep(AGAIN).await;
+                if self.set_time().await.is_ok() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = self.ended() => false,
+            () = again => true,
+        }
+    }
+
+    /// Begins to look after a guest that is up.
+    pub(crate) fn tend(self: &Arc<Self>, namespace: Namespace, context: &SandboxContext) {
+        let events = context.events.clone();
+        let weak = Arc::downgrade(self);
+        let housekeeping = async move {
+            let (mut look, mut clock) = (interval(LOOK), interval(CLOCK));
+            look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            clock.tick().await;
+            loop {
+                let set = tokio::select! {
+                    _ = look.tick() => false,
+                    _ = clock.tick() => true,
+                };
+                let Some(guest) = weak.upgrade().filter(|guest| !guest.has_ended()) else { return };
+                if let Err(error) = guest.console.cut() {
+                    warn!(error = error.report(), "the console's log cannot be kept small");
+                }
+                if set && let Err(error) = guest.set_time().await {
+                    debug!(error = error.report(), "cannot set the guest's clock");
+                }
+            }
+        };
+        let guest = self.clone();
+        let passing = async move {
+            let mut after = 0;
+            loop {
+                let request = EventsRequest { after, ..EventsRequest::default() };
+                let asked = guest
+                    .agent
+                    .call("ask for events", None, |client, context| async move { client.events(context, &request).await });
+                let happened = tokio::select! {
+                    biased;
+                    _ = guest.ended() => return,
+                    happened = asked => happened,
+                };
+                match happened {
+                    Ok(happened) => {
+                        for event in happened.events {
+                            after = after.max(event.number);
+                            if let (Ok(Kind::OUT_OF_MEMORY), Ok(container)) = (event.kind.enum_value(), event.container.parse())
+                            {
+                                events.send(&namespace, &container, EventKind::OutOfMemory);
+                            }
+                        }
+                    }
+                    Err(error) => {
+                        debug!(error = error.report(), "cannot ask the guest for events");
+                        if !guest.agent_is_back().await {
+                            return;
+                        }
+                    }
+                }
+            }
+        };
+        let tasks = [tokio::spawn(housekeeping.in_current_span()), tokio::spawn(passing.in_current_span())];
+        self.tending.lock().unwrap_or_else(PoisonError::into_inner).extend(tasks);
+    }
+
+    async fn set_time(&self) -> Result<()> {
+        let now = clock_gettime(ClockId::CLOCK_REALTIME).map_err(Error::failed("read the clock"))?;
+        let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+        let request = SetTimeRequest { time_ns, ..SetTimeRequest::default() };
+        let set = self
+            .agent
+            .call("set the clock", Some(QUICK), |client, context| async move { client.set_time(context, &request).await });
+        set.await.map(drop)
+    }
+
+    /// Ends it: after the grace, in which its containers may end by themselves and what they have written reaches the disks.
+    pub(crate) async fn stop(&self, grace: Duration) {
+        if !grace.is_zero() && !self.has_ended() {
+            let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+            let request = ShutDownRequest { grace_ms, ..ShutDownRequest::default() };
+            let asked = async {
+                let asked = self.agent.call("shut down", Some(grace + OFF), |client, context| async move {
+                    client.shut_down(context, &request).await
+                });
+                if let Err(error) = asked.await {
+                    // The machine may be off before its answer is out.
+                    debug!(error = error.report(), "the guest does not answer to being shut down");
+                }
+                self.ended().await
+            };
+            self.reason.get_or_init(|| "it was stopped".into());
+            if timeout(grace + OFF, asked).await.is_err() {
+                warn!("the guest has not switched itself off; its machine is killed");
+            }
+        }
+        self.reason.get_or_init(|| "it was stopped".into());
+        self.end_all().await;
+        self.ended().await;
+        for task in self.tending.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            task.abort();
+        }
+    }
+
+    pub(crate) async fn add_disk(&self, source: &Path, serial: &str, readonly: bool) -> Result<()> {
+        let disk = Disk { serial: serial.into(), path: source.into(), readonly };
+        self.unless_ended(self.vm.add_disk(&disk)).await
+    }
+
+    pub(crate) async fn remove_disk(&self, serial: &str) -> Result<()> {
+        if self.has_ended() {
+            return Ok(());
+        }
+        match self.unless_ended(self.vm.remove_disk(serial)).await {
+            Err(_) if self.has_ended() => Ok(()),
+            removed => removed,
+        }
+    }
+
+    /// Resource use of a container, or with an empty id of the guest.
+    pub(crate) async fn stats(&self, container: &str) -> Result<Stats> {
+        let request = ContainerRequest { container: container.into(), ..ContainerRequest::default() };
+        let asked = self
+            .agent
+            .call("ask for resource use", Some(QUICK), |client, context| async move { client.stats(context, &request).await });
+        let answer = self.unless_ended(asked).await?;
+        serde_json::from_slice(&answer.stats).map_err(Error::failed("read the resource use that the guest told"))
+    }
+
+    /// Has the guest use what was added to its machine.
+    pub(crate) async fn online(&self, cpus: u32) -> Result<()> {
+        let request = OnlineRequest { cpus, memory: true, ..OnlineRequest::default() };
+        let asked = self.agent.call("use added processors and memory", Some(QUICK), |client, context| async move {
+            client.online(context, &request).await
+        });
+        self.unless_ended(asked).await.map(drop)
+    }
+}

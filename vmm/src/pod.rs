@@ -1,0 +1,583 @@
+//! One pod in a machine of its own.
+//!
+//! ```text
+//!  <root>/<namespace>/<sandbox id>/     everything of it, so that whoever finds the directory can remove all
+//!      shared/       what the guest sees of the host (see share)
+//!      vm            a link to the machine's directory, which has a short name: sockets of the VMM and its helpers
+//!      console.log   what the guest's kernel and agent say
+//!      netns         a link to the pod's network namespace
+//! ```
+//!
+//! A start goes through phases, each of which can be taken back:
+//!
+//! ```text
+//!   place ──▶ network │ share, virtiofsd │ vsock ──▶ VMM ──▶ agent's hello ──▶ set up
+//!             └────────── side by side ──────────┘
+//! ```
+
+use std::{
+    collections::HashMap,
+    fs::{self, DirBuilder},
+    io::ErrorKind,
+    os::unix::fs::{DirBuilderExt, FileTypeExt, chown, symlink},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use kuasar_guest_protocol::{
+    FORWARD_PORT, SHARE_TAG, SHARE_TARGET, STORAGE_TARGET,
+    agent::{HelloResponse, IdMapping, ProcessRequest, SetUpRequest, Share as GuestShare},
+};
+use kuasar_sandboxers::{
+    Container, Error, Result, Sandbox, SandboxContext,
+    cgroup::{Cgroup, Stats, parent_path, parent_stats},
+    failpoint::{self, Failpoint},
+    id::ContainerId,
+    podfiles::Contents,
+    process::Ending,
+    stages,
+    types::{ContainerHead, ContainerSpec, Exit, Mount, NamespaceMode, PodResources, SandboxSpec},
+    undo::Undo,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::OwnedMutexGuard;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, debug};
+
+pub(crate) use crate::guest::Guest;
+use crate::{
+    agent::SLOW,
+    console::Console,
+    container::{self, VmContainer},
+    guest::GuestRecord,
+    hypervisor::Place,
+    net::{self, PodNetwork, forward::Forwarder},
+    sandboxer::Shared,
+    share::SharedDir,
+    sizing::{self, Host, Size},
+    spec::{Share, VmSpec},
+};
+
+/// How the control groups of machines are called, before the sandbox's id.
+pub(crate) const GROUP: &str = "kuasar-vm-";
+
+/// A snapshotter's filesystems that a guest can mount from a disk.
+const DISK_FILESYSTEMS: [&str; 3] = ["ext4", "erofs", "xfs"];
+
+/// What a pod is, and what its containers need of it.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) spec: Arc<SandboxSpec>,
+    pub(crate) context: SandboxContext,
+    pub(crate) dir: PathBuf,
+    pub(crate) shared: SharedDir,
+    sandboxer: Arc<Shared>,
+    number: u32,
+    state: Mutex<State>,
+    next_disk: AtomicU32,
+    ending: Ending,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    size: Option<Size>,
+    guest: Option<Arc<Guest>>,
+    hello: Option<Arc<HelloResponse>>,
+    /// Carries connections to forwarded ports.
+    forwarding: Option<AbortOnDropHandle<()>>,
+    /// Names of containers that are being made or removed.
+    claims: HashMap<String, Arc<tokio::sync::Mutex<()>>>,
+}
+
+/// What is saved of a pod.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// Tells this machine's user and vsock address from others'.
+    pub(crate) number: u32,
+    size: Option<Size>,
+    guest: Option<GuestRecord>,
+    next_disk: u32,
+}
+
+/// Finds what is wrong with a pod before anything is made.
+///
+/// # Errors
+/// [`Error::Unsupported`] for what a pod in a machine of its own cannot have.
+pub(crate) fn check(spec: &SandboxSpec) -> Result<()> {
+    let shares = |what, why: &str| {
+        let why = format!("{why}, and this pod runs in a virtual machine; use a sandboxer of kind runc for it");
+        Err(Error::Unsupported { operation: what, why })
+    };
+    let modes = &spec.namespaces;
+    if modes.network == NamespaceMode::Node {
+        return shares("hostNetwork", "the node's network interfaces cannot be in a virtual machine");
+    }
+    if modes.pid == NamespaceMode::Node {
+        return shares("hostPID", "the node's processes cannot be seen from a virtual machine");
+    }
+    if modes.ipc == NamespaceMode::Node {
+        return shares("hostIPC", "the node's shared memory cannot be in a virtual machine");
+    }
+    if spec.netns.is_none() {
+        return Err(Error::invalid("netns", "the pod has its own network but no path to its namespace was given"));
+    }
+    Ok(())
+}
+
+impl Pod {
+    pub(crate) fn new(
+        spec: Arc<SandboxSpec>,
+        context: SandboxContext,
+        dir: PathBuf,
+        sandboxer: Arc<Shared>,
+        number: u32,
+    ) -> Self {
+        Self {
+            shared: SharedDir::of(&dir),
+            spec,
+            context,
+            dir,
+            sandboxer,
+            number,
+            state: Mutex::default(),
+            next_disk: AtomicU32::new(0),
+            ending: Ending::pending(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine, while it runs.
+    pub(crate) fn guest(&self) -> Result<Arc<Guest>> {
+        match &self.state().guest {
+            Some(guest) if guest.has_ended() => Err(guest.gone()),
+            Some(guest) => Ok(guest.clone()),
+            None => Err(Error::Unavailable {
+                what: format!("sandbox {}", self.spec.id),
+                why: "it has no virtual machine yet; start it first".into(),
+            }),
+        }
+    }
+
+    /// Has a container's name to oneself, for making it or for removing what is left of it.
+    pub(crate) async fn claim(&self, id: &ContainerId) -> OwnedMutexGuard<()> {
+        let claim = {
+            let claims = &mut self.state().claims;
+            claims.retain(|_, claim| Arc::strong_count(claim) > 1);
+            claims.entry(id.to_string()).or_default().clone()
+        };
+        claim.lock_owned().await
+    }
+
+    /// A serial number that no disk of the machine has had.
+    pub(crate) fn disk_serial(&self) -> String {
+        format!("disk-{}", self.next_disk.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Whether a root filesystem can be a disk of the machine: it is one device, and never anything else that a path may name.
+    pub(crate) fn can_be_disk(&self, mount: &Mount) -> bool {
+        let is_device = || fs::metadata(&mount.source).is_ok_and(|found| found.file_type().is_block_device());
+        mount.target.is_empty()
+            && DISK_FILESYSTEMS.contains(&mount.kind.as_str())
+            && self.sandboxer.hypervisor.capabilities().hot_disks.is_ok()
+            && is_device()
+    }
+
+    /// Where a volume in memory is in the guest: the same for all containers that have it.
+    pub(crate) fn memory_volume(&self, source: &Path) -> String {
+        let name: String = source.to_string_lossy().bytes().map(|byte| format!("{byte:02x}")).collect();
+        // A path has at most 4096 bytes and a name 255, so a long one is told by its end, where volumes have their names.
+        format!("{STORAGE_TARGET}/memory/{}", &name[name.len().saturating_sub(240)..])
+    }
+
+    fn group(&self) -> PathBuf {
+        parent_path(&self.spec.cgroup_parent).join(format!("{GROUP}{}", self.spec.id))
+    }
+
+    fn size(&self) -> Result<Size> {
+        let can_grow = self.sandboxer.can_grow();
+        sizing::of(&self.sandboxer.config, Host::look()?, &self.spec.resources, &self.spec.annotations, can_grow)
+    }
+
+    /// Makes the directory and finds out what can be known before the start.
+    pub(crate) fn prepare(&self) -> Result<()> {
+        stages::enter("size the machine");
+        self.state().size = Some(self.size()?);
+        stages::enter("make the pod's directory");
+        DirBuilder::new().recursive(true).mode(0o711).create(&self.dir).map_err(Error::io("create", &self.dir))
+    }
+
+    /// Takes the state over that an earlier daemon has saved.
+    pub(crate) async fn restore(self: &Arc<Self>, record: Record) -> Result<()> {
+        self.next_disk.store(record.next_disk, Ordering::Relaxed);
+        self.state().size = record.size;
+        let Some(saved) = record.guest else { return Ok(()) };
+        let place = self.place(None);
+        let vm = self.sandboxer.hypervisor.adopt(saved.vm, place.clone()).await?;
+        let helpers =
+            saved.helpers.into_iter().map(|helper| self.sandboxer.adopt_helper(helper, &place)).collect::<Result<_>>()?;
+        let guest = Guest::watch(vm, helpers, Console::of(&self.dir));
+        guest.tend(self.spec.namespace.clone(), &self.context);
+        match Forwarder::adopt(&self.context.fds, &self.forwarder_name()) {
+            Ok(Some(forwarder)) => self.forward(&guest, forwarder),
+            Ok(None) => {}
+            Err(error) => debug!(error = error.report(), "ports are not forwarded any more"),
+        }
+        self.adopt(guest);
+        Ok(())
+    }
+
+    fn forwarder_name(&self) -> String {
+        format!("{}/forward", self.spec.id)
+    }
+
+    fn adopt(self: &Arc<Self>, guest: Arc<Guest>) {
+        self.state().guest = Some(guest.clone());
+        let pod = Arc::downgrade(self);
+        let work = async move {
+            guest.ended().await;
+            if let Some(pod) = pod.upgrade() {
+                pod.ending.tell(Exit::now(0));
+            }
+        };
+        tokio::spawn(work.in_current_span());
+    }
+
+    fn place(&self, cgroup: Option<Cgroup>) -> Place {
+        Place {
+            dir: self.sandboxer.machine_dir(self.number),
+            reaper: self.context.reaper.clone(),
+            cgroup,
+            user: self.sandboxer.user(self.number),
+        }
+    }
+
+    async fn start_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
+        let sandboxer = &self.sandboxer;
+        let Some(size) = self.state().size else { return Err(Error::invalid("sandbox", "its machine has no size")) };
+        let Some(netns) = self.spec.netns.clone() else { return Err(Error::invalid("netns", "there is none")) };
+
+        stages::enter("make the machine's control group and directory");
+        let path = self.group();
+        let group = tokio::task::spawn_blocking(move || Cgroup::create(&path))
+            .await
+            .map_err(Error::failed("make a control group"))??;
+        let taken_back = group.clone();
+        undo.push("remove the machine's control group", async move { remove_group(&taken_back).await });
+        let place = self.place(Some(group));
+        link(&self.dir.join("vm"), &place.dir)?;
+        make_private(&place.dir, place.user)?;
+        let dir = self.dir.clone();
+        undo.push("remove the machine's files", async move { remove_files(&dir) });
+        link(&self.dir.join("netns"), &netns)?;
+        let console = Console::of(&self.dir);
+        console.create(place.user)?;
+
+        stages::enter("connect the network, and start virtiofsd and the vsock device");
+        let (mut net_undo, mut share_undo) = (Undo::new("connect the network"), Undo::new("share files"));
+        let (network, filesystem, vsock) = tokio::join!(
+            net::connect(&netns, &mut net_undo),
+            self.start_share(&place, &mut share_undo),
+            sandboxer.vsock.start(self.number, &place),
+        );
+        for part in [net_undo, share_undo] {
+            undo.append(part);
+        }
+        let (PodNetwork { nics, setup }, (filesystem, socket), (vsock_device, vsock)) = (network?, filesystem?, vsock?);
+        let helpers: Vec<_> = std::iter::once(filesystem).chain(vsock_device).collect();
+
+        stages::enter(format!("start {}", sandboxer.hypervisor.capabilities().name));
+        let spec = VmSpec {
+            name: self.spec.id.to_string(),
+            cpus: size.cpus,
+            memory: size.memory,
+            kernel: sandboxer.config.kernel(),
+            initrd: sandboxer.initrd(),
+            cmdline: sandboxer.command_line(),
+            disks: Vec::new(),
+            shares: vec![Share { tag: SHARE_TAG.into(), socket }],
+            nics,
+            vsock,
+            console: console.path().to_owned(),
+            balloon: true,
+        };
+        let vm = sandboxer.hypervisor.start(spec, place, undo).await?;
+        failpoint::reach(Failpoint::PodMade);
+        let guest = Guest::watch(vm, helpers, console.clone());
+        let taken_back = guest.clone();
+        undo.push("end the machine", async move {
+            taken_back.stop(Duration::ZERO).await;
+            Ok(())
+        });
+
+        let booted = self.boot(&guest, &setup).await;
+        if let Err(error) = booted {
+            stages::keep_log("the guest's console", &console.end(stages::LOG_LIMIT as u64)?);
+            let said = console.last_lines();
+            let said = if said.is_empty() { "nothing".into() } else { said };
+            return Err(Error::Backend {
+                program: sandboxer.hypervisor.capabilities().name.clone(),
+                operation: "bring the guest up".into(),
+                message: format!("{}; last on its console: {said}", error.report()),
+            });
+        }
+        stages::enter("forward ports");
+        match Forwarder::attach(&netns, &self.context.fds, self.forwarder_name()).await {
+            Ok(forwarder) => self.forward(&guest, forwarder),
+            // Only port-forward needs it.
+            Err(error) => debug!(error = error.report(), "ports of the pod cannot be forwarded"),
+        }
+        guest.tend(self.spec.namespace.clone(), &self.context);
+        self.adopt(guest);
+        Ok(())
+    }
+
+    async fn start_share(&self, place: &Place, undo: &mut Undo) -> Result<(crate::launch::Launched, PathBuf)> {
+        let shared = self.shared.clone();
+        undo.push("take the shared directory away", async move { shared.remove().await });
+        self.shared.create().await?;
+        let socket = place.dir.join("virtiofsd.sock");
+        let launched = self.sandboxer.virtiofsd.start("virtiofsd", self.shared.path(), &socket, place).await?;
+        Ok((launched, socket))
+    }
+
+    async fn boot(&self, guest: &Guest, network: &net::GuestNetwork) -> Result<()> {
+        stages::enter("boot the guest");
+        let hello = guest.unless_ended(guest.agent().wait(self.sandboxer.config.boot_limit)).await?;
+        stages::enter("set up the guest");
+        let request = self.setup(network)?;
+        let set_up = guest
+            .agent()
+            .call("set up the guest", Some(SLOW), |client, context| async move { client.set_up(context, &request).await });
+        guest.unless_ended(set_up).await?;
+        self.state().hello = Some(hello);
+        Ok(())
+    }
+
+    fn setup(&self, network: &net::GuestNetwork) -> Result<SetUpRequest> {
+        let spec = &self.spec;
+        let Contents { hosts, hostname, resolv_conf } = Contents::of(&spec.hostname, spec.dns.as_ref())?;
+        let mappings = |of: fn(&kuasar_sandboxers::types::IdMappings) -> &Vec<kuasar_sandboxers::types::IdMapping>| {
+            let mappings = spec.namespaces.user.as_ref().map(of);
+            let mapping = |one: &kuasar_sandboxers::types::IdMapping| IdMapping {
+                container_id: one.container_id,
+                host_id: one.host_id,
+                length: one.length,
+                ..IdMapping::default()
+            };
+            mappings.into_iter().flatten().map(mapping).collect()
+        };
+        let share = GuestShare { tag: SHARE_TAG.into(), target: SHARE_TARGET.into(), ..GuestShare::default() };
+        Ok(SetUpRequest {
+            sandbox: spec.id.to_string(),
+            hostname,
+            hosts,
+            resolv_conf,
+            sysctls: spec.sysctls.clone().into_iter().collect(),
+            shares: vec![share],
+            shared_pids: spec.namespaces.pid == NamespaceMode::Pod,
+            uids: mappings(|map| &map.uids),
+            gids: mappings(|map| &map.gids),
+            interfaces: network.interfaces.clone(),
+            routes: network.routes.clone(),
+            neighbours: network.neighbours.clone(),
+            ..SetUpRequest::default()
+        })
+    }
+
+    /// Hands connections to the pod's localhost, as port-forward makes them in its network namespace, to the guest.
+    fn forward(&self, guest: &Arc<Guest>, forwarder: Forwarder) {
+        let address = guest.agent().address().clone();
+        let dial = move || {
+            let address = address.clone();
+            async move { address.dial(FORWARD_PORT).await.map_err(Error::failed("reach the guest")) }
+        };
+        let running = tokio::spawn(async move { forwarder.run(dial).await }.in_current_span());
+        self.state().forwarding = Some(AbortOnDropHandle::new(running));
+    }
+}
+
+/// A directory for the VMM alone.
+fn make_private(dir: &Path, user: Option<(u32, u32)>) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io("create", dir)(error)),
+        _ => {}
+    }
+    match user {
+        Some((uid, gid)) => chown(dir, Some(uid), Some(gid)).map_err(Error::io("change the owner of", dir)),
+        None => Ok(()),
+    }
+}
+
+/// What a link of ours says.
+fn linked(link: &Path) -> Result<Option<PathBuf>> {
+    match fs::read_link(link) {
+        Ok(target) => Ok(Some(target)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("read", link)(error)),
+    }
+}
+
+fn link(link: &Path, target: &Path) -> Result<()> {
+    remove_link(link)?;
+    symlink(target, link).map_err(Error::io("create", link))
+}
+
+fn remove_link(link: &Path) -> Result<()> {
+    match fs::remove_file(link) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", link)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn remove_files(dir: &Path) -> Result<()> {
+    Console::of(dir).remove()?;
+    remove_link(&dir.join("netns"))?;
+    let machine = dir.join("vm");
+    if let Some(place) = linked(&machine)? {
+        remove_dir(&place)?;
+    }
+    remove_link(&machine)
+}
+
+pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", dir)(error)),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) async fn remove_group(group: &Cgroup) -> Result<()> {
+    group.kill().await?;
+    group.remove().await
+}
+
+/// Undoes all that a pod's machine may have made, whatever is known of it: processes by their control group, the rest by the directory.
+pub(crate) async fn clear(dir: &Path, group: &Cgroup) -> Result<()> {
+    remove_group(group).await?;
+    if let Some(netns) = linked(&dir.join("netns"))? {
+        net::disconnect(&netns).await?;
+    }
+    SharedDir::of(dir).remove().await?;
+    remove_files(dir)?;
+    remove_dir(dir)
+}
+
+/// The contract's face of a [`Pod`].
+#[derive(Debug)]
+pub(crate) struct VmSandbox(Arc<Pod>);
+
+impl VmSandbox {
+    pub(crate) fn new(pod: Arc<Pod>) -> Self {
+        Self(pod)
+    }
+}
+
+#[async_trait]
+impl Sandbox for VmSandbox {
+    /// No process of the node stands for the pod: its processes are another kernel's.
+    async fn start(&self) -> Result<Option<u32>> {
+        let mut undo = Undo::new("start the sandbox");
+        let started = self.0.start_now(&mut undo).await;
+        undo.settle(started).await.map(|()| None)
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<()> {
+        let guest = self.0.state().guest.clone();
+        if let Some(guest) = guest {
+            guest.stop(grace).await;
+        }
+        self.0.ending.tell(Exit::now(0));
+        Ok(())
+    }
+
+    async fn delete(&self) -> Result<()> {
+        self.stop(Duration::ZERO).await?;
+        self.0.state().forwarding.take();
+        clear(&self.0.dir, &Cgroup::at(&self.0.group())?).await?;
+        self.0.sandboxer.release(self.0.number);
+        Ok(())
+    }
+
+    async fn exited(&self) -> Exit {
+        self.0.ending.wait().await
+    }
+
+    async fn create_container(&self, spec: ContainerSpec) -> Result<Arc<dyn Container>> {
+        Ok(Arc::new(VmContainer::create(self.0.clone(), spec).await?))
+    }
+
+    async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
+        Ok(Arc::new(VmContainer::recover(self.0.clone(), head, record).await?))
+    }
+
+    /// A machine grows with its pod. It does not shrink: the pod's control group holds it to less, and free memory is given back anyway.
+    async fn update(&self, resources: &PodResources) -> Result<()> {
+        let Some(now) = self.0.state().size else { return Ok(()) };
+        let Ok(guest) = self.0.guest() else { return Ok(()) };
+        let wanted = sizing::grown(&self.0.sandboxer.config, now, resources);
+        if wanted == now {
+            return Ok(());
+        }
+        if wanted.cpus != now.cpus {
+            guest.unless_ended(guest.vm().set_cpus(wanted.cpus.boot)).await?;
+        }
+        if wanted.memory != now.memory {
+            guest.unless_ended(guest.vm().set_memory(wanted.memory.boot_mib)).await?;
+        }
+        guest.online(wanted.cpus.boot).await?;
+        self.0.state().size = Some(wanted);
+        Ok(())
+    }
+
+    async fn metrics(&self) -> Result<Option<Stats>> {
+        if let Some(stats) = parent_stats(&self.0.spec.cgroup_parent)? {
+            return Ok(Some(stats));
+        }
+        match Cgroup::at(&self.0.group())?.stats() {
+            Err(Error::NotFound { .. }) => Ok(None),
+            stats => stats.map(Some),
+        }
+    }
+
+    fn record(&self) -> Value {
+        let state = self.0.state();
+        json!(Record {
+            number: self.0.number,
+            size: state.size,
+            guest: state.guest.as_ref().map(|guest| guest.record()),
+            next_disk: self.0.next_disk.load(Ordering::Relaxed),
+        })
+    }
+
+    fn describe(&self) -> Value {
+        let state = self.0.state();
+        let hello = state.hello.as_ref();
+        json!({
+            "hypervisor": self.0.sandboxer.hypervisor.capabilities().name,
+            "directory": self.0.dir,
+            "size": state.size,
+            "processes": state.guest.as_ref().map(|guest| guest.pids()),
+            "ended": state.guest.as_ref().filter(|guest| guest.has_ended()).map(|guest| guest.reason()),
+            "kernel": hello.map(|hello| &hello.kernel),
+            "agent": hello.map(|hello| &hello.agent),
+            "runtime": hello.map(|hello| &hello.runtime),
+        })
+    }
+}
+
+/// Removes a container of a known sandbox whose creation was cut off.
+pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId) -> Result<()> {
+    let _claim = pod.claim(id).await;
+    let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
+    container::delete(pod, &request).await?;
+    pod.shared.remove_container(id).await
+}

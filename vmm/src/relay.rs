@@ -1,0 +1,576 @@
+//! Standard input and output of a process in the guest.
+//!
+//! ```text
+//!   containerd's FIFO, stream, log ── ProcessIo's descriptor ── splice ── vsock connection ── agent ── FIFO ── process
+//! ```
+//!
+//! On this side of the guest the relay stands where the process would: it has the descriptors that the process would have been given
+//! ([`ProcessIo`]), and one connection to the agent for each. All of them are left with the keeper, so a daemon that takes over goes on
+//! where the one before was cut off: what a splice(2) has moved has been moved, and what it has not is still in the connection.
+//!
+//! How much output there is the agent tells with the process's exit; how much has come is counted here, in memory that is left with the
+//! keeper as well ([`Counts`]). A daemon that died between moving bytes and counting them has counted too few. So one that has taken over
+//! has the guest close the connections at the end instead of waiting for a number.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{FileExt, FileTypeExt},
+    },
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use kuasar_guest_protocol::{
+    STREAM_PORT,
+    agent::{ProcessRequest, Streams, WaitResponse},
+    stream::{ACCEPTED, StreamHeader, StreamKind},
+};
+use kuasar_sandboxers::{
+    Error, Result,
+    fdstore::Held,
+    stdio::{ChildFds, IoContext, ProcessIo, Stdio},
+    watch,
+};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{RecvFlags, Shutdown, recv, shutdown},
+    pipe::{SpliceFlags, splice},
+};
+use tokio::{
+    io::{AsyncWriteExt, Interest, unix::AsyncFd},
+    select,
+    sync::Notify,
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::{Instrument, debug, warn};
+
+use crate::agent::{Agent, QUICK};
+
+/// What is moved at once, in bytes: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+
+/// How long output may stand still after the process's end before the rest is given up: nobody takes it.
+const STANDSTILL: Duration = Duration::from_secs(10);
+
+/// How long the guest may take to answer the header of a stream.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Which of the descriptors that are left belong to which stream: the ends on the host's side in this order, then the connections.
+const KINDS: [StreamKind; 3] = [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr];
+
+/// Stdio of one process in the guest.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    io: ProcessIo,
+    outputs: Vec<Arc<Output>>,
+    /// Taken over from an earlier daemon, so that the counts may be too small.
+    adopted: bool,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Ends standard input when nobody needs it any more.
+    input: Option<Arc<OwnedFd>>,
+    _held: Vec<Held>,
+}
+
+/// One stream of output.
+#[derive(Debug)]
+struct Output {
+    kind: StreamKind,
+    moved: AtomicU64,
+    changed: Notify,
+    /// The guest has closed it, or it broke.
+    ended: AtomicBool,
+}
+
+/// How far a stream has come, in memory that outlives the daemon: for each stream one number of eight bytes.
+#[derive(Debug)]
+struct Counts(File);
+
+/// Which streams the host will open, for the agent.
+pub(crate) fn streams(stdio: &Stdio) -> Streams {
+    Streams {
+        stdin: !stdio.stdin.is_empty(),
+        stdout: !stdio.stdout.is_empty(),
+        stderr: !stdio.terminal && !(stdio.stderr.is_empty() && !is_log(&stdio.stdout)),
+        terminal: stdio.terminal,
+        ..Streams::default()
+    }
+}
+
+/// A log URI for standard output takes standard error too.
+fn is_log(stdout: &str) -> bool {
+    stdout.starts_with("file://") || stdout.starts_with("binary")
+}
+
+fn wanted(streams: &Streams, kind: StreamKind) -> bool {
+    match kind {
+        StreamKind::Stdin => streams.stdin,
+        StreamKind::Stdout => streams.stdout,
+        StreamKind::Stderr => streams.stderr,
+    }
+}
+
+impl Counts {
+    /// Set once the header was sent.
+    const OPENED: u64 = 1 << 63;
+
+    fn new() -> Result<Self> {
+        let failed = || Error::failed("make memory for the counts of streams");
+        let memory = rustix::fs::memfd_create("kuasar-streams", rustix::fs::MemfdFlags::CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(failed())?;
+        let file = File::from(memory);
+        file.set_len(8 * KINDS.len() as u64).map_err(failed())?;
+        Ok(Self(file))
+    }
+
+    fn get(&self, kind: StreamKind) -> io::Result<u64> {
+        let mut bytes = [0; 8];
+        self.0.read_exact_at(&mut bytes, 8 * kind as u64)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn set(&self, kind: StreamKind, count: u64) -> io::Result<()> {
+        self.0.write_all_at(&count.to_le_bytes(), 8 * kind as u64)
+    }
+}
+
+/// One stream with both its ends.
+struct Ends {
+    kind: StreamKind,
+    ours: OwnedFd,
+    guest: OwnedFd,
+}
+
+/// What is left with the keeper of a process's streams.
+struct Left {
+    ends: Vec<Ends>,
+    counts: Arc<Counts>,
+    held: Vec<Held>,
+}
+
+impl Left {
+    /// What an earlier daemon has left.
+    fn take(context: &IoContext) -> Result<Self> {
+        let (mut held, mut ends) = (Vec::new(), Vec::new());
+        let counts = match context.fds.take(&name(context, "counts")) {
+            Some((mut left, hold)) => {
+                held.push(hold);
+                left.pop().map(|memory| Counts(memory.into()))
+            }
+            None => None,
+        };
+        let counts = Arc::new(counts.map_or_else(Counts::new, Ok)?);
+        for kind in KINDS {
+            let Some((left, hold)) = context.fds.take(&name(context, kind.name())) else { continue };
+            if let Ok([ours, guest]) = <[OwnedFd; 2]>::try_from(left) {
+                held.push(hold);
+                ends.push(Ends { kind, ours, guest });
+            }
+        }
+        Ok(Self { ends, counts, held })
+    }
+}
+
+impl Relay {
+    /// Opens the stdio of a process that exists in the guest, and connects it.
+    ///
+    /// # Errors
+    /// As [`ProcessIo::open`]; [`Error::Unavailable`] when the guest does not take the streams.
+    pub(crate) async fn open(
+        io: ProcessIo,
+        stdio: &Stdio,
+        context: &IoContext,
+        agent: &Agent,
+        process: &ProcessRequest,
+    ) -> Result<Self> {
+        let counts = Arc::new(Counts::new()?);
+        let held = vec![context.fds.leave(name(context, "counts"), &[counts.0.as_fd()])?];
+        let left = Left { ends: Vec::new(), counts, held };
+        Self::connect(io, left, stdio, context, agent, process, false).await
+    }
+
+    /// Goes on with the stdio of a process that an earlier daemon has started, and connects what that had not come to.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) async fn adopt(
+        stdio: &Stdio,
+        context: &IoContext,
+        agent: Option<&Agent>,
+        process: &ProcessRequest,
+    ) -> Result<Self> {
+        let mut left = Left::take(context)?;
+        let complete =
+            KINDS.iter().all(|kind| !wanted(&streams(stdio), *kind) || left.ends.iter().any(|ends| ends.kind == *kind));
+        match agent {
+            Some(agent) if !complete => {
+                let io = ProcessIo::open(stdio, context).await?;
+                if left.held.is_empty() {
+                    left.held.push(context.fds.leave(name(context, "counts"), &[left.counts.0.as_fd()])?);
+                }
+                Self::connect(io, left, stdio, context, agent, process, true).await
+            }
+            _ => Self::begin(ProcessIo::adopt(stdio, context)?, left, process, true),
+        }
+    }
+
+    /// Connects the streams that are not connected yet.
+    async fn connect(
+        io: ProcessIo,
+        mut left: Left,
+        stdio: &Stdio,
+        context: &IoContext,
+        agent: &Agent,
+        process: &ProcessRequest,
+        adopted: bool,
+    ) -> Result<Self> {
+        let ChildFds { stdin, stdout, stderr } = io.child_fds()?;
+        let asked = streams(stdio);
+        for (kind, ours) in KINDS.into_iter().zip([stdin, stdout, stderr]).filter(|(kind, _)| wanted(&asked, *kind)) {
+            if left.ends.iter().any(|ends| ends.kind == kind) {
+                continue;
+            }
+            let connection = timeout(QUICK, agent.address().dial(STREAM_PORT)).await;
+            let connection = connection.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            let connection = connection.map_err(Error::failed(format!("open {} of the process in the guest", kind.name())))?;
+            let guest = connection.into_fd();
+            left.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
+            left.ends.push(Ends { kind, ours, guest });
+        }
+        Self::begin(io, left, process, adopted)
+    }
+
+    fn begin(io: ProcessIo, left: Left, process: &ProcessRequest, adopted: bool) -> Result<Self> {
+        let Left { ends, counts, held } = left;
+        let (mut outputs, mut tasks, mut input) = (Vec::new(), Vec::new(), None);
+        for Ends { kind, ours, guest } in ends {
+            let count = counts.get(kind).map_err(Error::failed("read the count of a stream"))?;
+            let moved = count & !Counts::OPENED;
+            let opened = count & Counts::OPENED != 0;
+            let header = StreamHeader { container: process.container.clone(), exec: process.exec.clone(), kind };
+            let header = header.encode().map_err(Error::failed("name a stream"))?;
+            let guest = Arc::new(guest);
+            let connection = Stream { guest: guest.clone(), header, opened, counts: counts.clone(), kind };
+            let process = format!("{} {}", process.container, process.exec);
+            let task = if kind == StreamKind::Stdin {
+                input = Some(guest);
+                tokio::spawn(
+                    async move {
+                        if let Err(error) = connection.carry_input(ours).await {
+                            debug!(process, %error, "standard input was cut off");
+                        }
+                    }
+                    .in_current_span(),
+                )
+            } else {
+                let output = Arc::new(Output {
+                    kind,
+                    moved: AtomicU64::new(moved),
+                    changed: Notify::new(),
+                    ended: AtomicBool::new(false),
+                });
+                outputs.push(output.clone());
+                tokio::spawn(
+                    async move {
+                        if let Err(error) = connection.carry_output(ours, &output).await {
+                            warn!(process, stream = kind.name(), %error, "output was cut off");
+                        }
+                        output.ended.store(true, Ordering::Release);
+                        output.changed.notify_waiters();
+                    }
+                    .in_current_span(),
+                )
+            };
+            tasks.push(task);
+        }
+        Ok(Self { io, outputs, adopted, tasks: Mutex::new(tasks), input, _held: held })
+    }
+
+    /// Ends standard input as far as it depends on us.
+    pub(crate) fn close_stdin(&self) {
+        self.io.close_stdin();
+    }
+
+    /// After the process's end, of which the guest has told `exit`: waits until all of its output is where it should be.
+    pub(crate) async fn finish(&self, exit: Option<&WaitResponse>, agent: &Agent, process: &ProcessRequest) {
+        let mut all = true;
+        for output in &self.outputs {
+            let total = exit.map(|exit| match output.kind {
+                StreamKind::Stderr => exit.stderr_bytes,
+                _ => exit.stdout_bytes,
+            });
+            if self.adopted
+                && !output.has(total)
+                && let Err(error) = agent
+                    .call("end a process's output", Some(QUICK), |client, context| {
+                        let process = process.clone();
+                        async move { client.end_output(context, &process).await }
+                    })
+                    .await
+            {
+                debug!(error = error.report(), "the guest does not end a process's output");
+            }
+            all &= output.complete(total).await;
+        }
+        if !all {
+            warn!(container = process.container, exec = process.exec, "output was not taken, or did not come, and is lost");
+        }
+        if let Some(input) = &self.input {
+            hang_up(input);
+        }
+        for task in self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            task.abort();
+        }
+        self.io.finish().await;
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        for task in self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            task.abort();
+        }
+    }
+}
+
+fn name(context: &IoContext, which: &str) -> String {
+    format!("{}/vm-{which}", context.name)
+}
+
+/// Ends a connection of which the keeper has a copy.
+fn hang_up(connection: &OwnedFd) {
+    if let Err(errno) = shutdown(connection, Shutdown::Both)
+        && errno != Errno::NOTCONN
+    {
+        debug!(%errno, "cannot hang a stream up");
+    }
+}
+
+impl Output {
+    fn has(&self, total: Option<u64>) -> bool {
+        self.ended.load(Ordering::Acquire) || total.is_some_and(|total| self.moved.load(Ordering::Acquire) >= total)
+    }
+
+    /// Waits until all has been moved; false when it stands still instead.
+    async fn complete(&self, total: Option<u64>) -> bool {
+        let mut changed = std::pin::pin!(self.changed.notified());
+        let mut deadline = Instant::now() + STANDSTILL;
+        loop {
+            changed.as_mut().enable();
+            if self.has(total) {
+                return total.is_none_or(|total| self.moved.load(Ordering::Acquire) >= total);
+            }
+            select! {
+                () = changed.as_mut() => deadline = Instant::now() + STANDSTILL,
+                () = sleep_until(deadline) => return false,
+            }
+            changed.set(self.changed.notified());
+        }
+    }
+}
+
+/// The guest's end of a stream.
+struct Stream {
+    guest: Arc<OwnedFd>,
+    header: Vec<u8>,
+    /// An earlier daemon has sent the header and has had the answer.
+    opened: bool,
+    counts: Arc<Counts>,
+    kind: StreamKind,
+}
+
+impl Stream {
+    /// Sends the header and hears whether the guest takes the stream.
+    async fn open(&self, guest: &AsyncFd<OwnedFd>) -> io::Result<()> {
+        if self.opened {
+            return Ok(());
+        }
+        write_all(guest, &self.header).await?;
+        let mut answer = [0];
+        let answered = async {
+            loop {
+                let mut ready = guest.readable().await?;
+                match ready.try_io(|guest| Ok(recv(guest.get_ref(), &mut answer[..], RecvFlags::empty())?.0)) {
+                    Ok(Ok(0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Ok(received) => return received.map(drop),
+                    Err(_) => {}
+                }
+            }
+        };
+        timeout(ANSWER, answered).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        if answer != [ACCEPTED] {
+            return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the guest has no such stream"));
+        }
+        self.counts.set(self.kind, Counts::OPENED)
+    }
+
+    async fn carry_input(&self, source: OwnedFd) -> io::Result<()> {
+        let guest = watched(&self.guest)?;
+        self.open(&guest).await?;
+        let result = match End::of(source)? {
+            End::Pipe(source) => {
+                let mut total = 0;
+                move_all(&source, &guest, |length| {
+                    total += length;
+                    Ok(())
+                })
+                .await
+            }
+            // Nothing comes from anywhere else.
+            End::File(_) => Ok(()),
+        };
+        // A copy of the connection is left with the keeper, so closing this one would not end it.
+        hang_up(&self.guest);
+        result
+    }
+
+    async fn carry_output(&self, sink: OwnedFd, output: &Output) -> io::Result<()> {
+        let guest = watched(&self.guest)?;
+        self.open(&guest).await?;
+        let moved = |length: u64| {
+            let all = output.moved.fetch_add(length, Ordering::AcqRel) + length;
+            self.counts.set(self.kind, all | Counts::OPENED)?;
+            output.changed.notify_waiters();
+            Ok(())
+        };
+        match End::of(sink)? {
+            End::Pipe(sink) => move_all(&guest, &sink, moved).await,
+            End::File(file) => write_file(&guest, file, moved).await,
+        }
+    }
+}
+
+fn watched(connection: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // A descriptor of its own: epoll takes each only once.
+    watch(connection.try_clone()?, Interest::READABLE | Interest::WRITABLE)
+}
+
+/// The host's end of a stream.
+enum End {
+    Pipe(AsyncFd<OwnedFd>),
+    /// A log file, or `/dev/null`, neither of which can be waited for, nor has to be.
+    File(tokio::fs::File),
+}
+
+impl End {
+    fn of(end: OwnedFd) -> io::Result<Self> {
+        let file = File::from(end);
+        let kind = file.metadata()?.file_type();
+        if !(kind.is_fifo() || kind.is_socket()) {
+            return Ok(Self::File(tokio::fs::File::from_std(file)));
+        }
+        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+        fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        // Of a pipe's two directions only the one that it has ever becomes ready.
+        watch(file.into(), Interest::READABLE | Interest::WRITABLE).map(Self::Pipe)
+    }
+}
+
+/// Moves everything from one end to the other, within the kernel where that is possible.
+async fn move_all(
+    source: &AsyncFd<OwnedFd>,
+    sink: &AsyncFd<OwnedFd>,
+    mut moved: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    loop {
+        let mut readable = source.readable().await?;
+        let mut writable = sink.writable().await?;
+        // That one of them would block does not say which, so each is asked by itself.
+        if readable.try_io(|fd| is_ready(fd.get_ref(), PollFlags::IN)).is_err()
+            || writable.try_io(|fd| is_ready(fd.get_ref(), PollFlags::OUT)).is_err()
+        {
+            continue;
+        }
+        match splice(source.get_ref(), None, sink.get_ref(), None, CHUNK, SpliceFlags::NONBLOCK) {
+            Ok(0) => return Ok(()),
+            Ok(length) => moved(length as u64)?,
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            // Sockets of vsock on older kernels.
+            Err(Errno::INVAL) => return copy_all(source, sink, moved).await,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// The same through this daemon's memory: what it holds when it is killed is lost.
+async fn copy_all(
+    source: &AsyncFd<OwnedFd>,
+    sink: &AsyncFd<OwnedFd>,
+    mut moved: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    while let Some(bytes) = read_some(source).await? {
+        write_all(sink, &bytes).await?;
+        moved(bytes.len() as u64)?;
+    }
+    Ok(())
+}
+
+async fn write_file(
+    source: &AsyncFd<OwnedFd>,
+    mut file: tokio::fs::File,
+    mut moved: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut result = Ok(());
+    while let Some(bytes) = read_some(source).await? {
+        // A full disk must not stop the process: what follows is thrown away, and told at the end.
+        if result.is_ok() {
+            result = async {
+                file.write_all(&bytes).await?;
+                file.flush().await
+            }
+            .await;
+        }
+        moved(bytes.len() as u64)?;
+    }
+    result
+}
+
+/// What has come; `None` at the end.
+async fn read_some(source: &AsyncFd<OwnedFd>) -> io::Result<Option<Vec<u8>>> {
+    loop {
+        let mut ready = source.readable().await?;
+        // Only while there is something to copy.
+        let mut buffer = vec![0; CHUNK];
+        match ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut buffer[..])?)) {
+            Ok(Ok(0)) => return Ok(None),
+            Ok(Ok(length)) => {
+                buffer.truncate(length);
+                return Ok(Some(buffer));
+            }
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) => {}
+        }
+    }
+}
+
+async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let mut ready = fd.writable().await?;
+        match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
+            Ok(Ok(length)) => bytes = &bytes[length..],
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// # Errors
+/// `WouldBlock` when it is not.
+fn is_ready(fd: impl AsFd, flags: PollFlags) -> io::Result<()> {
+    let fd: BorrowedFd<'_> = fd.as_fd();
+    let ready = poll(&mut [PollFd::from_borrowed_fd(fd, flags)], Some(&Timespec::default()))?;
+    if ready > 0 { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
+}

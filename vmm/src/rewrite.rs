@@ -1,0 +1,347 @@
+//! A container's specification as the guest's OCI runtime is to have it.
+//!
+//! containerd writes it for a container of this host. In the guest there is another kernel and none of the host's paths, so:
+//!
+//! | of the specification | becomes |
+//! |---|---|
+//! | root filesystem, bind mounts | their place in the pod's share |
+//! | in-memory volumes (`emptyDir` with `medium: Memory`, huge pages) | a filesystem of the guest's own memory |
+//! | block devices | virtio disks |
+//! | namespaces by path | placeholders that the agent resolves |
+//! | cpuset, RDMA, AppArmor, SELinux | nothing: they are about the host |
+//! | hooks, bidirectional propagation | refused: they would act on the host |
+//!
+//! Everything else, what is newer than this code too, reaches the runtime as it is.
+
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use kuasar_sandboxers::{Error, Result, spec::OciSpec};
+use nix::sys::{
+    stat::{major, makedev, minor},
+    statvfs::statvfs,
+};
+use serde_json::{Value, json};
+
+use crate::share::Binding;
+
+/// How containerd writes a namespace of a sandbox that has no process; the agent knows it too.
+const PLACEHOLDER: &str = "/proc/0/ns";
+
+/// A bind mount that is to be shown in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Volume {
+    /// Its place in the specification's list of mounts.
+    pub(crate) index: usize,
+    /// On the host.
+    pub(crate) source: PathBuf,
+    pub(crate) kind: VolumeKind,
+}
+
+/// What stands behind a bind mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum VolumeKind {
+    /// A file or directory that both sides see.
+    Shared(Binding),
+    /// A tmpfs or hugetlbfs that only the pod uses: it can as well be in the guest. With its mount options.
+    Memory {
+        /// `tmpfs` or `hugetlbfs`.
+        filesystem: &'static str,
+        options: Vec<String>,
+    },
+}
+
+/// A block device that is to be a disk of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BlockDevice {
+    /// On the host.
+    pub(crate) source: PathBuf,
+    /// In the container.
+    pub(crate) path: String,
+    pub(crate) readonly: bool,
+}
+
+/// Takes what is only about the host out of a specification, and finds what has to be brought into the guest.
+///
+/// # Errors
+/// [`Error::Unsupported`] and [`Error::Invalid`] for what cannot be, naming it.
+pub(crate) fn prepare(spec: &mut OciSpec) -> Result<(Vec<Volume>, Vec<BlockDevice>)> {
+    refuse_hooks(spec)?;
+    namespaces(spec);
+    let devices = block_devices(spec)?;
+    let value = spec.as_value_mut();
+    for pointer in ["/process/apparmorProfile", "/process/selinuxLabel", "/linux/mountLabel", "/linux/resources/rdma"] {
+        remove(value, pointer);
+    }
+    for field in ["cpus", "mems"] {
+        remove(value, &format!("/linux/resources/cpu/{field}"));
+    }
+    Ok((volumes(spec)?, devices))
+}
+
+fn remove(value: &mut Value, pointer: &str) {
+    if let Some((parent, key)) = pointer.rsplit_once('/')
+        && let Some(object) = value.pointer_mut(parent).and_then(Value::as_object_mut)
+    {
+        object.shift_remove(key);
+    }
+}
+
+fn refuse_hooks(spec: &OciSpec) -> Result<()> {
+    let hooks = spec.as_value().get("hooks").and_then(Value::as_object);
+    let used = hooks.into_iter().flatten().find(|(_, list)| list.as_array().is_some_and(|list| !list.is_empty()));
+    match used {
+        Some((kind, _)) => Err(Error::Unsupported {
+            operation: "an OCI hook",
+            why: format!(
+                "{kind} hooks are programs of the host, which a container in a virtual machine has no part in; use a sandboxer of kind runc"
+            ),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The pod's namespaces are the guest's; which one is meant the agent knows by the kind. A process id that is named (`kubectl debug
+/// --target`) is the guest's already.
+fn namespaces(spec: &mut OciSpec) {
+    let asked: Vec<(String, Option<String>)> =
+        spec.namespaces().map(|(kind, path)| (kind.to_owned(), path.map(str::to_owned))).collect();
+    for (kind, path) in asked {
+        if path.is_some() && kind != "pid" {
+            let name = if kind == "network" { "net" } else { &kind };
+            spec.set_namespace(&kind, Some(&Path::new(PLACEHOLDER).join(name)));
+        }
+    }
+}
+
+fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
+    let mut volumes = Vec::new();
+    for (index, mount) in spec.mounts().iter().enumerate() {
+        let destination = mount["destination"].as_str().unwrap_or_default();
+        let options: Vec<&str> = mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let recursive = options.contains(&"rbind");
+        if !(recursive || options.contains(&"bind") || mount["type"] == "bind") {
+            continue;
+        }
+        let source = mount["source"].as_str().filter(|source| source.starts_with('/'));
+        let source = source.ok_or_else(|| {
+            Error::invalid(format!("mount {destination}"), format!("its source {} is not an absolute path", mount["source"]))
+        })?;
+        if options.iter().any(|option| matches!(*option, "rshared" | "shared")) {
+            return Err(Error::Unsupported {
+                operation: "mount propagation Bidirectional",
+                why: format!(
+                    "{destination} would carry mounts of the virtual machine to the host; use HostToContainer, or a sandboxer of kind runc"
+                ),
+            });
+        }
+        let binding = Binding {
+            readonly: options.contains(&"ro"),
+            recursive,
+            follows_host: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
+        };
+        let source = PathBuf::from(source);
+        let kind = memory_volume(&source)?.unwrap_or(VolumeKind::Shared(binding));
+        volumes.push(Volume { index, source, kind });
+    }
+    Ok(volumes)
+}
+
+/// A volume of kubelet's that is in memory and empty when it is first used: nothing outside of the pod has to see it, and in the guest's
+/// memory it counts for the pod and works at the speed of memory.
+fn memory_volume(source: &Path) -> Result<Option<VolumeKind>> {
+    if !source.components().any(|part| part.as_os_str() == "kubernetes.io~empty-dir") {
+        return Ok(None);
+    }
+    let found = match nix::sys::statfs::statfs(source) {
+        Ok(found) => found,
+        Err(errno) => return Err(Error::io("find the volume", source)(errno.into())),
+    };
+    // A subPath of it is another directory of the same filesystem, which the host alone can name.
+    let is_mount_point = fs::metadata(source)
+        .and_then(|here| Ok((here, fs::metadata(source.join(".."))?)))
+        .is_ok_and(|(here, above)| here.dev() != above.dev());
+    let empty = fs::read_dir(source).is_ok_and(|mut entries| entries.next().is_none());
+    if !(is_mount_point && empty) {
+        return Ok(None);
+    }
+    let kind = found.filesystem_type();
+    if kind == nix::sys::statfs::TMPFS_MAGIC {
+        let space = statvfs(source).map_err(|errno| Error::io("look at the volume", source)(errno.into()))?;
+        let size = space.blocks() * space.fragment_size();
+        return Ok(Some(VolumeKind::Memory { filesystem: "tmpfs", options: vec![format!("size={size}"), "mode=1777".into()] }));
+    }
+    if kind == nix::sys::statfs::HUGETLBFS_MAGIC {
+        let options = vec![format!("pagesize={}", found.block_size()), "mode=1777".into()];
+        return Ok(Some(VolumeKind::Memory { filesystem: "hugetlbfs", options }));
+    }
+    Ok(None)
+}
+
+/// Points the mount at its place in the guest.
+pub(crate) fn place(spec: &mut OciSpec, index: usize, source: &Path) {
+    if let Some(mount) = spec.mounts_mut().get_mut(index) {
+        mount["source"] = source.to_string_lossy().into();
+        // What the host's mount propagates arrives through the share.
+        if let Some(options) = mount["options"].as_array_mut() {
+            options.retain(|option| !matches!(option.as_str(), Some("rslave" | "slave" | "rprivate" | "private")));
+            options.push("rprivate".into());
+        }
+    }
+}
+
+/// Takes block devices out of the specification's list. A privileged container is given all of the host's devices, which it asked for none
+/// of: those are left out.
+fn block_devices(spec: &mut OciSpec) -> Result<Vec<BlockDevice>> {
+    let privileged = has_all_devices(spec);
+    let Some(list) = spec.as_value_mut().pointer_mut("/linux/devices").and_then(Value::as_array_mut) else {
+        return Ok(Vec::new());
+    };
+    let mut blocks = Vec::new();
+    list.retain(|device| {
+        let block = device["type"] == "b";
+        if block {
+            blocks.push(device.clone());
+        }
+        // Character devices are those of the guest's kernel with the same numbers: /dev/fuse, /dev/net/tun. It has no others to give.
+        !block
+    });
+    if privileged {
+        return Ok(Vec::new());
+    }
+    blocks.iter().map(|device| block_device(device, spec)).collect()
+}
+
+fn block_device(device: &Value, spec: &OciSpec) -> Result<BlockDevice> {
+    let path = device["path"].as_str().unwrap_or_default().to_owned();
+    let invalid = |why: String| Error::invalid(format!("device {path}"), why);
+    let number = |key: &str| device[key].as_u64().ok_or_else(|| invalid(format!("it has no {key} number")));
+    let (wanted_major, wanted_minor) = (number("major")?, number("minor")?);
+    // By its number, which is what the container was promised, not by a path that may be anything by now.
+    let source = PathBuf::from(format!("/dev/block/{wanted_major}:{wanted_minor}"));
+    let found = fs::metadata(&source)
+        .map_err(|error| invalid(format!("the host has no block device {wanted_major}:{wanted_minor}: {error}")))?;
+    if !found.file_type().is_block_device() || found.rdev() != makedev(wanted_major, wanted_minor) {
+        return Err(invalid(format!("{} is device {}:{}", source.display(), major(found.rdev()), minor(found.rdev()))));
+    }
+    let rules = spec.as_value().pointer("/linux/resources/devices").and_then(Value::as_array);
+    let writable = rules.into_iter().flatten().any(|rule| {
+        let same = |key: &str, number| rule[key].as_u64() == Some(number);
+        rule["allow"] == true
+            && same("major", wanted_major)
+            && same("minor", wanted_minor)
+            && rule["access"].as_str().is_some_and(|access| access.contains('w'))
+    });
+    Ok(BlockDevice { source, path, readonly: !writable })
+}
+
+/// Whether the container may use every device: a privileged one.
+fn has_all_devices(spec: &OciSpec) -> bool {
+    let rules = spec.as_value().pointer("/linux/resources/devices").and_then(Value::as_array);
+    rules.into_iter().flatten().any(|rule| {
+        let any = |key: &str| rule[key].is_null() || rule[key].as_i64().is_some_and(|number| number < 0);
+        rule["allow"] == true && any("major") && any("minor") && rule["type"].as_str().is_none_or(|kind| kind == "a")
+    })
+}
+
+/// Shows a disk that the agent has found, at `source` in the guest, as a device of the container.
+pub(crate) fn add_block_device(spec: &mut OciSpec, device: &BlockDevice, source: &Path) {
+    let access = if device.readonly { "r" } else { "rw" };
+    let options = if device.readonly { json!(["bind", "ro"]) } else { json!(["bind", "rw"]) };
+    spec.mounts_mut().push(json!({
+        "destination": device.path,
+        "type": "bind",
+        "source": source.to_string_lossy(),
+        "options": options,
+    }));
+    let linux = &mut spec.as_value_mut()["linux"];
+    if !linux["resources"]["devices"].is_array() {
+        linux["resources"]["devices"] = json!([]);
+    }
+    if let Some(rules) = linux["resources"]["devices"].as_array_mut() {
+        // The number is the guest's, which gives no other disks to this pod.
+        rules.push(json!({ "allow": true, "type": "b", "access": access }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(extra: Value) -> OciSpec {
+        let mut value = json!({ "process": { "args": ["x"], "apparmorProfile": "p" }, "root": { "path": "rootfs" } });
+        for (key, extra) in extra.as_object().unwrap() {
+            value[key] = extra.clone();
+        }
+        value.try_into().unwrap()
+    }
+
+    #[test]
+    fn what_is_the_hosts_goes_and_the_rest_stays() {
+        let mut spec = spec(json!({
+            "linux": {
+                "resources": { "cpu": { "quota": 5, "cpus": "0-1" }, "rdma": {}, "later": 1 },
+                "seccomp": { "defaultAction": "SCMP_ACT_ERRNO" },
+                "namespaces": [{ "type": "network", "path": "/run/netns/x" }, { "type": "pid" }, { "type": "mount" }],
+            },
+            "later": [1],
+        }));
+        prepare(&mut spec).unwrap();
+        let value = spec.as_value();
+        assert_eq!(value["linux"]["resources"], json!({ "cpu": { "quota": 5 }, "later": 1 }));
+        assert_eq!(value["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+        assert_eq!((spec.namespace("network"), spec.namespace("pid")), (Some(Some("/proc/0/ns/net")), Some(None)));
+        assert!(value["process"].get("apparmorProfile").is_none());
+        assert_eq!(value["later"], json!([1]));
+    }
+
+    #[test]
+    fn hooks_and_outward_propagation_are_refused() {
+        let error = prepare(&mut spec(json!({ "hooks": { "prestart": [{ "path": "/bin/x" }] } }))).unwrap_err();
+        assert!(error.to_string().contains("prestart hooks"), "{error}");
+        prepare(&mut spec(json!({ "hooks": { "prestart": [] } }))).unwrap();
+        let mount = json!([{ "destination": "/x", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"] }]);
+        let error = prepare(&mut spec(json!({ "mounts": mount }))).unwrap_err();
+        assert!(error.to_string().contains("/x would carry mounts"), "{error}");
+        let mount = json!([{ "destination": "/x", "type": "bind", "source": "relative" }]);
+        assert!(matches!(prepare(&mut spec(json!({ "mounts": mount }))), Err(Error::Invalid { .. })));
+    }
+
+    #[test]
+    fn volumes_are_found_and_placed() {
+        let mounts = json!([
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/a", "type": "bind", "source": "/tmp", "options": ["rbind", "rprivate", "ro"] },
+            { "destination": "/b", "type": "none", "source": "/tmp", "options": ["bind", "rslave"] },
+        ]);
+        let mut spec = spec(json!({ "mounts": mounts }));
+        let (volumes, _) = prepare(&mut spec).unwrap();
+        let binding = |readonly, recursive, follows_host| VolumeKind::Shared(Binding { readonly, recursive, follows_host });
+        let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
+        assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true))]);
+        place(&mut spec, 2, Path::new("/guest/b"));
+        assert_eq!(spec.mounts()[2]["source"], "/guest/b");
+        assert_eq!(spec.mounts()[2]["options"], json!(["bind", "rprivate"]));
+    }
+
+    #[test]
+    fn devices() {
+        let null = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
+        let disk = json!({ "path": "/dev/xvda", "type": "b", "major": 4000, "minor": 1 });
+        let all = json!({ "allow": true, "access": "rwm" });
+        let mut privileged =
+            spec(json!({ "linux": { "devices": [null, disk], "resources": { "devices": [{ "allow": false }, all] } } }));
+        assert_eq!(prepare(&mut privileged).unwrap().1, []);
+        assert_eq!(privileged.as_value()["linux"]["devices"], json!([null]));
+        let error = prepare(&mut spec(json!({ "linux": { "devices": [disk] } }))).unwrap_err();
+        assert!(error.to_string().contains("/dev/xvda") && error.to_string().contains("4000:1"), "{error}");
+        let mut spec = spec(json!({}));
+        let device = BlockDevice { source: "/dev/block/8:1".into(), path: "/dev/data".into(), readonly: true };
+        add_block_device(&mut spec, &device, Path::new("/run/kuasar/storage/d0"));
+        assert_eq!(spec.mounts()[0]["destination"], "/dev/data");
+        assert_eq!(spec.as_value()["linux"]["resources"]["devices"][0]["access"], "r");
+    }
+}
