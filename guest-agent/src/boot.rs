@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use kuasar_guest_protocol::{DEBUG_WORD, EMULATED_WORD, KNOCK_PORT, FORWARD_PORT, LOG_WORD, PORT, STREAM_PORT};
+use kuasar_guest_protocol::{DEBUG_WORD, EMULATED_WORD, FORWARD_PORT, KNOCK_PORT, LOG_WORD, PORT, STREAM_PORT};
 use kuasar_sandboxers::{Error, Result};
 use nix::{
     kmod::{ModuleInitFlags, finit_module},

@@ -2,7 +2,7 @@
 //!
 //! vhost-device-vsock 0.3 looks at its queues when something happens, and stops at the first entry that turns out to be nothing: what
 //! is behind it waits until something happens again, which may be never when each side waits for the other. Any packet from the guest
-//! is something. So after bytes have moved a few packets are sent at growing intervals, and nothing when nothing moves.
+//! is something, and takes one such entry away. So some are sent after bytes have moved, and none when nothing moves for long.
 
 use std::{
     collections::BTreeMap,
@@ -19,8 +19,13 @@ use tracing::debug;
 
 use crate::sys;
 
-/// How long nothing has to move before a packet is sent, and then before the next, in milliseconds.
-const AFTER: [u64; 9] = [2, 3, 5, 10, 30, 50, 100, 300, 500];
+/// How long nothing has to move before a packet is sent, and then before each of the next: as many as there can be entries that are
+/// nothing, of which each packet takes one away.
+const QUICK: (Duration, usize) = (Duration::from_millis(1), 400);
+
+/// How long before those that follow: in case something has begun to wait meanwhile.
+const SLOW: [Duration; 4] =
+    [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200), Duration::from_secs(1)];
 
 /// The connections that packets can be sent on.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +56,12 @@ pub(crate) struct Registered {
 /// What the kernel gives a connection, in bytes, and one less.
 const SIZE: u64 = 256 << 10;
 
+/// How long to wait before the next packet after so many; `None` when it was the last.
+fn wait(sent: usize) -> Option<Duration> {
+    let (quick, count) = QUICK;
+    if sent < count { Some(quick) } else { SLOW.get(sent - count).copied() }
+}
+
 impl Pokes {
     /// Starts to send packets. Inside a tokio runtime.
     pub(crate) fn start() -> Self {
@@ -62,13 +73,14 @@ impl Pokes {
     async fn run(self) {
         loop {
             self.0.active.notified().await;
-            let mut waits = AFTER.iter();
-            while let Some(wait) = waits.next() {
-                sleep(Duration::from_millis(*wait)).await;
+            let mut sent = 0;
+            while let Some(wait) = wait(sent) {
+                sleep(wait).await;
                 if self.0.moved.swap(false, Ordering::Relaxed) {
-                    waits = AFTER.iter();
+                    sent = 0;
                 } else {
                     self.poke();
+                    sent += 1;
                 }
             }
         }
