@@ -11,9 +11,10 @@ use std::{
     io,
     path::Path,
     thread,
+    time::Duration,
 };
 
-use kuasar_guest_protocol::{DEBUG_WORD, FORWARD_PORT, LOG_WORD, PORT, STREAM_PORT};
+use kuasar_guest_protocol::{DEBUG_WORD, EMULATED_WORD, FORWARD_PORT, KNOCK_PORT, LOG_WORD, PORT, STREAM_PORT};
 use kuasar_sandboxers::{Error, Result};
 use nix::{
     kmod::{ModuleInitFlags, finit_module},
@@ -21,10 +22,14 @@ use nix::{
     sys::resource::{Resource, setrlimit},
     unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use tracing::{debug, error, info, warn};
 
-use crate::{connection::Listener, machine, serve::Ports, storage::make_dir};
+use crate::{connection::Listener, machine, poke::Pokes, serve::Ports, storage::make_dir};
 
 /// Names the modules to load, a path a line, in order. A kernel that has everything built in has none.
 const MODULES: &str = "/etc/modules";
@@ -35,11 +40,16 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// Open files of a process, as containerd's have them: containers that ask for no limit get this.
 const OPEN_FILES: u64 = 1 << 20;
 
+/// How long the host may take to hear the knock.
+const KNOCK: Duration = Duration::from_secs(1);
+
 /// What the kernel's command line says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Words {
     /// Processes beside the containers are allowed.
     pub debug: bool,
+    /// The host's vsock device needs help (see `poke`).
+    pub emulated_vsock: bool,
     /// How much to log.
     pub log: Option<String>,
 }
@@ -49,6 +59,7 @@ impl Words {
         let mut words = Self::default();
         for word in cmdline.split_whitespace() {
             words.debug |= word == DEBUG_WORD;
+            words.emulated_vsock |= word == EMULATED_WORD;
             if let Some(level) = word.strip_prefix(LOG_WORD) {
                 words.log = Some(level.into());
             }
@@ -178,14 +189,15 @@ fn load_module(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// When there is no vsock after all modules have been loaded.
-pub async fn open_ports() -> Result<(Ports, watch::Receiver<bool>)> {
+pub async fn open_ports(words: &Words) -> Result<(Ports, watch::Receiver<bool>)> {
     let mut modules = load_modules();
+    let pokes = words.emulated_vsock.then(Pokes::start);
     let ports = loop {
         let opened = (|| {
             Ok::<_, io::Error>(Ports {
-                calls: Listener::vsock(PORT)?,
-                streams: Listener::vsock(STREAM_PORT)?,
-                forward: Listener::vsock(FORWARD_PORT)?,
+                calls: Listener::vsock(PORT, pokes.clone())?,
+                streams: Listener::vsock(STREAM_PORT, pokes.clone())?,
+                forward: Listener::vsock(FORWARD_PORT, pokes.clone())?,
             })
         })();
         match opened {
@@ -200,14 +212,33 @@ pub async fn open_ports() -> Result<(Ports, watch::Receiver<bool>)> {
         }
     };
     let (booted, boot) = watch::channel(false);
+    let mut silent = words.emulated_vsock;
     tokio::spawn(async move {
-        while modules.recv().await.is_some() {}
+        loop {
+            silent = silent && !knock().await;
+            if modules.recv().await.is_none() {
+                break;
+            }
+        }
+        if silent {
+            knock().await;
+        }
         info!("booted");
         booted.send_replace(true);
         // A guest waits for the value, which is gone with its sender.
         booted.closed().await;
     });
     Ok((ports, boot))
+}
+
+/// Tells the host that somebody listens; false when there is no way to the host yet.
+async fn knock() -> bool {
+    match timeout(KNOCK, VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, KNOCK_PORT))).await {
+        Ok(Ok(_stream)) => true,
+        Ok(Err(error)) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENETUNREACH)) => false,
+        // The host does not wait for it, and need not.
+        Ok(Err(_)) | Err(_) => true,
+    }
 }
 
 #[cfg(test)]
@@ -217,7 +248,8 @@ mod tests {
     #[test]
     fn words_of_the_command_line() {
         let words = Words::parse("console=ttyS0 quiet kuasar.log=debug kuasar.debug panic=-1");
-        assert_eq!(words, Words { debug: true, log: Some("debug".into()) });
+        assert!(Words::parse(EMULATED_WORD).emulated_vsock);
+        assert_eq!(words, Words { debug: true, log: Some("debug".into()), emulated_vsock: false });
         assert_eq!(Words::parse("kuasar.debugging kuasar.log"), Words::default());
     }
 }

@@ -79,7 +79,8 @@ pub(crate) fn spec() -> Result<OciSpec> {
         },
         "root": {"path": "/"},
         "mounts": [],
-        "linux": {"namespaces": [{"type": "mount"}], "rootfsPropagation": "rslave"},
+        // Without a mount namespace of its own it sees what is mounted later, too.
+        "linux": {"namespaces": []},
     })
     .try_into()
 }

@@ -23,6 +23,7 @@ mod guest;
 mod lanes;
 mod machine;
 mod net;
+mod poke;
 mod process;
 mod relay;
 mod serve;

@@ -44,7 +44,7 @@ fn run() -> Result<()> {
     info!("mounted");
     let threads = Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
     threads.map_err(Error::failed("start threads"))?.block_on(async {
-        let (ports, booted) = boot::open_ports().await?;
+        let (ports, booted) = boot::open_ports(&words).await?;
         let ready_us = boot::uptime_us();
         info!("listening");
         let reaper = Reaper::install()?;

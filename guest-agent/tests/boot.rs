@@ -16,14 +16,14 @@ use std::{
 
 use host::{Agent, LIMIT, Place, call, exactly, process, spec};
 use kuasar_guest_protocol::{
-    SHARE_TAG, SHARE_TARGET,
+    KNOCK_PORT, SHARE_TAG, SHARE_TARGET,
     agent::{
         ContainerRequest, CreateContainerRequest, Disk, Empty, HelloRequest, OnlineRequest, SetUpRequest, Share,
         ShutDownRequest, Storage, Streams, Tmpfs, storage::Kind,
     },
     stream::StreamKind,
 };
-use tokio::io::AsyncWriteExt;
+use tokio::{io::AsyncWriteExt, net::UnixListener};
 
 /// A program that ends with the test.
 struct Program(Child);
@@ -60,6 +60,7 @@ impl Drop for Program {
 struct Machine {
     dir: tempfile::TempDir,
     qemu: Program,
+    knock: UnixListener,
     _helpers: [Program; 2],
     started: Instant,
 }
@@ -116,6 +117,7 @@ impl Machine {
             assert!(Instant::now() < deadline, "a helper does not start");
             std::thread::sleep(Duration::from_millis(5));
         }
+        let knock = UnixListener::bind(path(&format!("vm_{KNOCK_PORT}"))).unwrap();
         let started = Instant::now();
         let arguments = strings(&[
             "-M",
@@ -155,7 +157,7 @@ impl Machine {
             "virtio-blk-pci,drive=d,serial=data-1",
         ]);
         let qemu = Program::start("qemu-system-x86_64", "KUASAR_QEMU", &arguments, &dir.path().join("qemu.log"));
-        Self { dir, qemu, _helpers: [vsock, virtiofsd], started }
+        Self { dir, qemu, knock, _helpers: [vsock, virtiofsd], started }
     }
 
     fn place(&self) -> Place {
@@ -211,7 +213,10 @@ async fn a_machine() {
         eprintln!("SKIP a_machine: {why}");
         return;
     }
-    let mut machine = Machine::boot("kuasar.debug kuasar.log=info");
+    let mut machine = Machine::boot("kuasar.debug kuasar.log=info kuasar.vsock=emulated");
+    let knocked = tokio::time::timeout(LIMIT, machine.knock.accept()).await.expect("the agent does not knock");
+    drop(knocked.unwrap());
+    println!("{:>8.1} ms  boot to knock", machine.started.elapsed().as_secs_f64() * 1000.0);
     let agent = Agent::connect(machine.place()).await;
     let told = hello(&agent).await;
     println!(

@@ -78,8 +78,7 @@ impl Place {
 
 fn hybrid(socket: &Path, port: u32) -> std::io::Result<UnixStream> {
     let mut stream = BlockingStream::connect(socket)?;
-    // A request that comes before the guest's driver is never answered.
-    stream.set_read_timeout(Some(Duration::from_millis(250)))?;
+    stream.set_read_timeout(Some(LIMIT))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     // A byte at a time: what follows is not this function's.
     let mut line = String::new();
