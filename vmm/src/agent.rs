@@ -19,6 +19,7 @@ use kuasar_guest_protocol::{
 use kuasar_sandboxers::{Code, Error, Result};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixListener,
     sync::Mutex as AsyncMutex,
     time::{Instant, sleep, timeout},
 };
@@ -74,12 +75,19 @@ impl Agent {
         &self.address
     }
 
-    /// Waits until the guest has booted and its agent answers, for as long as `limit`.
+    /// Waits until the guest has booted and its agent answers, for as long as `limit`. It connects to `ready` when it listens.
     ///
     /// # Errors
     /// [`Error::TimedOut`], and what an agent says that cannot be worked with.
-    pub(crate) async fn wait(&self, limit: Duration) -> Result<Arc<HelloResponse>> {
+    pub(crate) async fn wait(&self, ready: Option<UnixListener>, limit: Duration) -> Result<Arc<HelloResponse>> {
         let deadline = Instant::now() + limit;
+        if let Some(ready) = ready {
+            match timeout(limit, ready.accept()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(Error::failed("wait for the guest")(error)),
+                Err(_) => return Err(self.late(limit)),
+            }
+        }
         loop {
             match self.address.dial(PORT).await {
                 Ok(connection) => match self.greet(connection, deadline).await {
