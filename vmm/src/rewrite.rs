@@ -179,13 +179,19 @@ fn memory_volume(source: &Path) -> Result<Option<VolumeKind>> {
     Ok(None)
 }
 
-/// Points the mount at its place in the guest.
-pub(crate) fn place(spec: &mut OciSpec, index: usize, source: &Path) {
-    if let Some(mount) = spec.mounts_mut().get_mut(index) {
+/// Points the mount of a volume at its place in the guest.
+pub(crate) fn place(spec: &mut OciSpec, volume: &Volume, source: &Path) {
+    if let Some(mount) = spec.mounts_mut().get_mut(volume.index) {
         mount["source"] = source.to_string_lossy().into();
-        // What the host's mount propagates arrives through the share.
+        // What the host's mount propagates arrives through the share. So does that it is read-only; in the guest what is mounted below it
+        // would be, too, for there that is an automount, which has the flags of the mount it is on.
+        let shared = matches!(volume.kind, VolumeKind::Shared(_));
         if let Some(options) = mount["options"].as_array_mut() {
-            options.retain(|option| !matches!(option.as_str(), Some("rslave" | "slave" | "rprivate" | "private")));
+            options.retain(|option| match option.as_str() {
+                Some("rslave" | "slave" | "rprivate" | "private") => false,
+                Some("ro") => !shared,
+                _ => true,
+            });
             options.push("rprivate".into());
         }
     }
@@ -320,7 +326,9 @@ mod tests {
         let binding = |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows });
         let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
         assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true))]);
-        place(&mut spec, 2, Path::new("/guest/b"));
+        place(&mut spec, &volumes[0], Path::new("/guest/a"));
+        assert_eq!(spec.mounts()[1]["options"], json!(["rbind", "rprivate"]));
+        place(&mut spec, &volumes[1], Path::new("/guest/b"));
         assert_eq!(spec.mounts()[2]["source"], "/guest/b");
         assert_eq!(spec.mounts()[2]["options"], json!(["bind", "rprivate"]));
     }
