@@ -7,6 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use kuasar_guest_protocol::PORT;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
@@ -43,7 +44,10 @@ impl Listener {
                 Self::Vsock(listener, pokes) => {
                     let (stream, peer) = listener.accept().await?;
                     if peer.cid() == VMADDR_CID_HOST {
-                        let registered = pokes.as_ref().map(|pokes| pokes.register(stream.as_raw_fd()));
+                        let registered = pokes.as_ref().map(|pokes| {
+                            let calls = listener.local_addr().is_ok_and(|ours| ours.port() == PORT);
+                            pokes.register(calls.then(|| stream.as_raw_fd()))
+                        });
                         return Ok(Connection { registered, stream: Stream::Vsock(stream), _permit: None });
                     }
                     warn!(cid = peer.cid(), "turned away a connection that is not from the host");
@@ -86,20 +90,17 @@ impl Connection {
     }
 }
 
-fn moved<T>(result: &Poll<io::Result<T>>, registered: Option<&Registered>) {
-    if let (Poll::Ready(Ok(_)), Some(registered)) = (result, registered) {
-        registered.moved();
-    }
-}
-
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
         let (stream, registered) = self.parts();
         let result = match stream {
             Stream::Vsock(stream) => Pin::new(stream).poll_read(cx, buffer),
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
         };
-        moved(&result, registered);
+        if let (Poll::Ready(Ok(())), Some(registered)) = (&result, registered) {
+            registered.moved((buffer.filled().len() - before) as u64);
+        }
         result
     }
 }
@@ -111,7 +112,9 @@ impl AsyncWrite for Connection {
             Stream::Vsock(stream) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
         };
-        moved(&result, registered);
+        if let (Poll::Ready(Ok(length)), Some(registered)) = (&result, registered) {
+            registered.moved(*length as u64);
+        }
         result
     }
 

@@ -9,7 +9,7 @@ use std::{
     os::fd::RawFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -19,9 +19,14 @@ use tracing::debug;
 
 use crate::sys;
 
-/// How long nothing has to move before a packet is sent, and then before each of the next: as many as there can be entries that are
-/// nothing, of which each packet takes one away.
-const QUICK: (Duration, usize) = (Duration::from_millis(1), 400);
+/// How long nothing has to move before a packet is sent, and between it and the next.
+const QUICK: Duration = Duration::from_millis(1);
+
+/// How many are sent after something has moved at least, and at most.
+const COUNT: (u64, u64) = (10, 10_000);
+
+/// How many bytes moved may leave one such entry: less than the guest's smallest buffer.
+const PER_ENTRY: u64 = 2 << 10;
 
 /// How long before those that follow: in case something has begun to wait meanwhile.
 const SLOW: [Duration; 4] =
@@ -34,13 +39,15 @@ pub(crate) struct Pokes(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     active: Notify,
-    moved: AtomicBool,
+    /// In bytes, since it was looked at last.
+    moved: AtomicU64,
     open: Mutex<Open>,
 }
 
 #[derive(Debug, Default)]
 struct Open {
     count: u64,
+    /// Those for calls, whose buffers are never full: a buffer that gets smaller then would be overrun.
     sockets: BTreeMap<u64, RawFd>,
     /// Sizes of a connection's buffer: a packet is sent when it changes.
     size: u64,
@@ -56,12 +63,6 @@ pub(crate) struct Registered {
 /// What the kernel gives a connection, in bytes, and one less.
 const SIZE: u64 = 256 << 10;
 
-/// How long to wait before the next packet after so many; `None` when it was the last.
-fn wait(sent: usize) -> Option<Duration> {
-    let (quick, count) = QUICK;
-    if sent < count { Some(quick) } else { SLOW.get(sent - count).copied() }
-}
-
 impl Pokes {
     /// Starts to send packets. Inside a tokio runtime.
     pub(crate) fn start() -> Self {
@@ -71,16 +72,21 @@ impl Pokes {
     }
 
     async fn run(self) {
+        let mut left = 0u64;
         loop {
             self.0.active.notified().await;
-            let mut sent = 0;
-            while let Some(wait) = wait(sent) {
-                sleep(wait).await;
-                if self.0.moved.swap(false, Ordering::Relaxed) {
-                    sent = 0;
-                } else {
-                    self.poke();
-                    sent += 1;
+            let mut slow = SLOW.iter();
+            while let Some(wait) = if left > 0 { Some(&QUICK) } else { slow.next() } {
+                sleep(*wait).await;
+                match self.0.moved.swap(0, Ordering::Relaxed) {
+                    0 => {
+                        self.poke();
+                        left = left.saturating_sub(1);
+                    }
+                    bytes => {
+                        left = (left + bytes / PER_ENTRY).clamp(COUNT.0, COUNT.1);
+                        slow = SLOW.iter();
+                    }
                 }
             }
         }
@@ -101,21 +107,21 @@ impl Pokes {
         }
     }
 
-    /// Makes a connection known, before which the result is to be dropped.
-    pub(crate) fn register(&self, socket: RawFd) -> Registered {
+    /// Makes a connection known, before which the result is to be dropped; `socket` is one that packets can be sent on.
+    pub(crate) fn register(&self, socket: Option<RawFd>) -> Registered {
         let mut open = self.open();
         open.count += 1;
         let number = open.count;
-        open.sockets.insert(number, socket);
+        open.sockets.extend(socket.map(|socket| (number, socket)));
         Registered { pokes: self.clone(), number }
     }
 }
 
 impl Registered {
     /// Says that bytes have moved.
-    pub(crate) fn moved(&self) {
+    pub(crate) fn moved(&self, bytes: u64) {
         // Whoever has said so before has told the one who waits.
-        if !self.pokes.0.moved.swap(true, Ordering::Relaxed) {
+        if self.pokes.0.moved.fetch_add(bytes.max(1), Ordering::Relaxed) == 0 {
             self.pokes.0.active.notify_one();
         }
     }
@@ -124,6 +130,6 @@ impl Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         self.pokes.open().sockets.remove(&self.number);
-        self.moved();
+        self.moved(0);
     }
 }

@@ -28,7 +28,7 @@ use ttrpc::{
 };
 
 /// Longest time any one thing in a test may take; an emulated machine on a busy host is slow.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 const APPLETS: [&str; 16] = [
     "sh", "sleep", "true", "echo", "cat", "id", "hostname", "ls", "kill", "ps", "readlink", "stty", "tail", "dd", "md5sum",
