@@ -99,7 +99,7 @@ pub(crate) fn streams(stdio: &Stdio) -> Streams {
     Streams {
         stdin: !stdio.stdin.is_empty(),
         stdout: !stdio.stdout.is_empty(),
-        stderr: !stdio.terminal && !(stdio.stderr.is_empty() && !is_log(&stdio.stdout)),
+        stderr: !stdio.terminal && (!stdio.stderr.is_empty() || is_log(&stdio.stdout)),
         terminal: stdio.terminal,
         ..Streams::default()
     }

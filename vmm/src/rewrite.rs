@@ -335,18 +335,18 @@ mod tests {
 
     #[test]
     fn devices() {
-        let null = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
+        let device = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
         let disk = json!({ "path": "/dev/xvda", "type": "b", "major": 4000, "minor": 1 });
         let all = json!({ "allow": true, "access": "rwm" });
         let mut privileged =
-            spec(json!({ "linux": { "devices": [null, disk], "resources": { "devices": [{ "allow": false }, all] } } }));
+            spec(json!({ "linux": { "devices": [device, disk], "resources": { "devices": [{ "allow": false }, all] } } }));
         assert_eq!(prepare(&mut privileged).unwrap().1, []);
-        assert_eq!(privileged.as_value()["linux"]["devices"], json!([null]));
+        assert_eq!(privileged.as_value()["linux"]["devices"], json!([device]));
         let error = prepare(&mut spec(json!({ "linux": { "devices": [disk] } }))).unwrap_err();
         assert!(error.to_string().contains("/dev/xvda") && error.to_string().contains("4000:1"), "{error}");
         let mut spec = spec(json!({}));
-        let device = BlockDevice { source: "/dev/block/8:1".into(), path: "/dev/data".into(), readonly: true };
-        add_block_device(&mut spec, &device, Path::new("/run/kuasar/storage/d0"));
+        let block = BlockDevice { source: "/dev/block/8:1".into(), path: "/dev/data".into(), readonly: true };
+        add_block_device(&mut spec, &block, Path::new("/run/kuasar/storage/d0"));
         assert_eq!(spec.mounts()[0]["destination"], "/dev/data");
         assert_eq!(spec.as_value()["linux"]["resources"]["devices"][0]["access"], "r");
     }

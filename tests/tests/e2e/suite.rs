@@ -19,7 +19,7 @@ use tokio::runtime::Runtime;
 use tonic::Status;
 
 /// What cannot be for a pod in a virtual machine, and why. A module's name stands for all of its cases.
-const NOT_IN_MACHINES: [(&str, &str); 12] = [
+const NOT_IN_MACHINES: &[(&str, &str)] = &[
     ("direct", "it makes pods on the node's network"),
     ("soak::two_hundred_pods", "machines for so many take longer than a case may"),
     ("pod::thirty_pods_at_once", "machines for so many take longer than a case may"),
@@ -30,8 +30,16 @@ const NOT_IN_MACHINES: [(&str, &str); 12] = [
     ("kuasarctl::starts_that_fail_are_told", "its failure is the OCI runtime's on the node"),
     ("namespaces::the_nodes_processes", "a virtual machine has none of the node's namespaces"),
     ("namespaces::a_pod_is_apart_and_its_containers_are_together", "it compares the node's namespaces"),
-    ("daemon::the_keeper_and_containerd_are_killed", "a machine's helpers are reaped by nobody who could tell"),
-    ("security::apparmor", "the guest has no AppArmor"),
+    ("resources::limits_are_set", "the container's control group is the guest's"),
+    ("resources::limits_change", "the container's control group is the guest's"),
+    ("resources::limits_that_cannot_be", "what a limit may be is the guest's kernel's to say"),
+    ("resources::everything_of_a_pod_is_below_its_cgroup", "the container's processes are the guest's"),
+    ("volumes::propagation_to_the_node", "mounts of a virtual machine cannot be the node's"),
+    ("devices::one_that_is_asked_for", "character devices of the node are not the guest's"),
+    ("devices::all_of_them", "character devices of the node are not the guest's"),
+    ("network::a_server_on_the_nodes_network", "a virtual machine is not on the node's network"),
+    ("users::what_the_runtime_can_do_is_offered", "the OCI runtime is in the guest, and is not asked before there is one"),
+    ("gc::a_damaged_state_file", "it looks for the processes of containers"),
 ];
 
 /// How long a case may take. What hangs is to be named, not to stop the suite.
