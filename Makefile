@@ -20,7 +20,7 @@ SYSCONFDIR ?= /etc
 GUESTDIR ?= $(PREFIX)/share/kuasar/guest
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 # One name of the shim per sandboxer: containerd derives it from runtime_type.
-SHIMS := kuasar-runc
+SHIMS := kuasar-runc kuasar-qemu
 
 .DEFAULT_GOAL := help
 .PHONY: help deps build guest demo test check e2e conformance chaos bench install clean

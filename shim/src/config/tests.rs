@@ -1,4 +1,5 @@
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::{PermissionsExt, symlink},
     path::Path,
@@ -8,6 +9,11 @@ use std::{
 use proptest::prelude::*;
 
 use kuasar_runc::{RuncConfig, RuntimeChoice};
+use kuasar_vmm::{
+    Annotation, HypervisorConfig, VmmConfig,
+    config::{DEFAULT_INITRD, DEFAULT_KERNEL},
+    qemu::{Accel, Machine, QemuConfig},
+};
 
 use super::*;
 
@@ -26,6 +32,39 @@ fn runc(config: &Config, name: &str) -> RuncConfig {
         SandboxerConfig::Vmm(_) => panic!("{name} is of another kind"),
     }
 }
+
+fn vmm(config: &Config, name: &str) -> VmmConfig {
+    match &config.sandboxers[name] {
+        SandboxerConfig::Vmm(config) => config.clone(),
+        SandboxerConfig::Runc(_) => panic!("{name} is of another kind"),
+    }
+}
+
+/// Each key of a table of `kind = "vmm"`, with another value than the default.
+const EVERY_VMM_KEY: &str = "
+    [sandboxer.small]
+    kind = 'vmm'
+    hypervisor = 'qemu'
+    path = '/opt/qemu'
+    machine = 'microvm'
+    accel = 'tcg'
+    hot_disks = 0
+    kernel = '/opt/vmlinuz'
+    initrd = '/opt/initrd.img'
+    kernel_parameters = ['mitigations=off', 'nokaslr']
+    virtiofsd = '/opt/virtiofsd'
+    vsock_device = '/opt/vsock'
+    root = '/run/small'
+    cpus = 2
+    max_cpus = 4
+    memory_mib = 128
+    guest_overhead_mib = 32
+    max_memory_mib = 4096
+    annotations = ['memory_mib']
+    boot_limit_secs = 5
+    users_from = 200000
+    debug = true
+";
 
 #[test]
 fn nothing_written_means_the_defaults() {
@@ -80,8 +119,8 @@ kind = 'vm'
         "c.toml:7: sandboxer.kuasar-runc.runtime: is an integer; accepted: a string",
         "c.toml:8: sandboxer.Bad_Name: \"Bad_Name\" is not a name for a sandboxer; accepted: up to 63 lower case letters, \
          digits and inner hyphens, as in kuasar-runc",
-        "c.toml:9: sandboxer.Bad_Name.kind: \"vm\" is not a kind of sandboxer; accepted: runc",
-        "c.toml:10: sandboxer.none: has no kind; accepted: kind = \"runc\"",
+        "c.toml:9: sandboxer.Bad_Name.kind: \"vm\" is not a kind of sandboxer; accepted: runc, vmm",
+        "c.toml:10: sandboxer.none: has no kind; accepted: kind = \"runc\", kind = \"vmm\"",
         "c.toml:11: extra: is not a known key; accepted here: containerd, log, sandboxer",
     ];
     assert_eq!(faults(text), expected);
@@ -237,9 +276,108 @@ fn the_annotated_example_says_what_the_defaults_are() {
     assert_eq!(Config::parse(&path, &text).unwrap(), Config::default());
     // With what is commented out it has every key, so it can serve as the reference.
     let all: String = text.lines().map(|line| format!("{}\n", line.strip_prefix("#:").unwrap_or(line))).collect();
-    let written: toml::Table = all.parse().unwrap();
+    let mut written: toml::Table = all.parse().unwrap();
+    let machines = written["sandboxer"].as_table_mut().unwrap().remove("kuasar-qemu").unwrap();
     let printed: toml::Table = Config::default().to_toml().parse().unwrap();
     assert_eq!(written, printed);
+    // So it is with a table that is no default, except that some of its keys have no value that could be shown as the default.
+    let known: toml::Table = parse(EVERY_VMM_KEY).unwrap().to_toml().parse().unwrap();
+    let keys = |table: &toml::Value| table.as_table().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(keys(&machines), keys(&known["sandboxer"]["small"]));
+    let shown = vmm(&Config::parse(&path, &all).unwrap(), "kuasar-qemu");
+    let HypervisorConfig::Qemu(qemu) = shown.hypervisor.clone() else { panic!("{:?}", shown.hypervisor) };
+    let default = VmmConfig::new(
+        HypervisorConfig::Qemu(QemuConfig { path: qemu.path, hot_disks: Some(4), ..QemuConfig::default() }),
+        "/run/kuasar/vmm/kuasar-qemu".into(),
+    );
+    let expected = VmmConfig {
+        kernel: Some(DEFAULT_KERNEL.into()),
+        initrd: Some(DEFAULT_INITRD.into()),
+        virtiofsd: shown.virtiofsd.clone(),
+        vsock_device: shown.vsock_device.clone(),
+        max_memory_mib: shown.max_memory_mib,
+        users_from: shown.users_from,
+        ..default
+    };
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn machines_need_a_hypervisor_and_nothing_else() {
+    let config = parse("[sandboxer.a]\nkind = 'vmm'\nhypervisor = 'qemu'\n").unwrap();
+    let qemu = HypervisorConfig::Qemu(QemuConfig::default());
+    assert_eq!(vmm(&config, "a"), VmmConfig::new(qemu, "/run/kuasar/vmm/a".into()));
+}
+
+#[test]
+fn every_key_of_machines_counts() {
+    let config = parse(EVERY_VMM_KEY).unwrap();
+    let qemu = QemuConfig { path: Some("/opt/qemu".into()), machine: Machine::Microvm, accel: Accel::Tcg, hot_disks: Some(0) };
+    let expected = VmmConfig {
+        hypervisor: HypervisorConfig::Qemu(qemu),
+        kernel: Some("/opt/vmlinuz".into()),
+        initrd: Some("/opt/initrd.img".into()),
+        kernel_parameters: vec!["mitigations=off".into(), "nokaslr".into()],
+        virtiofsd: Some("/opt/virtiofsd".into()),
+        vsock_device: Some("/opt/vsock".into()),
+        root: "/run/small".into(),
+        cpus: 2,
+        memory_mib: 128,
+        guest_overhead_mib: 32,
+        max_cpus: 4,
+        max_memory_mib: 4096,
+        annotations: [Annotation::MemoryMib].into(),
+        boot_limit: Duration::from_secs(5),
+        users_from: Some(200_000),
+        debug: true,
+    };
+    assert_eq!(vmm(&config, "small"), expected);
+    assert_eq!(parse(&config.to_toml()).unwrap(), config);
+}
+
+#[test]
+fn faults_of_machines_are_told_with_what_would_be_accepted() {
+    let table = "[sandboxer.a]\nkind = 'vmm'\n";
+    assert_eq!(faults(table), ["c.toml:1: sandboxer.a: has no hypervisor; accepted: hypervisor = \"qemu\""]);
+    let cases = [
+        ("hypervisor = 'bochs'", "hypervisor: \"bochs\" is not a hypervisor; accepted: qemu"),
+        ("hypervisor = 1", "hypervisor: is an integer; accepted: a string"),
+        ("machine = 'pc'", "machine: \"pc\" is no machine; accepted: q35, microvm"),
+        ("accel = 'hvf'", "accel: \"hvf\" is no accelerator; accepted: auto, kvm, tcg"),
+        ("annotations = ['cpus', 'kernel']", "annotations: \"kernel\" is no annotation; accepted: cpus, memory_mib"),
+        ("annotations = 'cpus'", "annotations: is a string; accepted: an array of strings"),
+        ("annotations = [1]", "annotations: has an integer in it; accepted: an array of strings"),
+        ("kernel_parameters = ['a b']", "kernel_parameters: \"a b\" is no word for a kernel's command line"),
+        ("kernel_parameters = ['']", "kernel_parameters: \"\" is no word for a kernel's command line"),
+        ("kernel_parameters = {}", "kernel_parameters: is a table; accepted: an array of strings"),
+        ("path = 'qemu'", "path: \"qemu\" is not an absolute path"),
+        ("kernel = '../vmlinuz'", "kernel: \"../vmlinuz\" is not an absolute path"),
+        ("initrd = true", "initrd: is a boolean; accepted: a string"),
+        ("virtiofsd = 'virtiofsd'", "virtiofsd: \"virtiofsd\" is not an absolute path"),
+        ("vsock_device = ''", "vsock_device: \"\" is not an absolute path"),
+        ("root = '/'", "root: \"/\" is not an absolute path"),
+        ("cpus = 0", "cpus: 0 is out of range; accepted: an integer from 1 to 1024"),
+        ("max_cpus = 1025", "max_cpus: 1025 is out of range"),
+        ("cpus = '2'", "cpus: is a string; accepted: an integer from 1 to 1024"),
+        ("memory_mib = 63", "memory_mib: 63 is out of range; accepted: an integer from 64 to 16777216"),
+        ("memory_mib = 1.5", "memory_mib: is a float; accepted: an integer"),
+        ("max_memory_mib = 0", "max_memory_mib: 0 is out of range; accepted: an integer from 64 to 16777216"),
+        ("guest_overhead_mib = -1", "guest_overhead_mib: -1 is out of range; accepted: an integer from 0 to 65536"),
+        ("boot_limit_secs = 3601", "boot_limit_secs: 3601 is out of range; accepted: an integer from 1 to 3600"),
+        ("users_from = 999", "users_from: 999 is out of range; accepted: an integer from 1000 to 4000000000"),
+        ("hot_disks = 17", "hot_disks: 17 is out of range; accepted: an integer from 0 to 16"),
+        ("debug = 'yes'", "debug: is a string; accepted: true or false"),
+        ("runtime = 'crun'", "runtime: is not a known key; accepted here: kind, hypervisor, path, machine, accel, hot_disks, "),
+    ];
+    for (line, fault) in cases {
+        let hypervisor = if line.starts_with("hypervisor") { "" } else { "hypervisor = 'qemu'" };
+        let found = faults(&format!("{table}{line}\n{hypervisor}\n"));
+        assert_eq!(found.len(), 1, "{line}: {found:?}");
+        assert!(found[0].starts_with(&format!("c.toml:3: sandboxer.a.{fault}")), "{line}: {found:?}");
+    }
+    // One fault hides no other.
+    let found = faults(&format!("{table}hypervisor = 'bochs'\nmachine = 'pc'\ncpus = 0\n"));
+    assert_eq!(found.len(), 3, "{found:?}");
 }
 
 #[test]
@@ -257,6 +395,8 @@ fn sandboxers_have_directories_of_their_own() {
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].starts_with("c.toml:6: sandboxer.b.root: "), "{found:?}");
     }
+    let mixed = "[sandboxer.a]\nkind = 'runc'\nroot = '/x'\n[sandboxer.b]\nkind = 'vmm'\nhypervisor = 'qemu'\nroot = '/x/y'\n";
+    assert!(faults(mixed)[0].starts_with("c.toml:7: sandboxer.b.root: /x/y is not its own"));
     let inherited = faults("[sandboxer.a]\nkind = 'runc'\nroot = '/run/kuasar/runc'\n[sandboxer.b]\nkind = 'runc'\n");
     assert!(inherited[0].starts_with("c.toml:4: sandboxer.b.root: /run/kuasar/runc/b is not its own"), "{inherited:?}");
 }
@@ -288,22 +428,62 @@ fn any_runtime() -> impl Strategy<Value = RuntimeChoice> {
     ]
 }
 
+fn any_sandboxer() -> impl Strategy<Value = SandboxerConfig> {
+    let runc = (any_runtime(), any_path(), 1..=3600u64).prop_map(|(runtime, root, seconds)| {
+        SandboxerConfig::Runc(RuncConfig { runtime, root, command_limit: Duration::from_secs(seconds) })
+    });
+    prop_oneof![runc, any_vmm().prop_map(SandboxerConfig::Vmm)]
+}
+
+fn any_vmm() -> impl Strategy<Value = VmmConfig> {
+    let path = || prop::option::of(any_path());
+    let machine = prop::sample::select(vec![Machine::Q35, Machine::Microvm]);
+    let accel = prop::sample::select(vec![Accel::Auto, Accel::Kvm, Accel::Tcg]);
+    let qemu = (path(), machine, accel, prop::option::of(0..=16usize))
+        .prop_map(|(path, machine, accel, hot_disks)| QemuConfig { path, machine, accel, hot_disks });
+    let programs = (path(), path(), path(), path(), any_path());
+    let words = prop::collection::vec("[!-~]{1,12}", 0..4);
+    let annotations = prop::sample::subsequence(Annotation::ALL.to_vec(), 0..=Annotation::ALL.len());
+    let most = prop_oneof![Just(0), 64..=(16u64 << 20)];
+    let sizes = (1..=1024u32, 1..=1024u32, 64..=(16u64 << 20), 0..=65_536u64, most);
+    let rest = (1..=3600u64, prop::option::of(1000..=4_000_000_000u32), any::<bool>());
+    (qemu, programs, words, annotations, sizes, rest).prop_map(|(qemu, programs, words, annotations, sizes, rest)| {
+        let (kernel, initrd, virtiofsd, vsock_device, root) = programs;
+        let (cpus, max_cpus, memory_mib, guest_overhead_mib, max_memory_mib) = sizes;
+        let (seconds, users_from, debug) = rest;
+        VmmConfig {
+            hypervisor: HypervisorConfig::Qemu(qemu),
+            kernel,
+            initrd,
+            kernel_parameters: words,
+            virtiofsd,
+            vsock_device,
+            root,
+            cpus,
+            memory_mib,
+            guest_overhead_mib,
+            max_cpus,
+            max_memory_mib,
+            annotations: annotations.into_iter().collect(),
+            boot_limit: Duration::from_secs(seconds),
+            users_from,
+            debug,
+        }
+    })
+}
+
 fn any_config() -> impl Strategy<Value = Config> {
-    let sandboxer = (any_runtime(), any_path(), 1..=3600u64);
     let name = "[a-z]([a-z0-9-]{0,20}[a-z0-9])?"
         .prop_filter("reserved", |name| !["podsandbox", "shim", "runc"].contains(&name.as_str()));
-    (any_path(), prop::sample::select(LogLevel::ALL.to_vec()), prop::collection::btree_map(name, sandboxer, 1..4)).prop_map(
-        |(address, level, sandboxers)| {
-            let configured = |(name, (runtime, root, seconds)): (String, (RuntimeChoice, PathBuf, u64))| {
-                // No directory may lie in another's.
-                let root = Path::new("/roots").join(&name).join(root.strip_prefix("/").unwrap());
-                let command_limit = Duration::from_secs(seconds);
-                (name, SandboxerConfig::Runc(RuncConfig { runtime, root, command_limit }))
-            };
-            let sandboxers = sandboxers.into_iter().map(configured).collect();
-            Config { containerd: Containerd { address }, log: Log { level }, sandboxers }
-        },
-    )
+    let sandboxers = prop::collection::btree_map(name, any_sandboxer(), 1..4);
+    (any_path(), prop::sample::select(LogLevel::ALL.to_vec()), sandboxers).prop_map(|(address, level, mut sandboxers)| {
+        for (name, sandboxer) in &mut sandboxers {
+            let (SandboxerConfig::Runc(RuncConfig { root, .. }) | SandboxerConfig::Vmm(VmmConfig { root, .. })) = sandboxer;
+            // No directory may lie in another's.
+            *root = Path::new("/roots").join(name).join(root.strip_prefix("/").unwrap());
+        }
+        Config { containerd: Containerd { address }, log: Log { level }, sandboxers }
+    })
 }
 
 proptest! {

@@ -7,7 +7,7 @@ use std::{fmt::Write, path::Path};
 
 use kuasar_shim::{
     check::containerd::{CONFIG, DROP_INS, Version},
-    config::Config,
+    config::{Config, SandboxerConfig},
 };
 
 /// What the output depends on besides the configuration.
@@ -73,8 +73,8 @@ pub(crate) fn write(config: &Config, target: &Target<'_>) -> Result<String, Stri
     }
     text.push_str("version = 3\n");
     node_settings(text, target);
-    for name in config.sandboxers.keys() {
-        sandboxer(text, target, name);
+    for (name, config) in &config.sandboxers {
+        sandboxer(text, target, name, config);
     }
     Ok(out)
 }
@@ -119,7 +119,8 @@ fn node_settings(text: &mut String, target: &Target<'_>) {
     }
 }
 
-fn sandboxer(text: &mut String, target: &Target<'_>, name: &str) {
+fn sandboxer(text: &mut String, target: &Target<'_>, name: &str, config: &SandboxerConfig) {
+    let in_machine = matches!(config, SandboxerConfig::Vmm(_));
     let version = target.version;
     let since = |(major, minor, patch)| version.at_least(major, minor, patch);
     let shim = format!("containerd-shim-{name}-v1");
@@ -133,7 +134,8 @@ fn sandboxer(text: &mut String, target: &Target<'_>, name: &str) {
     comment(text, "  ", &format!("containerd runs {shim} for this type. It has to be on containerd's search path:"));
     comment(text, "  ", "without it a restart of containerd takes every container for dead.");
     let _infallible = writeln!(text, "  runtime_type = \"io.containerd.{name}.v1\"");
-    if !since(ASKS_FEATURES) {
+    // An OCI runtime in a machine tells nobody what it can do.
+    if !since(ASKS_FEATURES) && !in_machine {
         comment(
             text,
             "  ",
@@ -153,6 +155,10 @@ fn sandboxer(text: &mut String, target: &Target<'_>, name: &str) {
     if since(PAUSE_SWITCH) {
         comment(text, "  ", "Pods of kuasar have no pause container.");
         text.push_str("  disable_pause_image_pull = true\n");
+    }
+    if in_machine {
+        comment(text, "  ", "Pods run in virtual machines: a privileged container cannot be given the node's devices.");
+        text.push_str("  privileged_without_host_devices = true\n");
     }
     if target.systemd_cgroup {
         comment(text, "  ", "As containerd's runc handler has it.");
@@ -243,6 +249,20 @@ mod tests {
                 !version.starts_with("2.2") && told && !version.starts_with("2.3"),
                 "{version}"
             );
+        }
+    }
+
+    #[test]
+    fn machines_are_given_no_devices_of_the_node() {
+        let text = "[sandboxer.kuasar-runc]\nkind = 'runc'\n[sandboxer.kuasar-qemu]\nkind = 'vmm'\nhypervisor = 'qemu'\n";
+        let config = Config::parse(Path::new("c"), text).unwrap();
+        for version in ["2.1.9", "2.4.2"] {
+            let text = write(&config, &target(version)).unwrap();
+            let table: toml::Table = text.parse().unwrap();
+            let without = |name| runtime(&table, name).get("privileged_without_host_devices").and_then(toml::Value::as_bool);
+            assert_eq!((without("kuasar-qemu"), without("kuasar-runc")), (Some(true), None), "{version}");
+            // The way round the missing question is for OCI runtimes of the node.
+            assert!(!text.contains("containerd-shim-kuasar-qemu-v1\"\n"), "{version}");
         }
     }
 
