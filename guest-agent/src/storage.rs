@@ -53,7 +53,9 @@ impl Storages {
             Some(Kind::Hugetlbfs(tmpfs)) => mount_memory("hugetlbfs", tmpfs, &target).await.map(|()| None)?,
             _ => return Err(Error::invalid("storage", format!("that for {} is of no kind known here", storage.target))),
         };
-        uses.insert(target.clone(), 1);
+        // What is in memory lives as long as the pod, which is a user of its own: between an init container and the next there is none.
+        let memory = matches!(&storage.kind, Some(Kind::Tmpfs(_) | Kind::Hugetlbfs(_)));
+        uses.insert(target.clone(), if memory { 2 } else { 1 });
         Ok(Held { target, device })
     }
 

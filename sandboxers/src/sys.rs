@@ -115,10 +115,10 @@ pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, read
     set_mount_attributes(tree, &attributes, libc::AT_RECURSIVE)
 }
 
-/// The same for one mount: makes it read-only.
-pub(crate) fn make_mount_readonly(tree: &OwnedFd) -> io::Result<()> {
+/// The same for one mount, or with all below it: makes it read-only.
+pub(crate) fn make_mount_readonly(tree: &OwnedFd, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    set_mount_attributes(tree, &attributes, 0)
+    set_mount_attributes(tree, &attributes, if recursive { libc::AT_RECURSIVE } else { 0 })
 }
 
 /// The same for the whole tree: sets where mounts propagate to.

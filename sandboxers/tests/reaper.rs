@@ -54,7 +54,9 @@ async fn the_status_of_anothers_child(reaper: &Reaper) {
     command.args(["-c", &format!("exec 3<&0 </dev/null; {script}")]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let shell = reaper.spawn(&mut command).unwrap();
     let mut line = String::new();
-    BufReader::new(File::from(shell.stdout.unwrap())).read_line(&mut line).unwrap();
+    // Kept open: the shell goes on to write.
+    let mut said = BufReader::new(File::from(shell.stdout.unwrap()));
+    said.read_line(&mut line).unwrap();
     let process = Tracked::open(line.trim().parse().unwrap()).unwrap().unwrap();
     drop(shell.stdin);
     let exit = process.exit(reaper).await;

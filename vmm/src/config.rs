@@ -42,8 +42,8 @@ pub struct VmmConfig {
     pub annotations: BTreeSet<Annotation>,
     /// How long a guest may take to boot.
     pub boot_limit: Duration,
-    /// Users and groups that VMMs run as: the first of a range, one for each machine; `None`: root.
-    pub users_from: Option<u32>,
+    /// Users and groups that VMMs run as: the first of a range, one for each machine. Nobody else's.
+    pub users_from: u32,
     /// Whether a shell can be had in the guest (`kuasarctl exec`), which is for debugging.
     pub debug: bool,
 }
@@ -118,7 +118,7 @@ impl VmmConfig {
             annotations: Annotation::ALL.into(),
             // Emulated machines on a busy node.
             boot_limit: Duration::from_secs(60),
-            users_from: None,
+            users_from: 2_000_000_000,
             debug: false,
         }
     }

@@ -34,6 +34,7 @@ use crate::{
     console::Console,
     hypervisor::Vm,
     launch::{LaunchRecord, Launched},
+    share::SharedDir,
     spec::Disk,
 };
 
@@ -48,6 +49,9 @@ const OFF: Duration = Duration::from_secs(5);
 
 /// How long to wait before an agent that does not answer is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
+
+/// How many events are taken at a time.
+const EVENTS: usize = 64;
 
 /// What is saved of a guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -190,7 +194,7 @@ impl Guest {
     }
 
     /// Begins to look after a guest that is up.
-    pub(crate) fn tend(self: &Arc<Self>, namespace: Namespace, context: &SandboxContext) {
+    pub(crate) fn tend(self: &Arc<Self>, namespace: Namespace, context: &SandboxContext, shared: SharedDir) {
         let events = context.events.clone();
         let weak = Arc::downgrade(self);
         let housekeeping = async move {
@@ -227,13 +231,16 @@ impl Guest {
                 };
                 match happened {
                     Ok(happened) => {
-                        for event in happened.events {
+                        for event in happened.events.into_iter().take(EVENTS) {
                             after = after.max(event.number);
-                            if let (Ok(Kind::OUT_OF_MEMORY), Ok(container)) = (event.kind.enum_value(), event.container.parse())
-                            {
+                            let Ok(container) = event.container.parse() else { continue };
+                            // Of its own containers: the guest may name any.
+                            if event.kind.enum_value() == Ok(Kind::OUT_OF_MEMORY) && shared.has(&container) {
                                 events.send(&namespace, &container, EventKind::OutOfMemory);
                             }
                         }
+                        // A guest can make up as many as it likes.
+                        sleep(AGAIN).await;
                     }
                     Err(error) => {
                         debug!(error = error.report(), "cannot ask the guest for events");

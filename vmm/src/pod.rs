@@ -19,7 +19,7 @@ use std::{
     collections::HashMap,
     fs::{self, DirBuilder},
     io::ErrorKind,
-    os::unix::fs::{DirBuilderExt, FileTypeExt, chown, symlink},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, symlink},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -68,7 +68,7 @@ use crate::{
 pub(crate) const GROUP: &str = "kuasar-vm-";
 
 /// A snapshotter's filesystems that a guest can mount from a disk.
-const DISK_FILESYSTEMS: [&str; 3] = ["ext4", "erofs", "xfs"];
+const DISK_FILESYSTEMS: [&str; 2] = ["ext4", "erofs"];
 
 /// What a pod is, and what its containers need of it.
 #[derive(Debug)]
@@ -212,7 +212,8 @@ impl Pod {
         stages::enter("size the machine");
         self.state().size = Some(self.size()?);
         stages::enter("make the pod's directory");
-        DirBuilder::new().recursive(true).mode(0o711).create(&self.dir).map_err(Error::io("create", &self.dir))
+        // Nobody else may come by: below it are containers' files, Secrets and programs that become root among them.
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(Error::io("create", &self.dir))
     }
 
     /// Takes the state over that an earlier daemon has saved.
@@ -225,7 +226,7 @@ impl Pod {
         let helpers =
             saved.helpers.into_iter().map(|helper| self.sandboxer.adopt_helper(helper, &place)).collect::<Result<_>>()?;
         let guest = Guest::watch(vm, helpers, Console::of(&self.dir));
-        guest.tend(self.spec.namespace.clone(), &self.context);
+        guest.tend(self.spec.namespace.clone(), &self.context, self.shared.clone());
         match Forwarder::adopt(&self.context.fds, &self.forwarder_name()) {
             Ok(Some(forwarder)) => self.forward(&guest, forwarder),
             Ok(None) => {}
@@ -274,7 +275,7 @@ impl Pod {
         undo.push("remove the machine's control group", async move { remove_group(&taken_back).await });
         let place = self.place(Some(group));
         link(&self.dir.join("vm"), &place.dir)?;
-        make_private(&place.dir, place.user)?;
+        make_machine_dir(&place.dir)?;
         let dir = self.dir.clone();
         undo.push("remove the machine's files", async move { remove_files(&dir) });
         link(&self.dir.join("netns"), &netns)?;
@@ -335,7 +336,7 @@ impl Pod {
             // Only port-forward needs it.
             Err(error) => debug!(error = error.report(), "ports of the pod cannot be forwarded"),
         }
-        guest.tend(self.spec.namespace.clone(), &self.context);
+        guest.tend(self.spec.namespace.clone(), &self.context, self.shared.clone());
         self.adopt(guest);
         Ok(())
     }
@@ -405,16 +406,17 @@ impl Pod {
     }
 }
 
-/// A directory for the VMM alone.
-fn make_private(dir: &Path, user: Option<(u32, u32)>) -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io("create", dir)(error)),
-        _ => {}
+/// The machine's directory. Its user may find in it what it is told of, and nothing else: it cannot put anything in another's place.
+fn make_machine_dir(dir: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o711).create(dir) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(Error::io("create", dir)(error)),
+        _ => Ok(()),
     }
-    match user {
-        Some((uid, gid)) => chown(dir, Some(uid), Some(gid)).map_err(Error::io("change the owner of", dir)),
-        None => Ok(()),
-    }
+}
+
+/// The directory of a sandbox's machine, where it has one.
+pub(crate) fn machine_dir(dir: &Path) -> Result<Option<PathBuf>> {
+    linked(&dir.join("vm"))
 }
 
 /// What a link of ours says.
@@ -441,11 +443,10 @@ fn remove_link(link: &Path) -> Result<()> {
 fn remove_files(dir: &Path) -> Result<()> {
     Console::of(dir).remove()?;
     remove_link(&dir.join("netns"))?;
-    let machine = dir.join("vm");
-    if let Some(place) = linked(&machine)? {
+    if let Some(place) = machine_dir(dir)? {
         remove_dir(&place)?;
     }
-    remove_link(&machine)
+    remove_link(&dir.join("vm"))
 }
 
 pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
@@ -495,13 +496,14 @@ impl Sandbox for VmSandbox {
         if let Some(guest) = guest {
             guest.stop(grace).await;
         }
+        // Its listeners keep the pod's network namespace.
+        self.0.state().forwarding.take();
         self.0.ending.tell(Exit::now(0));
         Ok(())
     }
 
     async fn delete(&self) -> Result<()> {
         self.stop(Duration::ZERO).await?;
-        self.0.state().forwarding.take();
         clear(&self.0.dir, &Cgroup::at(&self.0.group())?).await?;
         self.0.sandboxer.release(self.0.number);
         Ok(())
@@ -530,8 +532,11 @@ impl Sandbox for VmSandbox {
         if wanted.cpus != now.cpus {
             guest.unless_ended(guest.vm().set_cpus(wanted.cpus.boot)).await?;
         }
+        let mut wanted = wanted;
         if wanted.memory != now.memory {
-            guest.unless_ended(guest.vm().set_memory(wanted.memory.boot_mib)).await?;
+            // It may have been given more, for memory comes in blocks.
+            let has = guest.unless_ended(guest.vm().set_memory(wanted.memory.boot_mib)).await?;
+            wanted.memory.boot_mib = has.min(wanted.memory.max_mib);
         }
         guest.online(wanted.cpus.boot).await?;
         self.0.state().size = Some(wanted);

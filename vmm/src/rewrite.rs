@@ -137,7 +137,8 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
             });
         }
         let binding = Binding {
-            readonly: options.contains(&"ro"),
+            readonly: options.iter().any(|option| matches!(*option, "ro" | "rro")),
+            readonly_below: options.contains(&"rro"),
             recursive,
             follows: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
         };
@@ -189,7 +190,7 @@ pub(crate) fn place(spec: &mut OciSpec, volume: &Volume, source: &Path) {
         if let Some(options) = mount["options"].as_array_mut() {
             options.retain(|option| match option.as_str() {
                 Some("rslave" | "slave" | "rprivate" | "private") => false,
-                Some("ro") => !shared,
+                Some("ro" | "rro") => !shared,
                 _ => true,
             });
             options.push("rprivate".into());
@@ -251,9 +252,9 @@ fn has_all_devices(spec: &OciSpec) -> bool {
     })
 }
 
-/// Shows a disk that the agent has found, at `source` in the guest, as a device of the container.
+/// Shows a disk that the agent has found, at `source` in the guest, as a device of the container. That it may use it the agent says, who
+/// knows its number there.
 pub(crate) fn add_block_device(spec: &mut OciSpec, device: &BlockDevice, source: &Path) {
-    let access = if device.readonly { "r" } else { "rw" };
     let options = if device.readonly { json!(["bind", "ro"]) } else { json!(["bind", "rw"]) };
     spec.mounts_mut().push(json!({
         "destination": device.path,
@@ -261,14 +262,6 @@ pub(crate) fn add_block_device(spec: &mut OciSpec, device: &BlockDevice, source:
         "source": source.to_string_lossy(),
         "options": options,
     }));
-    let linux = &mut spec.as_value_mut()["linux"];
-    if !linux["resources"]["devices"].is_array() {
-        linux["resources"]["devices"] = json!([]);
-    }
-    if let Some(rules) = linux["resources"]["devices"].as_array_mut() {
-        // The number is the guest's, which gives no other disks to this pod.
-        rules.push(json!({ "allow": true, "type": "b", "access": access }));
-    }
 }
 
 #[cfg(test)]
@@ -323,7 +316,8 @@ mod tests {
         ]);
         let mut spec = spec(json!({ "mounts": mounts }));
         let (volumes, _) = prepare(&mut spec).unwrap();
-        let binding = |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows });
+        let binding =
+            |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows, ..Binding::default() });
         let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
         assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true))]);
         place(&mut spec, &volumes[0], Path::new("/guest/a"));
@@ -348,6 +342,6 @@ mod tests {
         let block = BlockDevice { source: "/dev/block/8:1".into(), path: "/dev/data".into(), readonly: true };
         add_block_device(&mut spec, &block, Path::new("/run/kuasar/storage/d0"));
         assert_eq!(spec.mounts()[0]["destination"], "/dev/data");
-        assert_eq!(spec.as_value()["linux"]["resources"]["devices"][0]["access"], "r");
+        assert_eq!(spec.mounts()[0]["options"], json!(["bind", "ro"]));
     }
 }

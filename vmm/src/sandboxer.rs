@@ -86,7 +86,7 @@ impl Shared {
 
     /// User and group of the machine of this number.
     pub(crate) fn user(&self, number: u32) -> Option<(u32, u32)> {
-        let id = self.config.users_from?.checked_add(number)?;
+        let id = self.config.users_from.checked_add(number)?;
         Some((id, id))
     }
 
@@ -164,13 +164,32 @@ impl VmmSandboxer {
         if config.debug {
             write_debug_initrd(&config)?;
         }
-        let shared = Shared { config, hypervisor, virtiofsd, vsock, numbers: Mutex::default() };
+        // Those of sandboxes that cannot be recovered too: their machines may run.
+        let numbers = Mutex::new(numbers_in(&config.root)?);
+        let shared = Shared { config, hypervisor, virtiofsd, vsock, numbers };
         Ok(Self { shared: Arc::new(shared), pods: Arc::default() })
     }
 
     fn dir(&self, namespace: &Namespace, id: &SandboxId) -> PathBuf {
         self.shared.config.root.join(namespace).join(id)
     }
+}
+
+/// The numbers of the machines that sandboxes below a root have.
+fn numbers_in(root: &Path) -> Result<BTreeSet<u32>> {
+    let mut numbers = BTreeSet::new();
+    for namespace in directories(root)? {
+        let namespace = root.join(namespace);
+        for id in directories(&namespace)? {
+            numbers.extend(number_of(&namespace.join(id))?);
+        }
+    }
+    Ok(numbers)
+}
+
+/// The number of a sandbox's machine, where it has been given one.
+fn number_of(dir: &Path) -> Result<Option<u32>> {
+    Ok(pod::machine_dir(dir)?.and_then(|place| place.file_name()?.to_str()?.parse().ok()))
 }
 
 /// Whether the guest image is there and can be what it should be.
@@ -235,13 +254,18 @@ fn directories(dir: &Path) -> Result<Vec<String>> {
 }
 
 /// Removes everything of one sandbox that nobody knows any more.
-async fn remove_leftover(dir: &Path) -> Result<()> {
+async fn remove_leftover(shared: &Shared, dir: &Path) -> Result<()> {
+    let number = number_of(dir)?;
     for group in groups(dir)? {
         pod::remove_group(&group).await?;
     }
     // The group's path is not known, but it has been removed.
     let id = dir.file_name().and_then(OsStr::to_str).unwrap_or_default();
-    pod::clear(dir, &Cgroup::at(&Path::new("/").join(format!("{GROUP}{id}")))?).await
+    pod::clear(dir, &Cgroup::at(&Path::new("/").join(format!("{GROUP}{id}")))?).await?;
+    if let Some(number) = number {
+        shared.release(number);
+    }
+    Ok(())
 }
 
 /// The control groups of a sandbox, wherever they are.
@@ -289,7 +313,7 @@ impl Sandboxer for VmmSandboxer {
             // Cut off between making it and saving that it is there.
             stages::enter("remove what an earlier sandbox of the same id left behind");
             warn!(dir = %dir.display(), "removing what an earlier sandbox of the same id left behind");
-            remove_leftover(&dir).await?;
+            remove_leftover(&self.shared, &dir).await?;
         }
         let number = self.shared.number()?;
         let pod = Arc::new(Pod::new(spec, context, dir, self.shared.clone(), number));
@@ -318,7 +342,7 @@ impl Sandboxer for VmmSandboxer {
             for id in directories(&root.join(&namespace))?.iter().filter_map(|name| name.parse::<SandboxId>().ok()) {
                 let key = (namespace.clone(), id.clone());
                 let dir = self.dir(&namespace, &id);
-                let pods = self.pods.clone();
+                let (pods, all) = (self.pods.clone(), self.shared.clone());
                 match known.get(&key) {
                     // Nobody can tell which of its containers are known.
                     Some(None) => {}
@@ -346,7 +370,7 @@ impl Sandboxer for VmmSandboxer {
                         let sandbox = key.clone();
                         let removal = Box::pin(async move {
                             // If somebody has made the same again meanwhile, that is left alone.
-                            if pods.get(&sandbox).is_some() { Ok(()) } else { remove_leftover(&dir).await }
+                            if pods.get(&sandbox).is_some() { Ok(()) } else { remove_leftover(&all, &dir).await }
                         });
                         found.push(Leftover { sandbox: key, what, removal });
                     }

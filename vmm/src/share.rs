@@ -64,6 +64,11 @@ impl SharedDir {
         Path::new(SHARE_TARGET).join(SHARED_CONTAINERS).join(id.as_str())
     }
 
+    /// Whether a container has a place here.
+    pub(crate) fn has(&self, id: &ContainerId) -> bool {
+        self.container(id).exists()
+    }
+
     /// Makes a container's place.
     pub(crate) fn add_container(&self, id: &ContainerId) -> Result<()> {
         make_dir(&self.container(id).join("mounts"))
@@ -85,7 +90,7 @@ impl SharedDir {
     pub(crate) async fn bind_rootfs(&self, id: &ContainerId, source: &Path, readonly: bool) -> Result<PathBuf> {
         let target = self.container(id).join("rootfs");
         make_dir(&target)?;
-        mount::bind(source, &target, Binding { readonly, recursive: true, follows: false }).await?;
+        mount::bind(source, &target, Binding { readonly, recursive: true, ..Binding::default() }).await?;
         Ok(Self::in_guest(id).join("rootfs"))
     }
 

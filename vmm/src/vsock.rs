@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, OpenOptions, Permissions},
+    hash::{Hash, Hasher},
     io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -77,6 +78,8 @@ impl VsockWay {
         let cid = FIRST_CID + number;
         match self {
             Self::Kernel => {
+                // One that nobody else on the host has: other sandboxers count from their own place.
+                let cid = cid + first_of(&place.dir);
                 let vhost = open_vhost().map_err(Error::io("open", VHOST_VSOCK))?;
                 Ok(Made { device: None, vsock: Vsock::Kernel { cid, vhost: Arc::new(vhost.into()) }, ready: None })
             }
@@ -111,6 +114,13 @@ fn listen_knock(hybrid: &Path) -> Result<UnixListener> {
     // The device has a user of its own. Nobody else gets into the directory.
     fs::set_permissions(&path, Permissions::from_mode(0o666)).map_err(Error::io("change the mode of", path))?;
     Ok(listener)
+}
+
+/// Where a sandboxer's context ids begin, by its directory: below 2^31, with room for its machines.
+fn first_of(machine: &Path) -> u32 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    machine.parent().hash(&mut hasher);
+    u32::try_from(hasher.finish() % 0x7ff0).unwrap_or(0) << 16
 }
 
 fn open_vhost() -> io::Result<std::fs::File> {

@@ -78,6 +78,8 @@ pub struct Binding {
     pub recursive: bool,
     /// It cannot be written to; what is mounted below it can, as with `mount -o bind,ro`.
     pub readonly: bool,
+    /// What is mounted below it cannot be written to either.
+    pub readonly_below: bool,
     /// With what is mounted below `source` later, but nothing goes the other way.
     pub follows: bool,
 }
@@ -100,7 +102,7 @@ pub async fn bind(source: &Path, target: &Path, binding: Binding) -> Result<()> 
         let propagation = if binding.follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
         set_mount_propagation(&tree, propagation).map_err(failed())?;
         if binding.readonly {
-            make_mount_readonly(&tree).map_err(failed())?;
+            make_mount_readonly(&tree, binding.readonly_below).map_err(failed())?;
         }
         move_mount(&tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from).map_err(failed())
     })

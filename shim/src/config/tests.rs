@@ -35,7 +35,7 @@ fn runc(config: &Config, name: &str) -> RuncConfig {
 
 fn vmm(config: &Config, name: &str) -> VmmConfig {
     match &config.sandboxers[name] {
-        SandboxerConfig::Vmm(config) => config.clone(),
+        SandboxerConfig::Vmm(config) => config.as_ref().clone(),
         SandboxerConfig::Runc(_) => panic!("{name} is of another kind"),
     }
 }
@@ -285,7 +285,7 @@ fn the_annotated_example_says_what_the_defaults_are() {
     let keys = |table: &toml::Value| table.as_table().unwrap().keys().cloned().collect::<BTreeSet<_>>();
     assert_eq!(keys(&machines), keys(&known["sandboxer"]["small"]));
     let shown = vmm(&Config::parse(&path, &all).unwrap(), "kuasar-qemu");
-    let HypervisorConfig::Qemu(qemu) = shown.hypervisor.clone() else { panic!("{:?}", shown.hypervisor) };
+    let HypervisorConfig::Qemu(qemu) = shown.hypervisor.clone();
     let default = VmmConfig::new(
         HypervisorConfig::Qemu(QemuConfig { path: qemu.path, hot_disks: Some(4), ..QemuConfig::default() }),
         "/run/kuasar/vmm/kuasar-qemu".into(),
@@ -296,7 +296,6 @@ fn the_annotated_example_says_what_the_defaults_are() {
         virtiofsd: shown.virtiofsd.clone(),
         vsock_device: shown.vsock_device.clone(),
         max_memory_mib: shown.max_memory_mib,
-        users_from: shown.users_from,
         ..default
     };
     assert_eq!(shown, expected);
@@ -328,7 +327,7 @@ fn every_key_of_machines_counts() {
         max_memory_mib: 4096,
         annotations: [Annotation::MemoryMib].into(),
         boot_limit: Duration::from_secs(5),
-        users_from: Some(200_000),
+        users_from: 200_000,
         debug: true,
     };
     assert_eq!(vmm(&config, "small"), expected);
@@ -432,7 +431,7 @@ fn any_sandboxer() -> impl Strategy<Value = SandboxerConfig> {
     let runc = (any_runtime(), any_path(), 1..=3600u64).prop_map(|(runtime, root, seconds)| {
         SandboxerConfig::Runc(RuncConfig { runtime, root, command_limit: Duration::from_secs(seconds) })
     });
-    prop_oneof![runc, any_vmm().prop_map(SandboxerConfig::Vmm)]
+    prop_oneof![runc, any_vmm().prop_map(|config| SandboxerConfig::Vmm(Box::new(config)))]
 }
 
 fn any_vmm() -> impl Strategy<Value = VmmConfig> {
@@ -446,7 +445,7 @@ fn any_vmm() -> impl Strategy<Value = VmmConfig> {
     let annotations = prop::sample::subsequence(Annotation::ALL.to_vec(), 0..=Annotation::ALL.len());
     let most = prop_oneof![Just(0), 64..=(16u64 << 20)];
     let sizes = (1..=1024u32, 1..=1024u32, 64..=(16u64 << 20), 0..=65_536u64, most);
-    let rest = (1..=3600u64, prop::option::of(1000..=4_000_000_000u32), any::<bool>());
+    let rest = (1..=3600u64, 1000..=4_000_000_000u32, any::<bool>());
     (qemu, programs, words, annotations, sizes, rest).prop_map(|(qemu, programs, words, annotations, sizes, rest)| {
         let (kernel, initrd, virtiofsd, vsock_device, root) = programs;
         let (cpus, max_cpus, memory_mib, guest_overhead_mib, max_memory_mib) = sizes;
@@ -478,7 +477,10 @@ fn any_config() -> impl Strategy<Value = Config> {
     let sandboxers = prop::collection::btree_map(name, any_sandboxer(), 1..4);
     (any_path(), prop::sample::select(LogLevel::ALL.to_vec()), sandboxers).prop_map(|(address, level, mut sandboxers)| {
         for (name, sandboxer) in &mut sandboxers {
-            let (SandboxerConfig::Runc(RuncConfig { root, .. }) | SandboxerConfig::Vmm(VmmConfig { root, .. })) = sandboxer;
+            let root = match sandboxer {
+                SandboxerConfig::Runc(config) => &mut config.root,
+                SandboxerConfig::Vmm(config) => &mut config.root,
+            };
             // No directory may lie in another's.
             *root = Path::new("/roots").join(name).join(root.strip_prefix("/").unwrap());
         }

@@ -67,6 +67,7 @@ pub(super) fn read(name: &str, mut table: Section<'_>, state: &Path) -> VmmConfi
     };
     small("cpus", CPUS, &mut config.cpus);
     small("max_cpus", CPUS, &mut config.max_cpus);
+    small("users_from", USERS_FROM, &mut config.users_from);
     let mut large = |key, range: RangeInclusive<i64>, value: &mut u64| {
         if let Some(number) = table.integer(key, range) {
             *value = number.unsigned_abs();
@@ -80,9 +81,6 @@ pub(super) fn read(name: &str, mut table: Section<'_>, state: &Path) -> VmmConfi
     }
     if let Some(seconds) = table.integer("boot_limit_secs", BOOT_LIMIT_SECS) {
         config.boot_limit = Duration::from_secs(seconds.unsigned_abs());
-    }
-    if let Some(first) = table.integer("users_from", USERS_FROM) {
-        config.users_from = u32::try_from(first).ok();
     }
     if let Some(debug) = table.boolean("debug") {
         config.debug = debug;
@@ -154,9 +152,7 @@ pub(super) fn to_toml(config: &VmmConfig) -> toml::Table {
     let annotations: Vec<_> = config.annotations.iter().map(|annotation| annotation.name().to_owned()).collect();
     set("annotations", annotations.into());
     set("boot_limit_secs", number(config.boot_limit.as_secs()));
-    if let Some(first) = config.users_from {
-        set("users_from", first.into());
-    }
+    set("users_from", config.users_from.into());
     set("debug", config.debug.into());
     table
 }

@@ -126,7 +126,7 @@ impl Setup {
 
     /// How many processors a machine of this spec can be given.
     fn max_cpus(&self, spec: &VmSpec) -> u32 {
-        if self.machine == Machine::Q35 { spec.cpus.max.clamp(spec.cpus.boot, MOST_CPUS) } else { spec.cpus.boot }
+        if self.machine == Machine::Q35 { spec.cpus.max.min(MOST_CPUS).max(spec.cpus.boot) } else { spec.cpus.boot }
     }
 }
 
