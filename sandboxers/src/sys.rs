@@ -112,15 +112,31 @@ pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, read
         propagation: libc::MS_PRIVATE,
         userns_fd: u64::from(user_namespace.as_raw_fd().unsigned_abs()),
     };
-    // SAFETY: the path is an empty C string, `attributes` lives during the call and the size given is its own. The kernel
+    set_mount_attributes(tree, &attributes, libc::AT_RECURSIVE)
+}
+
+/// The same for one mount: makes it read-only.
+pub(crate) fn make_mount_readonly(tree: &OwnedFd) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    set_mount_attributes(tree, &attributes, 0)
+}
+
+/// The same for the whole tree: sets where mounts propagate to.
+pub(crate) fn set_mount_propagation(tree: &OwnedFd, propagation: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 };
+    set_mount_attributes(tree, &attributes, libc::AT_RECURSIVE)
+}
+
+fn set_mount_attributes(tree: &OwnedFd, attributes: &libc::mount_attr, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: the path is an empty C string, `attributes` is a reference to what lives during the call and the size given is its own. The kernel
     // only reads both.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             tree.as_fd().as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
+            libc::AT_EMPTY_PATH | flags,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };

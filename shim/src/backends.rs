@@ -23,7 +23,7 @@ pub async fn build(
         let failed = Error::failed(format!("set up sandboxer {name}"));
         let sandboxer: Arc<dyn Sandboxer> = match config {
             SandboxerConfig::Runc(config) => Arc::new(RuncSandboxer::open(config, reaper.clone(), fds).await.map_err(failed)?),
-            SandboxerConfig::Vmm(config) => Arc::new(VmmSandboxer::open(config, reaper.clone()).await.map_err(failed)?),
+            SandboxerConfig::Vmm(config) => Arc::new(VmmSandboxer::open(*config, reaper.clone()).await.map_err(failed)?),
         };
         info!(sandboxer = name, technique = sandboxer.capabilities().technique, "sandboxer ready");
         sandboxers.insert(name, sandboxer);

@@ -284,6 +284,9 @@ impl Node {
     /// The spec with cgroup parent and log directory filled in where it has none, for a client other than the node's own.
     #[must_use]
     pub fn complete(&self, mut spec: PodSpec) -> PodSpec {
+        if spec.quick && !tools::is_machine(&spec.handler) {
+            spec = spec.host_network();
+        }
         if spec.linux().cgroup_parent.is_empty() {
             spec.linux().cgroup_parent = self.cgroup_parent();
         }

@@ -98,6 +98,13 @@ fn find(name: &str, variable: &'static str) -> Result<PathBuf, Missing> {
 /// Hypervisors that a sandboxer can be of.
 pub const HYPERVISORS: [&str; 1] = ["qemu"];
 
+/// Whether the pods of a handler have a virtual machine each: one of a sandboxer that is called after its hypervisor.
+#[must_use]
+pub fn is_machine(handler: &str) -> bool {
+    let name = handler.strip_suffix("-streaming").unwrap_or(handler);
+    name.strip_prefix("kuasar-").is_some_and(|name| HYPERVISORS.contains(&name))
+}
+
 /// The guest's kernel to test with, its initrd beside it: `KUASAR_GUEST_KERNEL`, else what `make guest` has put into the cache.
 ///
 /// # Errors

@@ -19,8 +19,9 @@ use kuasar_guest_protocol::{
 use kuasar_sandboxers::{Code, Error, Result};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixListener,
     sync::Mutex as AsyncMutex,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use ttrpc::{
     r#async::{Client, transport::Socket},
@@ -37,6 +38,9 @@ pub(crate) const SLOW: Duration = Duration::from_secs(120);
 
 /// How often a guest that boots is tried: vsock tells nobody when somebody begins to listen.
 const TRY: Duration = Duration::from_millis(3);
+
+/// How long one attempt may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
 
 /// The longest text of the guest's that is kept, in bytes.
 const TEXT: usize = 4 << 10;
@@ -74,21 +78,30 @@ impl Agent {
         &self.address
     }
 
-    /// Waits until the guest has booted and its agent answers, for as long as `limit`.
+    /// Waits until the guest has booted and its agent answers, for as long as `limit`. It connects to `ready` when it listens.
     ///
     /// # Errors
     /// [`Error::TimedOut`], and what an agent says that cannot be worked with.
-    pub(crate) async fn wait(&self, limit: Duration) -> Result<Arc<HelloResponse>> {
+    pub(crate) async fn wait(&self, ready: Option<UnixListener>, limit: Duration) -> Result<Arc<HelloResponse>> {
         let deadline = Instant::now() + limit;
-        loop {
-            match self.address.dial(PORT).await {
-                Ok(connection) => match self.greet(connection, deadline).await {
-                    Err(Error::Unavailable { .. }) if Instant::now() < deadline => {}
-                    Err(Error::TimedOut { .. }) | Err(Error::Unavailable { .. }) => return Err(self.late(limit)),
-                    greeted => return greeted,
-                },
-                Err(_) if Instant::now() < deadline => {}
+        if let Some(ready) = ready {
+            match timeout(limit, ready.accept()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(Error::failed("wait for the guest")(error)),
                 Err(_) => return Err(self.late(limit)),
+            }
+        }
+        loop {
+            // A connection that is made too early may be neither taken nor refused, so none is waited for to the end.
+            let attempt = deadline.min(Instant::now() + ATTEMPT);
+            if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT)).await {
+                match self.greet(connection, attempt).await {
+                    Err(Error::Unavailable { .. } | Error::TimedOut { .. }) => {}
+                    greeted => return greeted,
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(self.late(limit));
             }
             sleep(TRY).await;
         }
@@ -109,13 +122,11 @@ impl Agent {
         let hello =
             client.hello(context::with_duration(left), &request).await.map_err(|error| self.error("say hello", error))?;
         if hello.version != VERSION {
-            return Err(Error::Unavailable {
-                what: "the guest's agent".into(),
-                why: format!(
-                    "it speaks version {} of the protocol, this daemon {VERSION}; install the guest image of the same release",
-                    hello.version
-                ),
-            });
+            let why = format!(
+                "the guest's agent speaks version {} of it, this daemon {VERSION}; install the guest image of the same release",
+                hello.version
+            );
+            return Err(Error::invalid("protocol", why));
         }
         let mut hello = hello;
         for text in [&mut hello.agent, &mut hello.kernel, &mut hello.runtime, &mut hello.boot_id] {

@@ -50,7 +50,6 @@ pub struct VmmConfig {
 
 /// Which hypervisor, and how it is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum HypervisorConfig {
     /// QEMU.
     Qemu(crate::qemu::QemuConfig),

@@ -284,7 +284,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
                 target.into()
             }
         };
-        rewrite::place(&mut oci, volume.index, &place);
+        rewrite::place(&mut oci, volume, &place);
     }
     for device in &devices {
         let serial = add_disk(&pod, &guest, &device.source, device.readonly, undo).await?;

@@ -46,7 +46,7 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::OwnedMutexGuard;
+use tokio::{net::UnixListener, sync::OwnedMutexGuard};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, debug};
 
@@ -291,8 +291,8 @@ impl Pod {
         for part in [net_undo, share_undo] {
             undo.append(part);
         }
-        let (PodNetwork { nics, setup }, (filesystem, socket), (vsock_device, vsock)) = (network?, filesystem?, vsock?);
-        let helpers: Vec<_> = std::iter::once(filesystem).chain(vsock_device).collect();
+        let (PodNetwork { nics, setup }, (filesystem, socket), vsock) = (network?, filesystem?, vsock?);
+        let helpers: Vec<_> = std::iter::once(filesystem).chain(vsock.device).collect();
 
         stages::enter(format!("start {}", sandboxer.hypervisor.capabilities().name));
         let spec = VmSpec {
@@ -305,7 +305,7 @@ impl Pod {
             disks: Vec::new(),
             shares: vec![Share { tag: SHARE_TAG.into(), socket }],
             nics,
-            vsock,
+            vsock: vsock.vsock,
             console: console.path().to_owned(),
             balloon: true,
         };
@@ -318,7 +318,7 @@ impl Pod {
             Ok(())
         });
 
-        let booted = self.boot(&guest, &setup).await;
+        let booted = self.boot(&guest, vsock.ready, &setup).await;
         if let Err(error) = booted {
             stages::keep_log("the guest's console", &console.end(stages::LOG_LIMIT as u64)?);
             let said = console.last_lines();
@@ -349,9 +349,9 @@ impl Pod {
         Ok((launched, socket))
     }
 
-    async fn boot(&self, guest: &Guest, network: &net::GuestNetwork) -> Result<()> {
+    async fn boot(&self, guest: &Guest, ready: Option<UnixListener>, network: &net::GuestNetwork) -> Result<()> {
         stages::enter("boot the guest");
-        let hello = guest.unless_ended(guest.agent().wait(self.sandboxer.config.boot_limit)).await?;
+        let hello = guest.unless_ended(guest.agent().wait(ready, self.sandboxer.config.boot_limit)).await?;
         stages::enter("set up the guest");
         let request = self.setup(network)?;
         let set_up = guest

@@ -77,7 +77,7 @@ pub(crate) struct Relay {
     tasks: Mutex<Vec<JoinHandle<()>>>,
     /// Ends standard input when nobody needs it any more.
     input: Option<Arc<OwnedFd>>,
-    _held: Vec<Held>,
+    held: Mutex<Vec<Held>>,
 }
 
 /// One stream of output.
@@ -99,7 +99,7 @@ pub(crate) fn streams(stdio: &Stdio) -> Streams {
     Streams {
         stdin: !stdio.stdin.is_empty(),
         stdout: !stdio.stdout.is_empty(),
-        stderr: !stdio.terminal && !(stdio.stderr.is_empty() && !is_log(&stdio.stdout)),
+        stderr: !stdio.terminal && (!stdio.stderr.is_empty() || is_log(&stdio.stdout)),
         terminal: stdio.terminal,
         ..Streams::default()
     }
@@ -292,7 +292,7 @@ impl Relay {
             };
             tasks.push(task);
         }
-        Ok(Self { io, outputs, adopted, tasks: Mutex::new(tasks), input, _held: held })
+        Ok(Self { io, outputs, adopted, tasks: Mutex::new(tasks), input, held: Mutex::new(held) })
     }
 
     /// Ends standard input as far as it depends on us.
@@ -327,9 +327,14 @@ impl Relay {
         if let Some(input) = &self.input {
             hang_up(input);
         }
-        for task in self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        // containerd takes output for ended when nobody has it open any more.
+        let tasks: Vec<_> = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
+        for task in tasks {
             task.abort();
+            // That it was broken off is no news.
+            let _ = task.await;
         }
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.io.finish().await;
     }
 }

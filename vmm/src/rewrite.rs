@@ -19,14 +19,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kuasar_sandboxers::{Error, Result, spec::OciSpec};
+use kuasar_sandboxers::{Error, Result, mount::Binding, spec::OciSpec};
 use nix::sys::{
     stat::{major, makedev, minor},
     statvfs::statvfs,
 };
 use serde_json::{Value, json};
-
-use crate::share::Binding;
 
 /// How containerd writes a namespace of a sandbox that has no process; the agent knows it too.
 const PLACEHOLDER: &str = "/proc/0/ns";
@@ -141,7 +139,7 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
         let binding = Binding {
             readonly: options.contains(&"ro"),
             recursive,
-            follows_host: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
+            follows: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
         };
         let source = PathBuf::from(source);
         let kind = memory_volume(&source)?.unwrap_or(VolumeKind::Shared(binding));
@@ -181,13 +179,19 @@ fn memory_volume(source: &Path) -> Result<Option<VolumeKind>> {
     Ok(None)
 }
 
-/// Points the mount at its place in the guest.
-pub(crate) fn place(spec: &mut OciSpec, index: usize, source: &Path) {
-    if let Some(mount) = spec.mounts_mut().get_mut(index) {
+/// Points the mount of a volume at its place in the guest.
+pub(crate) fn place(spec: &mut OciSpec, volume: &Volume, source: &Path) {
+    if let Some(mount) = spec.mounts_mut().get_mut(volume.index) {
         mount["source"] = source.to_string_lossy().into();
-        // What the host's mount propagates arrives through the share.
+        // What the host's mount propagates arrives through the share. So does that it is read-only; in the guest what is mounted below it
+        // would be, too, for there that is an automount, which has the flags of the mount it is on.
+        let shared = matches!(volume.kind, VolumeKind::Shared(_));
         if let Some(options) = mount["options"].as_array_mut() {
-            options.retain(|option| !matches!(option.as_str(), Some("rslave" | "slave" | "rprivate" | "private")));
+            options.retain(|option| match option.as_str() {
+                Some("rslave" | "slave" | "rprivate" | "private") => false,
+                Some("ro") => !shared,
+                _ => true,
+            });
             options.push("rprivate".into());
         }
     }
@@ -319,28 +323,30 @@ mod tests {
         ]);
         let mut spec = spec(json!({ "mounts": mounts }));
         let (volumes, _) = prepare(&mut spec).unwrap();
-        let binding = |readonly, recursive, follows_host| VolumeKind::Shared(Binding { readonly, recursive, follows_host });
+        let binding = |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows });
         let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
         assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true))]);
-        place(&mut spec, 2, Path::new("/guest/b"));
+        place(&mut spec, &volumes[0], Path::new("/guest/a"));
+        assert_eq!(spec.mounts()[1]["options"], json!(["rbind", "rprivate"]));
+        place(&mut spec, &volumes[1], Path::new("/guest/b"));
         assert_eq!(spec.mounts()[2]["source"], "/guest/b");
         assert_eq!(spec.mounts()[2]["options"], json!(["bind", "rprivate"]));
     }
 
     #[test]
     fn devices() {
-        let null = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
+        let device = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
         let disk = json!({ "path": "/dev/xvda", "type": "b", "major": 4000, "minor": 1 });
         let all = json!({ "allow": true, "access": "rwm" });
         let mut privileged =
-            spec(json!({ "linux": { "devices": [null, disk], "resources": { "devices": [{ "allow": false }, all] } } }));
+            spec(json!({ "linux": { "devices": [device, disk], "resources": { "devices": [{ "allow": false }, all] } } }));
         assert_eq!(prepare(&mut privileged).unwrap().1, []);
-        assert_eq!(privileged.as_value()["linux"]["devices"], json!([null]));
+        assert_eq!(privileged.as_value()["linux"]["devices"], json!([device]));
         let error = prepare(&mut spec(json!({ "linux": { "devices": [disk] } }))).unwrap_err();
         assert!(error.to_string().contains("/dev/xvda") && error.to_string().contains("4000:1"), "{error}");
         let mut spec = spec(json!({}));
-        let device = BlockDevice { source: "/dev/block/8:1".into(), path: "/dev/data".into(), readonly: true };
-        add_block_device(&mut spec, &device, Path::new("/run/kuasar/storage/d0"));
+        let block = BlockDevice { source: "/dev/block/8:1".into(), path: "/dev/data".into(), readonly: true };
+        add_block_device(&mut spec, &block, Path::new("/run/kuasar/storage/d0"));
         assert_eq!(spec.mounts()[0]["destination"], "/dev/data");
         assert_eq!(spec.as_value()["linux"]["resources"]["devices"][0]["access"], "r");
     }

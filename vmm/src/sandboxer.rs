@@ -109,7 +109,8 @@ impl Shared {
     pub(crate) fn command_line(&self) -> Vec<String> {
         let level = if self.config.debug { "debug" } else { "info" };
         // The agent's panic is the kernel's, and ends the machine at once.
-        let mut words = vec!["quiet".into(), "panic=-1".into(), format!("{LOG_WORD}{level}")];
+        let mut words = vec!["quiet".into(), "cryptomgr.notests".into(), "panic=-1".into(), format!("{LOG_WORD}{level}")];
+        words.extend(self.vsock.word().map(str::to_owned));
         if self.config.debug {
             words.push(DEBUG_WORD.into());
         }

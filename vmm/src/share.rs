@@ -17,19 +17,13 @@ use std::{
 };
 
 use kuasar_guest_protocol::{SHARE_TARGET, SHARED_CONTAINERS};
-use kuasar_sandboxers::{Error, Result, id::ContainerId, mount, types::Mount};
+use kuasar_sandboxers::{
+    Error, Result,
+    id::ContainerId,
+    mount::{self, Binding},
+    types::Mount,
+};
 use nix::mount::MsFlags;
-
-/// How a volume is to be shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Binding {
-    /// The guest must not write to it.
-    pub(crate) readonly: bool,
-    /// With what is mounted below it.
-    pub(crate) recursive: bool,
-    /// With what the host mounts below it later (`HostToContainer`).
-    pub(crate) follows_host: bool,
-}
 
 /// The shared directory of one sandbox.
 #[derive(Clone, Debug)]
@@ -48,8 +42,7 @@ impl SharedDir {
     pub(crate) async fn create(&self) -> Result<()> {
         let containers = self.0.join(SHARED_CONTAINERS);
         make_dir(&self.0)?;
-        mount::bind(&self.0, &self.0, MsFlags::empty(), false).await?;
-        mount::propagate(&self.0, MsFlags::MS_PRIVATE).await?;
+        mount::bind(&self.0, &self.0, Binding::default()).await?;
         mount::propagate(&self.0, MsFlags::MS_SHARED).await?;
         make_dir(&containers)
     }
@@ -78,17 +71,21 @@ impl SharedDir {
 
     /// Shows a container's root filesystem; returns its path in the guest.
     pub(crate) async fn add_rootfs(&self, id: &ContainerId, mounts: &[Mount]) -> Result<PathBuf> {
-        let target = self.container(id).join("rootfs");
-        make_dir(&target)?;
-        mount::mount_all(mounts, &target).await?;
-        Ok(Self::in_guest(id).join("rootfs"))
+        // Elsewhere first: some take several steps, of which the guest must not see the first.
+        let staging = self.0.with_file_name(format!("{id}.rootfs"));
+        make_dir(&staging)?;
+        mount::mount_all(mounts, &staging).await?;
+        let shown = self.bind_rootfs(id, &staging, false).await;
+        let unmounted = unstage(&staging).await;
+        let shown = shown?;
+        unmounted.map(|()| shown)
     }
 
     /// Shows a directory as a container's root filesystem; returns its path in the guest.
     pub(crate) async fn bind_rootfs(&self, id: &ContainerId, source: &Path, readonly: bool) -> Result<PathBuf> {
         let target = self.container(id).join("rootfs");
         make_dir(&target)?;
-        self.bind(source, &target, Binding { readonly, recursive: true, follows_host: false }).await?;
+        mount::bind(source, &target, Binding { readonly, recursive: true, follows: false }).await?;
         Ok(Self::in_guest(id).join("rootfs"))
     }
 
@@ -102,21 +99,13 @@ impl SharedDir {
         } else {
             File::create(&target).map_err(Error::io("create", &target))?;
         }
-        self.bind(source, &target, binding).await?;
+        mount::bind(source, &target, binding).await?;
         Ok(Self::in_guest(id).join(name))
-    }
-
-    async fn bind(&self, source: &Path, target: &Path, binding: Binding) -> Result<()> {
-        let recursive = if binding.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-        mount::bind(source, target, recursive, binding.readonly).await?;
-        // A slave first, or what is mounted here would appear on the host; then shared again, or virtiofsd would not see it.
-        let propagation = if binding.follows_host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
-        mount::propagate(target, propagation | MsFlags::MS_REC).await?;
-        mount::propagate(target, MsFlags::MS_SHARED | MsFlags::MS_REC).await
     }
 
     /// Takes a container's filesystems away.
     pub(crate) async fn remove_container(&self, id: &ContainerId) -> Result<()> {
+        unstage(&self.0.with_file_name(format!("{id}.rootfs"))).await?;
         let dir = self.container(id);
         mount::unmount_all(&dir).await?;
         match fs::remove_dir_all(&dir) {
@@ -133,6 +122,14 @@ impl SharedDir {
             entries => entries.and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(Error::io("list", &dir))?,
         };
         Ok(entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+    }
+}
+
+async fn unstage(staging: &Path) -> Result<()> {
+    mount::unmount_all(staging).await?;
+    match fs::remove_dir(staging) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", staging)(error)),
+        _ => Ok(()),
     }
 }
 

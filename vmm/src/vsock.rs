@@ -1,13 +1,16 @@
 //! Which way the host reaches guests: by the kernel, where it has `/dev/vhost-vsock`, else by a device of its own for each machine.
 
 use std::{
-    fs::OpenOptions,
+    fs::{self, OpenOptions, Permissions},
     io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use kuasar_guest_protocol::{EMULATED_WORD, KNOCK_PORT};
 use kuasar_sandboxers::{Error, Result};
+use tokio::net::UnixListener;
 
 use crate::{
     hypervisor::{Capabilities, Place},
@@ -64,21 +67,50 @@ impl VsockWay {
         }
     }
 
+    /// What the guest is told of it, on its kernel's command line.
+    pub(crate) fn word(&self) -> Option<&'static str> {
+        matches!(self, Self::User(_)).then_some(EMULATED_WORD)
+    }
+
     /// Makes what the machine of this number needs.
-    pub(crate) async fn start(&self, number: u32, place: &Place) -> Result<(Option<Launched>, Vsock)> {
+    pub(crate) async fn start(&self, number: u32, place: &Place) -> Result<Made> {
         let cid = FIRST_CID + number;
         match self {
             Self::Kernel => {
                 let vhost = open_vhost().map_err(Error::io("open", VHOST_VSOCK))?;
-                Ok((None, Vsock::Kernel { cid, vhost: Arc::new(vhost.into()) }))
+                Ok(Made { device: None, vsock: Vsock::Kernel { cid, vhost: Arc::new(vhost.into()) }, ready: None })
             }
             Self::User(device) => {
                 let (launched, vsock) = device.start(cid, place).await?;
-                Ok((Some(launched), vsock))
+                let ready = match &vsock {
+                    Vsock::User { hybrid, .. } => Some(listen_knock(hybrid)?),
+                    Vsock::Kernel { .. } | Vsock::Builtin { .. } => None,
+                };
+                Ok(Made { device: Some(launched), vsock, ready })
             }
-            Self::Builtin => Ok((None, Vsock::Builtin { cid, socket: socket(&place.dir) })),
+            Self::Builtin => Ok(Made { device: None, vsock: Vsock::Builtin { cid, socket: socket(&place.dir) }, ready: None }),
         }
     }
+}
+
+/// What has been made for a machine.
+#[derive(Debug)]
+pub(crate) struct Made {
+    /// The device's own process.
+    pub(crate) device: Option<Launched>,
+    pub(crate) vsock: Vsock,
+    /// Where the guest connects when it is ready, with the hybrid protocol.
+    pub(crate) ready: Option<UnixListener>,
+}
+
+/// The guest's connections to a port of the host's arrive at a socket whose name ends with the port.
+fn listen_knock(hybrid: &Path) -> Result<UnixListener> {
+    let mut path = hybrid.as_os_str().to_owned();
+    path.push(format!("_{KNOCK_PORT}"));
+    let listener = UnixListener::bind(&path).map_err(Error::io("listen on", &path))?;
+    // The device has a user of its own. Nobody else gets into the directory.
+    fs::set_permissions(&path, Permissions::from_mode(0o666)).map_err(Error::io("change the mode of", path))?;
+    Ok(listener)
 }
 
 fn open_vhost() -> io::Result<std::fs::File> {

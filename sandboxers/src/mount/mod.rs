@@ -23,12 +23,17 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::statvfs::{FsFlags, statvfs},
 };
+use rustix::{
+    fs::CWD,
+    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+};
 use tracing::error;
 
 use self::options::Options;
 pub use self::{idmap::user_namespace, info::mounted_under};
 use crate::{
     error::{Error, Result},
+    sys::{make_mount_readonly, set_mount_propagation},
     types::Mount,
 };
 
@@ -66,20 +71,38 @@ pub async fn unmount_all(target: &Path) -> Result<()> {
     blocking("unmount", move || unmount_tree(&target)).await
 }
 
-/// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind; with what is mounted below
-/// `source` if `flags` has `MS_REC`. Read-only is the bound mount alone, as with `mount -o bind,ro`.
+/// How a mount is shown once more by [`bind`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Binding {
+    /// With what is mounted below it.
+    pub recursive: bool,
+    /// It cannot be written to; what is mounted below it can, as with `mount -o bind,ro`.
+    pub readonly: bool,
+    /// With what is mounted below `source` later, but nothing goes the other way.
+    pub follows: bool,
+}
+
+/// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind.
+///
+/// It appears there as it is to be, in one step: other mount namespaces that the target's mounts propagate to never see it writable, and
+/// they would go on to, for a mount's flags do not propagate.
 ///
 /// # Errors
 /// The kernel's refusal; nothing is left mounted then.
-pub async fn bind(source: &Path, target: &Path, flags: MsFlags, readonly: bool) -> Result<()> {
+pub async fn bind(source: &Path, target: &Path, binding: Binding) -> Result<()> {
     let (source, target) = (source.to_owned(), target.to_owned());
     blocking("bind mount", move || {
-        call(Some(&source), &target, None, MsFlags::MS_BIND | flags, None)?;
-        if readonly && let Err(failure) = remount_bind(&target, MsFlags::MS_RDONLY) {
-            detach(&target)?;
-            return Err(failure);
+        let failed = || Error::failed(format!("bind {} on {}", source.display(), target.display()));
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        flags.set(OpenTreeFlags::AT_RECURSIVE, binding.recursive);
+        let tree = open_tree(CWD, &source, flags).map_err(io::Error::from).map_err(failed())?;
+        // A slave first: the clone is a peer of the source, and what is mounted on either would appear on the other.
+        let propagation = if binding.follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+        set_mount_propagation(&tree, propagation).map_err(failed())?;
+        if binding.readonly {
+            make_mount_readonly(&tree).map_err(failed())?;
         }
-        Ok(())
+        move_mount(&tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from).map_err(failed())
     })
     .await
 }
@@ -402,7 +425,7 @@ mod tests {
         let (source, target) = (scratch.dir("t").join("file"), scratch.0.path().join("target"));
         fs::write(&source, "x").unwrap();
         fs::write(&target, "").unwrap();
-        bind(&source, &target, MsFlags::empty(), true).await.unwrap();
+        bind(&source, &target, Binding { readonly: true, ..Binding::default() }).await.unwrap();
         assert!(fs::write(&target, "y").is_err());
         let flags = statvfs(&target).unwrap().flags();
         assert!(flags.contains(FsFlags::ST_NOEXEC | FsFlags::ST_NOSUID | FsFlags::ST_RDONLY));

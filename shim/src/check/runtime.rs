@@ -16,7 +16,7 @@ pub(super) async fn all(config: &Config, reaper: &Reaper) -> Vec<Finding> {
             SandboxerConfig::Runc(config) => config,
             SandboxerConfig::Vmm(config) => {
                 let subject = format!("virtual machines, {name}");
-                findings.push(match VmmSandboxer::open(config.clone(), reaper.clone()).await {
+                findings.push(match VmmSandboxer::open(config.as_ref().clone(), reaper.clone()).await {
                     Ok(sandboxer) => Finding::ok(subject, sandboxer.capabilities().technique),
                     Err(error) => {
                         Finding::missing(subject, error.report(), "see docs/microvm.md for what virtual machines need")

@@ -33,7 +33,7 @@ pub enum SandboxerConfig {
     /// `kind = "runc"`: containers as processes on this kernel, through an OCI runtime.
     Runc(RuncConfig),
     /// `kind = "vmm"`: each pod in a virtual machine of its own.
-    Vmm(VmmConfig),
+    Vmm(Box<VmmConfig>),
 }
 
 impl SandboxerConfig {
@@ -122,7 +122,7 @@ fn read(name: &str, mut table: Section<'_>, state: &Path) -> Option<SandboxerCon
     }
     // With an unknown kind nobody can say which other keys are right.
     match kind? {
-        "vmm" => Some(SandboxerConfig::Vmm(vmm::read(name, table, state))),
+        "vmm" => Some(SandboxerConfig::Vmm(Box::new(vmm::read(name, table, state)))),
         _ => Some(SandboxerConfig::Runc(read_runc(name, table, state))),
     }
 }

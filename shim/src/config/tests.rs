@@ -23,6 +23,7 @@ fn faults(text: &str) -> Vec<String> {
 fn runc(config: &Config, name: &str) -> RuncConfig {
     match &config.sandboxers[name] {
         SandboxerConfig::Runc(config) => config.clone(),
+        SandboxerConfig::Vmm(_) => panic!("{name} is of another kind"),
     }
 }
 

@@ -41,8 +41,7 @@ pub(super) fn read(name: &str, mut table: Section<'_>, state: &Path) -> VmmConfi
     }
     // With an unknown one what else is written is checked all the same.
     let _ = hypervisor;
-    let mut qemu = QemuConfig::default();
-    qemu.path = table.absolute_path("path");
+    let mut qemu = QemuConfig { path: table.absolute_path("path"), ..QemuConfig::default() };
     if let Some(machine) = table.checked("machine", |text| one_of("machine", &MACHINES, text)) {
         qemu.machine = machine;
     }
@@ -131,8 +130,6 @@ pub(super) fn to_toml(config: &VmmConfig) -> toml::Table {
                 set("hot_disks", number(count as u64));
             }
         }
-        // One of a later version, which this one has not read.
-        _ => {}
     }
     let paths = [
         ("kernel", &config.kernel),

@@ -26,7 +26,7 @@ const TEXT_LIMIT: usize = (4 << 10) + NAME_LIMIT;
 /// The longest message.
 const SIZE_LIMIT: usize = 1 + TEXT_LIMIT;
 /// The most descriptors parked under one name.
-const DESCRIPTORS: usize = 2;
+const DESCRIPTORS: usize = 3;
 
 /// One message.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -25,6 +25,8 @@ pub struct PodSpec {
     pub config: PodSandboxConfig,
     /// The runtime handler; empty for the default one.
     pub handler: String,
+    /// See [`PodSpec::quick`].
+    pub quick: bool,
 }
 
 impl PodSpec {
@@ -40,6 +42,7 @@ impl PodSpec {
                 ..Default::default()
             },
             handler: String::new(),
+            quick: false,
         };
         spec.namespaces().pid = NamespaceMode::Container.into();
         spec
@@ -72,6 +75,13 @@ impl PodSpec {
     pub fn host_network(mut self) -> Self {
         self.namespaces().network = NamespaceMode::Node.into();
         self.config.hostname = String::new();
+        self
+    }
+
+    /// Where the network does not matter: the node's, which is quicker, unless the pod has a virtual machine.
+    #[must_use]
+    pub fn quick(mut self) -> Self {
+        self.quick = true;
         self
     }
 

@@ -157,7 +157,7 @@ fn kuasard(node: &mut Node) -> Result<&mut kuasar_tests::kuasard::Kuasard> {
 
 /// Pods of several kinds, one container each.
 async fn some_pods(node: &Node, handler: &str) -> Result<Vec<Pod>> {
-    let specs = [PodSpec::new("a").shared_pid(), PodSpec::new("b"), PodSpec::new("c").host_network()];
+    let specs = [PodSpec::new("a").shared_pid(), PodSpec::new("b"), PodSpec::new("c").quick()];
     let mut pods = Vec::new();
     for spec in specs {
         let pod = node.run_pod(spec.handler(handler)).await?;
@@ -185,7 +185,7 @@ async fn the_worker_is_killed(lone: &Lone) -> Result<()> {
     fs::create_dir(&flags)?;
     let with_flags = |name: &str, script: &str| ContainerSpec::new(name).sh(script).mount(&flags, "/flags", false);
     let pod = node.run_pod(lone.pod().shared_pid()).await?;
-    let other = node.run_pod(lone.pod().host_network()).await?;
+    let other = node.run_pod(lone.pod().quick()).await?;
     let counter = pod.run(ContainerSpec::new("counter").sh("i=0; while :; do i=$((i+1)); echo $i; sleep 0.005; done")).await?;
     let terminal = other.run(ContainerSpec::new("terminal").command(&["sh"]).tty().stdin()).await?;
     let mut pids = Vec::new();

@@ -70,7 +70,7 @@ async fn one_that_does_not_exist(case: &Case) -> Result<()> {
 
 async fn all_of_them(case: &Case) -> Result<()> {
     let Some(device) = device() else { return case.skip("no device that only privileged containers have") };
-    let pod = case.run(case.spec().host_network().privileged()).await?;
+    let pod = case.run(case.spec().quick().privileged()).await?;
     let container = pod.run(ContainerSpec::new("c").sleep().privileged()).await?;
     assert_eq!(container.sh(&format!("exec 3<{device}")).await?.exit_code, 0);
     Ok(())

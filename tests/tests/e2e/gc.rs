@@ -67,7 +67,7 @@ fn wipe(node: &Node) -> Result<()> {
 async fn what_containerd_has_forgotten_is_collected_unasked(lone: &Lone) -> Result<()> {
     let mut node = lone.node().await?;
     let before = lone.baseline(&node).await?;
-    for spec in [PodSpec::new("a").shared_pid(), PodSpec::new("b"), PodSpec::new("c").host_network()] {
+    for spec in [PodSpec::new("a").shared_pid(), PodSpec::new("b"), PodSpec::new("c").quick()] {
         let pod = node.run_pod(spec.handler(&lone.handler)).await?;
         pod.run(ContainerSpec::new("c").sh("sleep 1000 & exec sleep 1000")).await?;
         pod.create(ContainerSpec::new("waiting").sleep()).await?;
@@ -109,7 +109,7 @@ async fn nothing_that_containerd_knows_is_collected(lone: &Lone) -> Result<()> {
         let node = &node;
         async move {
             for round in 0..rounds {
-                let spec = lone.pod().host_network();
+                let spec = lone.pod().quick();
                 let pod = node.run_pod(if (number + round) % 2 == 0 { spec.shared_pid() } else { spec }).await?;
                 // Never without and never with a container for long.
                 let container = pod.run(ContainerSpec::new("c").sleep()).await?;

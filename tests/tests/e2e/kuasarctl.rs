@@ -88,7 +88,7 @@ async fn starts_that_fail_are_told(case: &Case) -> Result<()> {
     let json: Value = serde_json::from_str(&said(&case.node, &["inspect", &id[..20], "--json"])?)?;
     assert_eq!(json, json!({ "failures": [failure] }));
 
-    let pod = case.run(case.spec().host_network()).await?;
+    let pod = case.run(case.spec().quick()).await?;
     let missing = pod.create(ContainerSpec::new("missing").command(&["/no/such/program"])).await?;
     let error = crate::suite::refused(missing.start().await, &["/no/such/program", "(stage: create the container with "])?;
     let (_, failure) = report(&error)?;

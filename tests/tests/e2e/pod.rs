@@ -202,7 +202,7 @@ async fn a_pods_init_killed_from_outside(case: &Case) -> Result<()> {
 }
 
 async fn what_does_not_start_says_why(case: &Case) -> Result<()> {
-    let pod = case.run(case.spec().host_network().shared_pid()).await?;
+    let pod = case.run(case.spec().quick().shared_pid()).await?;
     let missing = pod.create(ContainerSpec::new("missing").command(&["/no/such/program"])).await?;
     refused(missing.start().await, &["/no/such/program"])?;
     let status = missing.status().await?;
@@ -287,7 +287,7 @@ async fn events_tell_the_story(case: &Case) -> Result<()> {
 }
 
 async fn the_same_pod_twice(case: &Case) -> Result<()> {
-    let spec = case.spec().host_network();
+    let spec = case.spec().quick();
     let pod = case.run(spec.clone()).await?;
     refused(case.run(spec.clone()).await, &["reserved"])?;
     pod.remove_all().await?;

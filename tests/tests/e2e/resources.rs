@@ -201,9 +201,8 @@ async fn a_pods_resources_change(case: &Case) -> Result<()> {
     if case.node.containerd.version() < (2, 3, 0) {
         return case.skip("UpdatePodSandboxResources needs containerd 2.3");
     }
-    let pod = case
-        .run(case.spec().host_network().resources(LinuxContainerResources { cpu_shares: 1024, ..Default::default() }))
-        .await?;
+    let pod =
+        case.run(case.spec().quick().resources(LinuxContainerResources { cpu_shares: 1024, ..Default::default() })).await?;
     let container = pod.run(ContainerSpec::new("c").sleep()).await?;
     let resources = LinuxContainerResources { cpu_shares: 512, memory_limit_in_bytes: 256 * MIB, ..Default::default() };
     pod.update(resources, None).await?;

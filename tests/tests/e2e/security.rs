@@ -48,7 +48,9 @@ async fn a_read_only_root_file_system(case: &Case) -> Result<()> {
     let container = case.container(ContainerSpec::new("c").sleep().readonly_rootfs().mount(&dir, "/v", false)).await?;
     for path in ["/x", "/tmp/x", "/etc/x", "/bin/ls"] {
         let ran = container.sh(&format!("echo x >>{path}")).await?;
-        assert!(ran.stderr().contains("Read-only file system"), "{path}: {ran:?}");
+        // Of a program that runs, virtiofs says that first.
+        let busy = case.is_machine() && ran.stderr().contains("Text file busy");
+        assert!(busy || ran.stderr().contains("Read-only file system"), "{path}: {ran:?}");
     }
     assert_eq!(container.sh("echo x >/v/x && echo x >/dev/shm/x && echo x >/dev/null").await?.exit_code, 0);
     Ok(())
@@ -166,7 +168,7 @@ async fn paths_are_masked_and_read_only(case: &Case) -> Result<()> {
 }
 
 async fn privileged(case: &Case) -> Result<()> {
-    let pod = case.run(case.spec().host_network().privileged()).await?;
+    let pod = case.run(case.spec().quick().privileged()).await?;
     let spec = ContainerSpec::new("c").sleep().privileged().seccomp(ProfileType::RuntimeDefault, "");
     let container = pod.run(spec).await?;
     assert_eq!(seccomp_of(&container).await?, "0", "privileged means without");
@@ -214,7 +216,7 @@ async fn oom_score(case: &Case) -> Result<()> {
     let container = case.container(ContainerSpec::new("c").sleep().oom_score_adj(567)).await?;
     assert_eq!(container.exec(["cat", "/proc/1/oom_score_adj"]).await?.stdout(), "567\n");
     // crun gives it to the first process only.
-    if !case.handler.contains("crun") {
+    if !case.handler.contains("crun") && !case.is_machine() {
         assert_eq!(container.exec(["cat", "/proc/self/oom_score_adj"]).await?.stdout(), "567\n");
     }
     Ok(())

@@ -34,7 +34,7 @@ fn resident_kib(pids: &[i32]) -> Result<u64> {
 
 async fn pods(node: &Node, lone: &Lone, count: usize) -> Result<()> {
     stream::iter((0..count).map(|_| async {
-        let pod = node.run_pod(lone.pod().host_network()).await?;
+        let pod = node.run_pod(lone.pod().quick()).await?;
         let container = pod.run(ContainerSpec::new("c").sleep().log_path("")).await?;
         ensure!(container.pid().await? > 0);
         pod.remove_all().await?;

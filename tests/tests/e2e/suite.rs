@@ -18,6 +18,30 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 use tonic::Status;
 
+/// What cannot be for a pod in a virtual machine, and why. A module's name stands for all of its cases.
+const NOT_IN_MACHINES: &[(&str, &str)] = &[
+    ("direct", "it makes pods on the node's network"),
+    ("soak::two_hundred_pods", "machines for so many take longer than a case may"),
+    ("pod::thirty_pods_at_once", "machines for so many take longer than a case may"),
+    ("pod::a_pods_init_killed_from_outside", "the pod's processes are the guest's"),
+    ("pod::a_container_killed_from_outside", "the pod's processes are the guest's"),
+    ("bad::an_oci_runtime_that_disappears", "the OCI runtime is in the guest"),
+    ("bad::an_oci_runtime_that_is_too_old", "the OCI runtime is in the guest"),
+    ("kuasarctl::starts_that_fail_are_told", "its failure is the OCI runtime's on the node"),
+    ("namespaces::the_nodes_processes", "a virtual machine has none of the node's namespaces"),
+    ("namespaces::a_pod_is_apart_and_its_containers_are_together", "it compares the node's namespaces"),
+    ("resources::limits_are_set", "the container's control group is the guest's"),
+    ("resources::limits_change", "the container's control group is the guest's"),
+    ("resources::limits_that_cannot_be", "what a limit may be is the guest's kernel's to say"),
+    ("resources::everything_of_a_pod_is_below_its_cgroup", "the container's processes are the guest's"),
+    ("volumes::propagation_to_the_node", "mounts of a virtual machine cannot be the node's"),
+    ("devices::one_that_is_asked_for", "character devices of the node are not the guest's"),
+    ("devices::all_of_them", "character devices of the node are not the guest's"),
+    ("network::a_server_on_the_nodes_network", "a virtual machine is not on the node's network"),
+    ("users::what_the_runtime_can_do_is_offered", "the OCI runtime is in the guest, and is not asked before there is one"),
+    ("gc::a_damaged_state_file", "it looks for the processes of containers"),
+];
+
 /// How long a case may take. What hangs is to be named, not to stop the suite.
 const LIMIT: Duration = Duration::from_secs(120);
 /// How long what a case has removed may take to be gone.
@@ -118,7 +142,7 @@ impl Lone {
 async fn baseline(node: &Node, handlers: &[String]) -> Result<Snapshot> {
     let before = node.snapshot()?;
     for handler in handlers {
-        if let Some((name, _)) = sandboxer(handler) {
+        if let Some((name, _)) = sandboxer(handler).filter(|_| !tools::is_machine(handler)) {
             crate::direct::first(node, name).await?;
         }
         let pod = node.run_pod(PodSpec::new("first").handler(handler).shared_pid()).await?;
@@ -209,9 +233,14 @@ impl Case {
         self.run(self.spec()).await
     }
 
-    /// A pod on the node's network: quicker, where the network does not matter.
+    /// Whether the handler's pods have a virtual machine each.
+    pub(crate) fn is_machine(&self) -> bool {
+        tools::is_machine(&self.handler)
+    }
+
+    /// A pod on the node's network where it can be: quicker, where the network does not matter.
     pub(crate) async fn quick_pod(&self) -> Result<Pod, Status> {
-        self.run(self.spec().host_network()).await
+        self.run(self.spec().quick()).await
     }
 
     /// A container that sleeps, in a pod on the node's network.
@@ -402,6 +431,13 @@ pub(crate) fn run(entries: Vec<Entry>) -> ExitCode {
         for handler in &all.handlers {
             let ours = handler.starts_with(OURS);
             if entry.scope == Scope::Ours && !ours {
+                continue;
+            }
+            let module = entry.name.0.rsplit("::").next().unwrap_or_default();
+            let name = format!("{module}::{}", entry.name.1);
+            let impossible = NOT_IN_MACHINES.iter().find(|(case, _)| *case == module || *case == name);
+            if let Some((_, why)) = impossible.filter(|_| tools::is_machine(handler)) {
+                skip::record(&format!("{handler}/{name}"), why);
                 continue;
             }
             trials.push(trial(&runtime, &all, entry, handler));

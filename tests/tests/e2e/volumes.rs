@@ -137,7 +137,7 @@ async fn propagation_to_the_container(case: &Case) -> Result<()> {
 
 async fn propagation_to_the_node(case: &Case) -> Result<()> {
     let dir = volume(case, "v")?;
-    let pod = case.run(case.spec().host_network().privileged()).await?;
+    let pod = case.run(case.spec().quick().privileged()).await?;
     let mut spec = ContainerSpec::new("c").sleep().privileged();
     spec.config.mounts = vec![
         with_propagation(&dir, "/both", MountPropagation::PropagationBidirectional),

@@ -39,6 +39,13 @@ async fn run(slot: &mut Option<Node>) -> Result<ExitCode> {
         options = options.sandboxer(Handler::OURS_CRUN.name, "crun");
         versions = format!("{versions}, crun {}", version(&crun)?);
     }
+    match tools::machine("qemu") {
+        Ok(()) => {
+            handlers.push(Handler::OURS_QEMU);
+            options = options.sandboxer(Handler::OURS_QEMU.name, "qemu");
+        }
+        Err(missing) => screen.line(&format!("without kuasar-qemu: {missing}"))?,
+    }
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("read the kernel's version")?;
     screen.line(&screen.paint(Style::Bold, "Kuasar: one pod, run by containerd's runc shim and by kuasard"))?;
     screen.line(&screen.paint(Style::Dim, &format!("Linux {}, {versions}", kernel.trim())))?;

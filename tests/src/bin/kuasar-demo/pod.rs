@@ -6,12 +6,14 @@ use anyhow::Result;
 use kuasar_tests::image::{Store, recipes};
 use kuasar_tests::leak::census;
 use kuasar_tests::screen::{Screen, Style};
-use kuasar_tests::{Container, ContainerSpec, Node, PodSpec};
+use kuasar_tests::{Container, ContainerSpec, Node, PodSpec, tools};
 
 use crate::WIDTH;
 
 /// How many pods there are in the end: the one that is shown and more, one after another.
-pub(crate) const PODS: usize = 10;
+const PODS: usize = 10;
+/// The same for virtual machines, which may have to be emulated.
+const MACHINES: usize = 2;
 const CLIENT: &str = "localhost/client:1";
 /// It says what it sees, and asks the web server, which is in the same network namespace.
 const SCRIPT: &str = "\
@@ -35,6 +37,16 @@ impl Handler {
         Self { name: "kuasar-runc", title: "kuasar-runc", note: "kuasard with the same runc: one daemon for all pods" };
     pub(crate) const OURS_CRUN: Self = Self { name: "kuasar-crun", title: "kuasar-crun", note: "the same kuasard with crun" };
 
+    pub(crate) const OURS_QEMU: Self = Self {
+        name: "kuasar-qemu",
+        title: "kuasar-qemu",
+        note: "the same kuasard: each pod in a virtual machine with a kernel of its own",
+    };
+
+    fn pods(&self) -> usize {
+        if tools::is_machine(self.name) { MACHINES } else { PODS }
+    }
+
     fn spec(&self, name: &str) -> PodSpec {
         PodSpec::new(name).handler(self.name)
     }
@@ -43,6 +55,7 @@ impl Handler {
 /// What one handler came to.
 pub(crate) struct Figures {
     pub(crate) title: &'static str,
+    pub(crate) pods: usize,
     /// Medians over all pods.
     pub(crate) run: Duration,
     pub(crate) start: Duration,
@@ -137,8 +150,8 @@ pub(crate) async fn show(node: &Node, handler: &Handler, screen: &mut Screen) ->
     let one = Memory::read(node, handler)?;
 
     let mut pods = vec![pod];
-    while pods.len() < PODS {
-        screen.status(&format!("pod {} of {PODS}", pods.len() + 1))?;
+    while pods.len() < handler.pods() {
+        screen.status(&format!("pod {} of {}", pods.len() + 1, handler.pods()))?;
         let pod = timed(&mut run, node.run_pod(handler.spec("more"))).await?;
         timed(&mut start, pod.run(self::web())).await?;
         pods.push(pod);
@@ -152,6 +165,7 @@ pub(crate) async fn show(node: &Node, handler: &Handler, screen: &mut Screen) ->
     command(screen, "crictl rmp --force $POD", &remove)?;
     Ok(Figures {
         title,
+        pods: pods.len(),
         run: median(run),
         start: median(start),
         exec: median(exec),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use kuasar_tests::screen::{Screen, Style};
 
-use crate::pod::{Figures, PODS};
+use crate::pod::Figures;
 
 const LABEL: usize = 25;
 const RATIO: usize = 6;
@@ -35,9 +35,10 @@ pub(crate) fn print(results: &[Figures], screen: &mut Screen) -> Result<()> {
     row("run a command in that".to_owned(), &|of| time(of.exec));
     row("remove the pod".to_owned(), &|of| time(of.remove));
     row("memory, 1 pod".to_owned(), &|of| memory(of.memory[0].kib));
-    row(format!("memory, {PODS} pods"), &|of| memory(of.memory[1].kib));
-    let processes = |count: usize| Cell { text: count.to_string(), number: None };
-    row(format!("processes, {PODS} pods"), &|of| processes(of.memory[1].processes));
+    let count = |pods: usize| Cell { text: pods.to_string(), number: None };
+    row("pods in the end".to_owned(), &|of| count(of.pods));
+    row("memory then".to_owned(), &|of| memory(of.memory[1].kib));
+    row("processes then".to_owned(), &|of| count(of.memory[1].processes));
     row("kernel of the containers".to_owned(), &|of| Cell { text: of.kernel.clone(), number: None });
 
     // A kernel's version can be long.
@@ -56,10 +57,8 @@ pub(crate) fn print(results: &[Figures], screen: &mut Screen) -> Result<()> {
     }
     screen.line(&screen.paint(
         Style::Dim,
-        &format!(
-            "Medians of {PODS} pods, one after another. Memory (PSS) and processes: shims and pause\n\
-             containers on the left, kuasard on the right. × is the part of the runc shim's figure."
-        ),
+        "Medians of the pods, one after another. Memory (PSS) and processes: shims and pause containers on\n\
+         the left, kuasard on the right, without VMMs. × is the part of the runc shim's figure.",
     ))
 }
 
