@@ -247,6 +247,7 @@ initrd() {
     "$crun" --version >"$scratch/runtime-version"
     "$crun" features >"$scratch/runtime-features" 2>/dev/null || : >"$scratch/runtime-features"
     for name in runtime-version runtime-features; do file "etc/kuasar/$name" 0100644 "$scratch/$name"; done
+    rm "$scratch"/runtime-*
     if [ -e "$kernel_dir/modules.list" ]; then
         file etc/modules 0100644 "$kernel_dir/modules.list"
         for name in lib lib/modules; do directory "$name"; done
