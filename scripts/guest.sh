@@ -238,11 +238,16 @@ trailer() { entry 'TRAILER!!!' 0; }
 
 initrd() {
     local name
-    for name in bin dev etc; do directory "$name"; done
+    for name in bin dev etc etc/kuasar; do directory "$name"; done
     # What the first process has as its standard streams, until it mounts a /dev.
     entry dev/console 020600 0 5 1
     file init 0100755 "$agent"
     file bin/crun 0100755 "$crun"
+    # What the agent would have to ask it at each boot. Older ones know no features.
+    "$crun" --version >"$scratch/runtime-version"
+    "$crun" features >"$scratch/runtime-features" 2>/dev/null || : >"$scratch/runtime-features"
+    for name in runtime-version runtime-features; do file "etc/kuasar/$name" 0100644 "$scratch/$name"; done
+    rm "$scratch"/runtime-*
     if [ -e "$kernel_dir/modules.list" ]; then
         file etc/modules 0100644 "$kernel_dir/modules.list"
         for name in lib lib/modules; do directory "$name"; done

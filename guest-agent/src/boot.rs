@@ -29,7 +29,7 @@ use tokio::{
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use tracing::{debug, error, info, warn};
 
-use crate::{connection::Listener, machine, poke::Pokes, serve::Ports, storage::make_dir};
+use crate::{connection::Listener, machine, serve::Ports, storage::make_dir};
 
 /// Names the modules to load, a path a line, in order. A kernel that has everything built in has none.
 const MODULES: &str = "/etc/modules";
@@ -48,8 +48,8 @@ const KNOCK: Duration = Duration::from_secs(1);
 pub struct Words {
     /// Processes beside the containers are allowed.
     pub debug: bool,
-    /// The host's vsock device needs help (see `poke`).
-    pub emulated_vsock: bool,
+    /// The host wants to be told when somebody listens.
+    pub knock: bool,
     /// How much to log.
     pub log: Option<String>,
 }
@@ -59,7 +59,7 @@ impl Words {
         let mut words = Self::default();
         for word in cmdline.split_whitespace() {
             words.debug |= word == DEBUG_WORD;
-            words.emulated_vsock |= word == EMULATED_WORD;
+            words.knock |= word == EMULATED_WORD;
             if let Some(level) = word.strip_prefix(LOG_WORD) {
                 words.log = Some(level.into());
             }
@@ -191,13 +191,12 @@ fn load_module(path: &Path) -> Result<()> {
 /// When there is no vsock after all modules have been loaded.
 pub async fn open_ports(words: &Words) -> Result<(Ports, watch::Receiver<bool>)> {
     let mut modules = load_modules();
-    let pokes = words.emulated_vsock.then(Pokes::start);
     let ports = loop {
         let opened = (|| {
             Ok::<_, io::Error>(Ports {
-                calls: Listener::vsock(PORT, pokes.clone())?,
-                streams: Listener::vsock(STREAM_PORT, pokes.clone())?,
-                forward: Listener::vsock(FORWARD_PORT, pokes.clone())?,
+                calls: Listener::vsock(PORT)?,
+                streams: Listener::vsock(STREAM_PORT)?,
+                forward: Listener::vsock(FORWARD_PORT)?,
             })
         })();
         match opened {
@@ -212,7 +211,7 @@ pub async fn open_ports(words: &Words) -> Result<(Ports, watch::Receiver<bool>)>
         }
     };
     let (booted, boot) = watch::channel(false);
-    let mut silent = words.emulated_vsock;
+    let mut silent = words.knock;
     tokio::spawn(async move {
         loop {
             silent = silent && !knock().await;
@@ -248,8 +247,8 @@ mod tests {
     #[test]
     fn words_of_the_command_line() {
         let words = Words::parse("console=ttyS0 quiet kuasar.log=debug kuasar.debug panic=-1");
-        assert!(Words::parse(EMULATED_WORD).emulated_vsock);
-        assert_eq!(words, Words { debug: true, log: Some("debug".into()), emulated_vsock: false });
+        assert!(Words::parse(EMULATED_WORD).knock);
+        assert_eq!(words, Words { debug: true, log: Some("debug".into()), knock: false });
         assert_eq!(Words::parse("kuasar.debugging kuasar.log"), Words::default());
     }
 }

@@ -255,7 +255,9 @@ impl Guest {
         let fifos = Fifos::make(dir.join("io"), streams)?;
         let container = ContainerSpec { id: id.clone(), bundle, spec, rootfs: Vec::new(), stdio: fifos.stdio() };
         let container = pod.sandbox.create_container(container).await?;
-        let first = Live::begin(id.to_string(), container.clone(), fifos, false);
+        let made = container.clone();
+        undo.push("remove the container", async move { made.delete().await });
+        let first = Live::begin(id.to_string(), container.clone(), fifos, false)?;
         Ok(Contained { container, first, execs: Lanes::new("exec", EXECS), storages: held, dir })
     }
 
@@ -291,17 +293,22 @@ impl Guest {
         let dir = fifos.dir().to_owned();
         let spec = ExecSpec { id: id.clone(), process: without_labels(process), stdio: fifos.stdio() };
         let exec = container.container.exec(spec).await?;
-        let pid = match exec.start().await {
-            Ok(pid) => pid,
+        let name = format!("{}/{id}", container.first.name());
+        let started = match exec.start().await {
+            Ok(pid) => Live::begin(name, exec.clone(), fifos, true).map(|live| (pid, live)),
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok((pid, live)) => {
+                turn.set(Some(Arc::new(live)));
+                Ok(pid)
+            }
             Err(error) => {
                 exec.delete().await?;
                 remove_dir(&dir)?;
-                return Err(error);
+                Err(error)
             }
-        };
-        let name = format!("{}/{id}", container.first.name());
-        turn.set(Some(Arc::new(Live::begin(name, exec, fifos, true))));
-        Ok(pid)
+        }
     }
 
     /// Makes what processes beside the containers run in, if it is not there.

@@ -23,7 +23,6 @@ mod guest;
 mod lanes;
 mod machine;
 mod net;
-mod poke;
 mod process;
 mod relay;
 mod serve;

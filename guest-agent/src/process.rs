@@ -1,7 +1,7 @@
 //! A process that exists, and its streams.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -35,9 +35,18 @@ const WAITING: usize = 4;
 pub(crate) struct Fifos {
     dir: PathBuf,
     terminal: bool,
-    stdin: Option<pipe::Sender>,
+    stdin: Option<Input>,
     stdout: Option<pipe::Receiver>,
     stderr: Option<pipe::Receiver>,
+}
+
+/// The FIFO of a process's input.
+#[derive(Debug)]
+struct Input {
+    path: PathBuf,
+    /// Both ends: while it is open, the writing end can be opened, and has a reader. The runtime would take one without a reader for
+    /// closed for good, and find it writable whenever it is asked.
+    both: File,
 }
 
 impl Fifos {
@@ -54,7 +63,7 @@ impl Fifos {
             let path = make(kind)?;
             pipe::OpenOptions::new().open_receiver(&path).map(Some).map_err(Error::io("open FIFO", path))
         };
-        let stdin = if wanted.stdin { Some(writer(&make(StreamKind::Stdin)?)?) } else { None };
+        let stdin = if wanted.stdin { Some(Input::open(make(StreamKind::Stdin)?)?) } else { None };
         let stdout = if wanted.stdout { reader(StreamKind::Stdout)? } else { None };
         let stderr = if wanted.stderr && !wanted.terminal { reader(StreamKind::Stderr)? } else { None };
         Ok(Self { dir, terminal: wanted.terminal, stdin, stdout, stderr })
@@ -79,11 +88,19 @@ impl Fifos {
     }
 }
 
-/// The writing end of a FIFO that nobody reads yet. It only writes: the process's end is noticed.
-fn writer(path: &Path) -> Result<pipe::Sender> {
-    let both = fs::File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let _both = both.map_err(Error::io("open FIFO", path))?;
-    pipe::OpenOptions::new().open_sender(path).map_err(Error::io("open FIFO", path))
+impl Input {
+    fn open(path: PathBuf) -> Result<Self> {
+        let both = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let both = both.map_err(Error::io("open FIFO", &path))?;
+        Ok(Self { path, both })
+    }
+
+    /// The writing end, once the process has the reading end. It only writes: the process's end is noticed.
+    fn writer(self) -> Result<pipe::Sender> {
+        let writer = pipe::OpenOptions::new().open_sender(&self.path).map_err(Error::io("open FIFO", &self.path))?;
+        drop(self.both);
+        Ok(writer)
+    }
 }
 
 /// Removes a directory, if it is there.
@@ -110,13 +127,17 @@ pub(crate) struct Live {
 
 impl Live {
     /// Watches a process that exists now, and moves its bytes.
-    pub(crate) fn begin(name: String, process: Arc<dyn Process>, fifos: Fifos, started: bool) -> Self {
+    ///
+    /// # Errors
+    /// When its input cannot be opened; the process is still there then.
+    pub(crate) fn begin(name: String, process: Arc<dyn Process>, fifos: Fifos, started: bool) -> Result<Self> {
+        let stdin = fifos.stdin.map(Input::writer).transpose()?;
         let ending = Arc::new(Ending::pending());
         tokio::spawn({
             let (process, ending) = (process.clone(), ending.clone());
             async move { ending.tell(process.exited().await) }
         });
-        let stdin = fifos.stdin.map(|fifo| {
+        let stdin = stdin.map(|fifo| {
             let (sender, incoming) = mpsc::channel(WAITING);
             let (close, closing) = watch::channel(false);
             tokio::spawn(relay::input(fifo, incoming, closing, process.clone(), ending.clone()));
@@ -130,7 +151,7 @@ impl Live {
         };
         let (stdout, stderr) = (output(fifos.stdout), output(fifos.stderr));
         let (started, dir) = (AtomicBool::new(started), fifos.dir);
-        Self { process, name, started, ending, dir, stdin, stdout, stderr }
+        Ok(Self { process, name, started, ending, dir, stdin, stdout, stderr })
     }
 
     /// For logs.

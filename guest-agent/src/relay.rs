@@ -12,7 +12,7 @@ use tokio::{
     net::unix::pipe,
     select,
     sync::{mpsc, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tracing::{debug, warn};
 
@@ -29,6 +29,9 @@ const LEFT_BEHIND: Duration = Duration::from_secs(2);
 
 /// How long the output of a process that has ended waits for the host to connect.
 const ABSENT: Duration = Duration::from_secs(10);
+
+/// How long a FIFO is left alone that the runtime finds ready when it is not.
+const REFUSED: Duration = Duration::from_millis(5);
 
 /// Where the host's connections for one stream come in; a newer one replaces the one before it.
 pub(crate) type Incoming = mpsc::Receiver<Connection>;
@@ -220,6 +223,7 @@ async fn step(fifo: Option<&pipe::Receiver>, connection: &mut Connection, unsent
         return Step::Lost;
     };
     unsent.start = 0;
+    let mut refused = false;
     loop {
         unsent.bytes.resize(CHUNK, 0);
         match fifo.try_read(&mut unsent.bytes) {
@@ -234,6 +238,10 @@ async fn step(fifo: Option<&pipe::Receiver>, connection: &mut Connection, unsent
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 // An idle stream keeps no buffer.
                 *unsent = Unsent::default();
+                // One that had no writer for a moment is always said to be readable.
+                if std::mem::replace(&mut refused, true) {
+                    sleep(REFUSED).await;
+                }
                 select! {
                     ready = fifo.readable() => if ready.is_err() { return Step::Ended },
                     _closed = connection.read(&mut nothing) => return Step::Lost,
@@ -289,6 +297,7 @@ async fn move_input(fifo: &pipe::Sender, incoming: &mut Incoming, closing: &mut 
     let mut connection: Option<Connection> = None;
     let mut buffer = Vec::new();
     let (mut start, mut end) = (0, 0);
+    let mut refused = false;
     loop {
         let Some(open) = connection.as_mut() else {
             select! {
@@ -306,8 +315,13 @@ async fn move_input(fifo: &pipe::Sender, incoming: &mut Incoming, closing: &mut 
             if start < end {
                 fifo.writable().await?;
                 match fifo.try_write(&buffer[start..end]) {
-                    Ok(length) => start += length,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Ok(length) => (start, refused) = (start + length, false),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        // A FIFO that had no reader for a moment is taken for closed, and is always said to be writable.
+                        if std::mem::replace(&mut refused, true) {
+                            sleep(REFUSED).await;
+                        }
+                    }
                     Err(error) => return Err(error),
                 }
                 return Ok(true);

@@ -230,7 +230,7 @@ async fn a_machine() {
         Duration::from_micros(told.ready_us).as_secs_f64() * 1000.0
     );
     assert_eq!(told.version, kuasar_guest_protocol::VERSION);
-    assert!(!told.set_up && !told.features.is_empty());
+    assert!(!told.set_up && !told.runtime.is_empty());
     timed!("hello again", hello(&agent).await);
     timed!("set up", agent.client.set_up(call(), &set_up()).await.unwrap());
     timed!("set up again", agent.client.set_up(call(), &set_up()).await.unwrap());
@@ -314,7 +314,21 @@ async fn a_machine() {
     drop(stdout);
     agent.delete("c", "in").await.unwrap();
 
-    // Both at once is for tests/service.rs: vhost-device-vsock 0.3 stands still now and then (see src/poke.rs).
+    // Both at once.
+    let streams = Streams { stdin: true, stdout: true, ..Default::default() };
+    agent.exec("c", "cat", &process(&["cat"]), streams).await.unwrap();
+    let bytes: Vec<u8> = (0..20u32 << 18).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let mut stdin = agent.stream("c", "cat", StreamKind::Stdin).await.unwrap();
+    let mut stdout = agent.stream("c", "cat", StreamKind::Stdout).await.unwrap();
+    timed!("20 MiB through cat", {
+        let sending = bytes.clone();
+        let sent = tokio::spawn(async move { stdin.write_all(&sending).await.unwrap() });
+        assert!(exactly(&mut stdout, bytes.len() as u64).await == bytes, "the bytes are others");
+        sent.await.unwrap();
+        let end = agent.wait("c", "cat").await.unwrap();
+        assert_eq!((end.status, end.stdout_bytes), (0, bytes.len() as u64));
+    });
+    agent.delete("c", "cat").await.unwrap();
 
     // The machine itself.
     let (said, status) = agent_run_in_guest(&agent).await;

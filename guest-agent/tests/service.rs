@@ -116,6 +116,10 @@ async fn service() {
         }
     };
     println!("with {runtime}");
+    // What a run that failed has left does not fail this one too.
+    let group = Cgroup::at(Path::new(CGROUP)).unwrap();
+    group.kill().await.unwrap();
+    group.remove().await.unwrap();
     let serving = Serving::start(runtime, reaper).await;
     before_set_up(&serving).await;
     let request = SetUpRequest { hostname: "pod".into(), ..Default::default() };

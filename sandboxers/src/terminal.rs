@@ -314,18 +314,18 @@ async fn copy_input(source: &pipe::Receiver, master: &AsyncFd<OwnedFd>, closing:
     let mut in_line = false;
     loop {
         let mut buffer = Vec::with_capacity(CHUNK);
-        match source.try_read_buf(&mut buffer) {
+        let closed = closing.is_cancelled();
+        let read = if closed { read_now(source, &mut buffer) } else { source.try_read_buf(&mut buffer) };
+        match read {
             Ok(0) => break,
             Ok(_) => {
                 in_line = buffer.last().is_some_and(|byte| !matches!(byte, b'\n' | b'\r'));
                 write_all(master, &buffer).await?;
             }
+            // The FIFO stays open with us, so its end is when it is empty after CloseIO.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && closed => break,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 drop(buffer);
-                // The FIFO stays open with us, so its end is when it is empty after CloseIO.
-                if closing.is_cancelled() {
-                    break;
-                }
                 select! {
                     ready = source.readable() => ready?,
                     () = closing.cancelled() => {}
@@ -341,6 +341,14 @@ async fn copy_input(source: &pipe::Receiver, master: &AsyncFd<OwnedFd>, closing:
         write_all(master, &[end, end][usize::from(!in_line)..]).await?;
     }
     Ok(())
+}
+
+/// Reads what is there. The runtime knows of what has arrived only after it has looked, and until then says that there is nothing.
+fn read_now(source: &pipe::Receiver, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    buffer.resize(CHUNK, 0);
+    let length = rustix::io::read(source, &mut buffer[..])?;
+    buffer.truncate(length);
+    Ok(length)
 }
 
 async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {

@@ -82,8 +82,8 @@ pub const DEBUG_WORD: &str = "kuasar.debug";
 /// The port of the host that the agent connects to once, when it listens, and says nothing. Only with [`EMULATED_WORD`].
 pub const KNOCK_PORT: u32 = 1023;
 
-/// Word of the kernel's command line for guests whose vsock is vhost-device-vsock. That loses track of what it has to do when both sides
-/// wait for each other, so the agent keeps it going; and it never answers who connects before the guest listens, so the agent knocks.
+/// Word of the kernel's command line with which the agent knocks: for hosts with vhost-device-vsock, which never answers a connection that
+/// is made before the guest listens.
 pub const EMULATED_WORD: &str = "kuasar.vsock=emulated";
 
 /// Word of the kernel's command line that says how much the agent logs to the console: `kuasar.log=debug`.
