@@ -5,7 +5,7 @@
 //! | of the specification | becomes |
 //! |---|---|
 //! | root filesystem, bind mounts | their place in the pod's share |
-//! | in-memory volumes (`emptyDir` with `medium: Memory`, huge pages) | a filesystem of the guest's own memory |
+//! | volumes on huge pages | a filesystem of the guest's own memory |
 //! | block devices | virtio disks |
 //! | namespaces by path | placeholders that the agent resolves |
 //! | cpuset, RDMA, AppArmor, SELinux | nothing: they are about the host |
@@ -44,12 +44,8 @@ pub(crate) struct Volume {
 pub(crate) enum VolumeKind {
     /// A file or directory that both sides see.
     Shared(Binding),
-    /// A tmpfs or hugetlbfs that only the pod uses: it can as well be in the guest. With its mount options.
-    Memory {
-        /// `tmpfs` or `hugetlbfs`.
-        filesystem: &'static str,
-        options: Vec<String>,
-    },
+    /// A filesystem of the guest's own memory, with its mount options.
+    Memory { filesystem: &'static str, options: Vec<String> },
 }
 
 /// A block device that is to be a disk of the guest.
@@ -149,35 +145,15 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
     Ok(volumes)
 }
 
-/// A volume of kubelet's that is in memory and empty when it is first used: nothing outside of the pod has to see it, and in the guest's
-/// memory it counts for the pod and works at the speed of memory.
+/// A volume on huge pages, which virtiofs cannot carry: the guest has one of its own pages. One on a tmpfs stays the host's, where its
+/// owner, its mode and each `subPath` of it are what kubelet made them; its pages count for the pod, for virtiofsd is in its group.
 fn memory_volume(source: &Path) -> Result<Option<VolumeKind>> {
-    if !source.components().any(|part| part.as_os_str() == "kubernetes.io~empty-dir") {
+    let found = nix::sys::statfs::statfs(source).map_err(|errno| Error::io("find the volume", source)(errno.into()))?;
+    if found.filesystem_type() != nix::sys::statfs::HUGETLBFS_MAGIC {
         return Ok(None);
     }
-    let found = match nix::sys::statfs::statfs(source) {
-        Ok(found) => found,
-        Err(errno) => return Err(Error::io("find the volume", source)(errno.into())),
-    };
-    // A subPath of it is another directory of the same filesystem, which the host alone can name.
-    let is_mount_point = fs::metadata(source)
-        .and_then(|here| Ok((here, fs::metadata(source.join(".."))?)))
-        .is_ok_and(|(here, above)| here.dev() != above.dev());
-    let empty = fs::read_dir(source).is_ok_and(|mut entries| entries.next().is_none());
-    if !(is_mount_point && empty) {
-        return Ok(None);
-    }
-    let kind = found.filesystem_type();
-    if kind == nix::sys::statfs::TMPFS_MAGIC {
-        let space = statvfs(source).map_err(|errno| Error::io("look at the volume", source)(errno.into()))?;
-        let size = space.blocks() * space.fragment_size();
-        return Ok(Some(VolumeKind::Memory { filesystem: "tmpfs", options: vec![format!("size={size}"), "mode=1777".into()] }));
-    }
-    if kind == nix::sys::statfs::HUGETLBFS_MAGIC {
-        let options = vec![format!("pagesize={}", found.block_size()), "mode=1777".into()];
-        return Ok(Some(VolumeKind::Memory { filesystem: "hugetlbfs", options }));
-    }
-    Ok(None)
+    let options = vec![format!("pagesize={}", found.block_size()), "mode=1777".into()];
+    Ok(Some(VolumeKind::Memory { filesystem: "hugetlbfs", options }))
 }
 
 /// Points the mount of a volume at its place in the guest.
