@@ -61,6 +61,16 @@ e2e() {
     else
         stage "e2e-containerd-$containerd_old" missing_containerd "$containerd_old"
     fi
+    stage e2e-machines machines "$first"
+}
+
+# Pods in virtual machines, which may have to be emulated: few at a time, and without what is about daemons and not about pods, but for
+# the death of a worker.
+machines() {
+    local without=(--skip streaming --skip daemon:: --skip upgrade:: --skip gc:: --skip bad:: --skip soak::)
+    export KUASAR_E2E_HANDLERS=kuasar-qemu KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1
+    cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- --test-threads 3 "${without[@]}"
+    cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- kuasar-qemu/daemon::the_worker_is_killed
 }
 
 conformance() {
@@ -90,7 +100,7 @@ check() {
 guest() { stage guest scripts/guest-test.sh; }
 
 export cache target bin
-export -f say unit_tests deny end_to_end missing_containerd conformance_of chaos_of
+export -f say unit_tests deny end_to_end missing_containerd machines conformance_of chaos_of
 for group in "$@"; do
     case $group in
     check | guest | e2e | conformance | chaos) $group ;;

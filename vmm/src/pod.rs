@@ -376,13 +376,18 @@ impl Pod {
             };
             mappings.into_iter().flatten().map(mapping).collect()
         };
+        let mut sysctls: HashMap<_, _> = spec.sysctls.clone().into_iter().collect();
+        // As containerd has it for pods with a network of their own: low ports and ping need no privilege.
+        for (name, value) in [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")] {
+            sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+        }
         let share = GuestShare { tag: SHARE_TAG.into(), target: SHARE_TARGET.into(), ..GuestShare::default() };
         Ok(SetUpRequest {
             sandbox: spec.id.to_string(),
             hostname,
             hosts,
             resolv_conf,
-            sysctls: spec.sysctls.clone().into_iter().collect(),
+            sysctls,
             shares: vec![share],
             shared_pids: spec.namespaces.pid == NamespaceMode::Pod,
             uids: mappings(|map| &map.uids),

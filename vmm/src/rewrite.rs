@@ -20,10 +20,7 @@ use std::{
 };
 
 use kuasar_sandboxers::{Error, Result, mount::Binding, spec::OciSpec};
-use nix::sys::{
-    stat::{major, makedev, minor},
-    statvfs::statvfs,
-};
+use nix::sys::stat::{major, makedev, minor};
 use serde_json::{Value, json};
 
 /// How containerd writes a namespace of a sandbox that has no process; the agent knows it too.

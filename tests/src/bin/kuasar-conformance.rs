@@ -57,6 +57,7 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
     let runtime = match arguments.runtime.as_deref() {
         Some(runtime) => runtime,
         None if sandboxer.ends_with("crun") => "crun",
+        None if tools::is_machine(&sandboxer) => sandboxer.trim_start_matches("kuasar-"),
         None => "runc",
     };
     if !peer_only {

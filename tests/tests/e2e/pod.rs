@@ -82,7 +82,10 @@ async fn several_containers(case: &Case) -> Result<()> {
     let containers = try_join_all(specs.into_iter().map(|spec| pod.run(spec))).await?;
     // A root file system each, one network for all.
     for (container, (name, next)) in containers.iter().zip([("a", "bb"), ("bb", "ccc"), ("ccc", "a")]) {
-        assert_eq!(container.exec(["cat", "/mine"]).await?.stdout(), format!("{name}\n"));
+        eventually(&format!("{name} to have written"), || async {
+            Ok(container.exec(["cat", "/mine"]).await?.stdout() == format!("{name}\n"))
+        })
+        .await?;
         let ask = format!("nc 127.0.0.1 700{}", next.len());
         eventually(&format!("{next} to answer {name}"), || async {
             Ok(container.sh(&ask).await?.stdout() == format!("{next}\n"))
