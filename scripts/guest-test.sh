@@ -119,7 +119,8 @@ it module_order module_order
 it boots boots
 truncate -s $((10 * 1024 * 1024 + 1)) "$scratch/large"
 chmod +x "$scratch/large"
-truncate -s $((12 * 1024 * 1024)) "$scratch/large-crun"
+# It is asked for its version.
+{ printf '#!/bin/sh\nexit 0\n' && head -c $((12 * 1024 * 1024)) /dev/zero; } >"$scratch/large-crun"
 chmod +x "$scratch/large-crun"
 it agent_too_large refused 'more than the 10485760 it may have' KUASAR_GUEST_AGENT="$scratch/large"
 it initrd_too_large refused 'more than the 12582912 it may have' KUASAR_GUEST_CRUN="$scratch/large-crun"
