@@ -32,6 +32,7 @@ const NOT_IN_MACHINES: &[(&str, &str)] = &[
     ("namespaces::the_nodes_network", "a virtual machine has none of the node's namespaces"),
     ("namespaces::the_nodes_ipc", "a virtual machine has none of the node's namespaces"),
     ("namespaces::everything_of_the_node", "a virtual machine has none of the node's namespaces"),
+    ("podfiles::the_nodes_sysctls_are_left_alone", "it is about pods on the node's network"),
     ("podfiles::shared_memory_is_the_pods", "the guest's own shared memory is the pod's, and may hold programs"),
     ("namespaces::a_pod_is_apart_and_its_containers_are_together", "it compares the node's namespaces"),
     ("resources::limits_are_set", "the container's control group is the guest's"),
