@@ -30,7 +30,6 @@ mod service;
 mod setup;
 mod status;
 mod storage;
-mod sys;
 mod uevent;
 
 pub use connection::{Connection, Listener};

@@ -2,14 +2,12 @@
 
 use std::{io, os::fd::AsRawFd, time::Duration};
 
-use kuasar_sandboxers::{Error, Result};
+use kuasar_sandboxers::{Error, Result, watch};
 use nix::{
     errno::Errno,
     sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket},
 };
-use tokio::time::timeout;
-
-use crate::sys;
+use tokio::{io::Interest, time::timeout};
 
 /// How long a device may take to appear: the host has added it before it asks.
 const APPEARANCE: Duration = Duration::from_secs(10);
@@ -31,7 +29,7 @@ pub(crate) async fn appear<T>(what: &str, mut attempt: impl FnMut() -> Result<Op
     let netlink = socket(AddressFamily::Netlink, SockType::Datagram, flags, SockProtocol::NetlinkKObjectUEvent)
         .and_then(|netlink| bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, KERNEL)).map(|()| netlink))
         .map_err(|errno| failed()(io::Error::from(errno)))?;
-    let netlink = sys::watch(netlink).map_err(failed())?;
+    let netlink = watch(netlink, Interest::READABLE).map_err(failed())?;
     let work = async {
         loop {
             if let Some(found) = attempt()? {

@@ -19,12 +19,7 @@ use std::{
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-    pipe::{SpliceFlags, splice},
-    termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize},
-};
+use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 use tokio::{
     fs::File,
     io::{AsyncWriteExt, Interest, unix::AsyncFd},
@@ -40,7 +35,7 @@ use tracing::{debug, warn};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
-    stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own},
+    stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own, splice_all, write_all},
     sys,
     types::WindowSize,
 };
@@ -283,29 +278,10 @@ fn is_hangup(error: &io::Error) -> bool {
 
 /// The same into a pipe, within the kernel.
 async fn splice_output(master: &AsyncFd<OwnedFd>, pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    loop {
-        let mut readable = master.readable().await?;
-        let mut writable = pipe.writable().await?;
-        // That one of them would block does not say which, so each is asked by itself.
-        if readable.try_io(|master| is_ready(master.get_ref(), PollFlags::IN)).is_err()
-            || writable.try_io(|pipe| is_ready(pipe.get_ref(), PollFlags::OUT)).is_err()
-        {
-            continue;
-        }
-        match splice(master.get_ref(), None, pipe.get_ref(), None, CHUNK, SpliceFlags::NONBLOCK) {
-            Ok(0) => return Ok(()),
-            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(errno) if is_hangup(&errno.into()) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        }
+    match splice_all(master, pipe, CHUNK, |_| Ok(())).await {
+        Err(error) if is_hangup(&error) => Ok(()),
+        ended => ended,
     }
-}
-
-/// # Errors
-/// `WouldBlock` when it is not.
-fn is_ready(fd: &OwnedFd, flags: PollFlags) -> io::Result<()> {
-    let ready = poll(&mut [PollFd::new(fd, flags)], Some(&Timespec::default()))?;
-    if ready > 0 { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
 }
 
 /// Copies until input is closed and all of it has arrived.
@@ -349,17 +325,4 @@ fn read_now(source: &pipe::Receiver, buffer: &mut Vec<u8>) -> io::Result<usize> 
     let length = rustix::io::read(source, &mut buffer[..])?;
     buffer.truncate(length);
     Ok(length)
-}
-
-async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let mut ready = fd.writable().await?;
-        match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
-            Ok(Ok(length)) => bytes = &bytes[length..],
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return Err(error),
-            Err(_) => {}
-        }
-    }
-    Ok(())
 }

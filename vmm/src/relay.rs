@@ -16,7 +16,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::fs::{FileExt, FileTypeExt},
     },
     sync::{
@@ -34,15 +34,13 @@ use kuasar_guest_protocol::{
 use kuasar_sandboxers::{
     Error, Result,
     fdstore::Held,
-    stdio::{ChildFds, IoContext, ProcessIo, Stdio},
+    stdio::{ChildFds, IoContext, ProcessIo, Stdio, splice_all, write_all},
     watch,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{RecvFlags, Shutdown, recv, shutdown},
-    pipe::{SpliceFlags, splice},
 };
 use tokio::{
     io::{AsyncWriteExt, Interest, unix::AsyncFd},
@@ -487,23 +485,10 @@ async fn move_all(
     sink: &AsyncFd<OwnedFd>,
     mut moved: impl FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    loop {
-        let mut readable = source.readable().await?;
-        let mut writable = sink.writable().await?;
-        // That one of them would block does not say which, so each is asked by itself.
-        if readable.try_io(|fd| is_ready(fd.get_ref(), PollFlags::IN)).is_err()
-            || writable.try_io(|fd| is_ready(fd.get_ref(), PollFlags::OUT)).is_err()
-        {
-            continue;
-        }
-        match splice(source.get_ref(), None, sink.get_ref(), None, CHUNK, SpliceFlags::NONBLOCK) {
-            Ok(0) => return Ok(()),
-            Ok(length) => moved(length as u64)?,
-            Err(Errno::INTR | Errno::AGAIN) => {}
-            // Sockets of vsock on older kernels.
-            Err(Errno::INVAL) => return copy_all(source, sink, moved).await,
-            Err(errno) => return Err(errno.into()),
-        }
+    match splice_all(source, sink, CHUNK, &mut moved).await {
+        // Sockets of vsock on older kernels.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => copy_all(source, sink, moved).await,
+        ended => ended,
     }
 }
 
@@ -557,25 +542,4 @@ async fn read_some(source: &AsyncFd<OwnedFd>) -> io::Result<Option<Vec<u8>>> {
             Err(_) => {}
         }
     }
-}
-
-async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let mut ready = fd.writable().await?;
-        match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
-            Ok(Ok(length)) => bytes = &bytes[length..],
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return Err(error),
-            Err(_) => {}
-        }
-    }
-    Ok(())
-}
-
-/// # Errors
-/// `WouldBlock` when it is not.
-fn is_ready(fd: impl AsFd, flags: PollFlags) -> io::Result<()> {
-    let fd: BorrowedFd<'_> = fd.as_fd();
-    let ready = poll(&mut [PollFd::from_borrowed_fd(fd, flags)], Some(&Timespec::default()))?;
-    if ready > 0 { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
 }

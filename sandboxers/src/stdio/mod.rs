@@ -13,6 +13,7 @@
 //! Standard input ends for the process when both writers are gone: containerd's, and one of ours that
 //! [`ProcessIo::close_stdin`] closes. So a client that detaches does not end it, and CloseIO does.
 
+mod carry;
 mod endpoint;
 mod fifo;
 mod hub;
@@ -21,6 +22,7 @@ mod process;
 
 use serde::{Deserialize, Serialize};
 
+pub use carry::{splice_all, write_all};
 pub(crate) use endpoint::{Endpoint, Endpoints};
 pub(crate) use fifo::Fifo;
 pub use hub::{Chunk, StreamEnd, StreamHub};
