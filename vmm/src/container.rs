@@ -2,10 +2,7 @@
 //!
 //! The agent holds what is true of them; here is what they have on the host (a place in the share, disks, streams) and how they ended.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
@@ -79,7 +76,6 @@ pub(crate) struct Contained {
     process: Arc<Running>,
     head: ContainerHead,
     disks: Vec<String>,
-    deleted: AtomicBool,
 }
 
 /// A process that was added to a container.
@@ -237,7 +233,7 @@ impl VmContainer {
         let agent = guest.as_ref().map(|guest| guest.agent());
         let relay = Relay::adopt(&head.stdio, &context, agent, &request).await?;
         let process = Running::begin(pod, guest, request, record.pid, relay);
-        Ok(Self(Arc::new(Contained { process, head, disks: record.disks, deleted: AtomicBool::new(false) })))
+        Ok(Self(Arc::new(Contained { process, head, disks: record.disks })))
     }
 }
 
@@ -278,9 +274,9 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     for volume in &volumes {
         let place = match &volume.kind {
             VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, *binding).await?,
-            VolumeKind::Memory { filesystem, options } => {
+            VolumeKind::HugePages { options } => {
                 let target = pod.memory_volume(&volume.source);
-                storages.push(memory_storage(filesystem, options, &target));
+                storages.push(huge_pages(options, &target));
                 target.into()
             }
         };
@@ -318,7 +314,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("connect its input and output");
     let relay = guest.unless_ended(Relay::open(io, &stdio, &context, guest.agent(), &request)).await?;
     let process = Running::begin(pod, Some(guest), request, pid, relay);
-    Ok(Arc::new(Contained { process, head: ContainerHead { id, bundle, stdio }, disks, deleted: AtomicBool::new(false) }))
+    Ok(Arc::new(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }))
 }
 
 fn document(spec: &OciSpec) -> Result<Vec<u8>> {
@@ -358,14 +354,9 @@ fn disk_storage(serial: &str, mount: &Mount, target: &str) -> Storage {
     storage
 }
 
-fn memory_storage(filesystem: &str, options: &[String], target: &str) -> Storage {
-    let memory = Tmpfs { options: options.to_vec(), ..Tmpfs::default() };
+fn huge_pages(options: &[String], target: &str) -> Storage {
     let mut storage = Storage { target: target.into(), ..Storage::default() };
-    if filesystem == "hugetlbfs" {
-        storage.set_hugetlbfs(memory);
-    } else {
-        storage.set_tmpfs(memory);
-    }
+    storage.set_hugetlbfs(Tmpfs { options: options.to_vec(), ..Tmpfs::default() });
     storage
 }
 
@@ -418,7 +409,6 @@ impl Process for VmContainer {
             }
         }
         pod.shared.remove_container(&self.0.head.id).await?;
-        self.0.deleted.store(true, Ordering::Release);
         Ok(())
     }
 

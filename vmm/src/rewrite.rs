@@ -41,8 +41,8 @@ pub(crate) struct Volume {
 pub(crate) enum VolumeKind {
     /// A file or directory that both sides see.
     Shared(Binding),
-    /// A filesystem of the guest's own memory, with its mount options.
-    Memory { filesystem: &'static str, options: Vec<String> },
+    /// A hugetlbfs of the guest's own pages, with its mount options.
+    HugePages { options: Vec<String> },
 }
 
 /// A block device that is to be a disk of the guest.
@@ -136,7 +136,7 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
             follows: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
         };
         let source = PathBuf::from(source);
-        let kind = memory_volume(&source)?.unwrap_or(VolumeKind::Shared(binding));
+        let kind = huge_pages(&source)?.unwrap_or(VolumeKind::Shared(binding));
         volumes.push(Volume { index, source, kind });
     }
     Ok(volumes)
@@ -144,13 +144,13 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
 
 /// A volume on huge pages, which virtiofs cannot carry: the guest has one of its own pages. One on a tmpfs stays the host's, where its
 /// owner, its mode and each `subPath` of it are what kubelet made them; its pages count for the pod, for virtiofsd is in its group.
-fn memory_volume(source: &Path) -> Result<Option<VolumeKind>> {
+fn huge_pages(source: &Path) -> Result<Option<VolumeKind>> {
     let found = nix::sys::statfs::statfs(source).map_err(|errno| Error::io("find the volume", source)(errno.into()))?;
     if found.filesystem_type() != nix::sys::statfs::HUGETLBFS_MAGIC {
         return Ok(None);
     }
     let options = vec![format!("pagesize={}", found.block_size()), "mode=1777".into()];
-    Ok(Some(VolumeKind::Memory { filesystem: "hugetlbfs", options }))
+    Ok(Some(VolumeKind::HugePages { options }))
 }
 
 /// Points the mount of a volume at its place in the guest.
