@@ -23,7 +23,7 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 SHIMS := kuasar-runc kuasar-qemu
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos bench install clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ conformance: build ## critest with SANDBOXER=kuasar-runc, compared with the runc
 
 chaos: build ## Kill daemons at random under load, CHAOS_MINUTES long; nobody may notice
 	@$(RELEASE)/kuasar-chaos --kills 200 --out $(TARGET)/chaos
+
+fuzz: deps ## Fuzz what reads guests' and hosts' words, FUZZ_SECONDS (60) for each target
+	@scripts/fuzz.sh
 
 bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute's worth
 	@$(RELEASE)/kuasar-bench

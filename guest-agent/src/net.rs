@@ -499,4 +499,6 @@ async fn connect(address: IpAddr, port: u16) -> io::Result<TcpStream> {
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

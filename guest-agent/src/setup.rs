@@ -129,6 +129,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn fuzz_parameters() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, beside) = (dir.path().join("sys/net"), dir.path().join("sys/beside"));
+        fs::create_dir_all(&root).unwrap();
+        fs::write(root.join("there"), "0").unwrap();
+        fs::write(&beside, "untouched").unwrap();
+        bolero::check!().with_type::<(String, bool)>().for_each(|(name, plausible)| {
+            let name = if *plausible { name.replace(|c: char| !c.is_alphanumeric(), "../") + "beside" } else { name.clone() };
+            // Whether there is such a parameter or not: nothing else is written.
+            let _ = set_parameter(&root, &name, "1");
+            assert_eq!(fs::read_to_string(&beside).unwrap(), "untouched");
+        });
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
+    }
+
+    #[test]
     fn parameters() {
         let dir = tempfile::tempdir().unwrap();
         let conf = dir.path().join("net/ipv4/conf/eth0.1");

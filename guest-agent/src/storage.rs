@@ -181,6 +181,15 @@ mod tests {
     }
 
     #[test]
+    fn fuzz_paths() {
+        bolero::check!().with_type::<String>().for_each(|path| {
+            if let Ok(path) = absolute(path) {
+                assert!(path.is_absolute() && !path.components().any(|part| part == std::path::Component::ParentDir));
+            }
+        });
+    }
+
+    #[test]
     fn paths_are_plain() {
         for path in ["", "/", "a", "/a/../b", "/a\0"] {
             assert!(absolute(path).is_err(), "{path:?}");

@@ -282,6 +282,9 @@ impl AsyncWrite for Metered {
 }
 
 #[cfg(test)]
+mod fuzz;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

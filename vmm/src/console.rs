@@ -101,6 +101,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn fuzz_what_a_guest_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let console = Console::of(dir.path());
+        bolero::check!().for_each(|said: &[u8]| {
+            fs::write(console.path(), said).unwrap();
+            let told = console.end(64).unwrap();
+            // A byte that is no text becomes a sign of three.
+            assert!(told.len() <= 3 * 64 && !told.contains(|c: char| c.is_control() && !matches!(c, '\n' | '\t')));
+            assert!(console.last_lines().lines().count() <= LAST_LINES);
+        });
+    }
+
+    #[test]
     fn it_stays_bounded_and_the_end_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let console = Console::of(dir.path());

@@ -358,6 +358,14 @@ mod tests {
         }
     }
 
+    #[test]
+    fn fuzz_messages() {
+        bolero::check!().for_each(|line: &[u8]| {
+            // A refusal quotes what was said, but not all of it.
+            assert!(Message::parse(line).err().is_none_or(|why| why.len() < 2000));
+        });
+    }
+
     #[tokio::test]
     async fn silence_has_an_end() {
         let (ours, _theirs) = UnixStream::pair().unwrap();

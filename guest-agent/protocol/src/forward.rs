@@ -131,6 +131,42 @@ mod tests {
         }
     }
 
+    #[test]
+    fn fuzz_frames() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        bolero::check!().for_each(|sent: &[u8]| {
+            let (plain, other) = duplex(100);
+            let (mut carrier, mut peer) = duplex(100);
+            let feeding = async {
+                // It may have been given up before the end.
+                let _ = peer.write_all(sent).await;
+                drop(peer);
+            };
+            let reading = async {
+                let (mut came, mut ours) = split(other);
+                ours.shutdown().await.unwrap();
+                let mut seen = Vec::new();
+                came.read_to_end(&mut seen).await.unwrap();
+                seen
+            };
+            let relaying = async { relay(&mut { plain }, &mut carrier).await };
+            let (seen, ended, ()) = runtime.block_on(async { tokio::join!(reading, relaying, feeding) });
+            // What comes through are the frames' contents, up to the frame that ends it or the place where it breaks.
+            let (mut rest, mut expected, mut whole) = (sent, Vec::new(), false);
+            while let Some((length, more)) = rest.split_first_chunk::<2>() {
+                let length = usize::from(u16::from_be_bytes(*length));
+                whole = length == 0;
+                expected.extend(&more[..length.min(more.len())]);
+                rest = more.get(length..).unwrap_or_default();
+                if whole {
+                    break;
+                }
+            }
+            assert_eq!(seen, expected);
+            assert_eq!(ended.is_ok(), whole);
+        });
+    }
+
     #[tokio::test]
     async fn the_guest_answers_one_of_two() {
         for (answer, expected) in [(CONNECTED, Some(true)), (REFUSED, Some(false)), (7, None)] {
