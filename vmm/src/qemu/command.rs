@@ -16,6 +16,11 @@ pub(super) const DIMM_MIB: u64 = 128;
 /// How many times memory can be added, at most: each takes one of the eight regions that a vhost-user device has at least.
 const DIMM_SLOTS: u64 = 4;
 
+/// The processor that is translated: all that QEMU knows, without what makes the guest slow. With `erms` and `fsrm` its kernel clears and
+/// copies pages by `rep stosb` and `rep movsb`, which are translated to a step for each byte: starting a program takes twice as long.
+/// Five levels of page tables are one more to walk, for addresses that no guest has.
+const TRANSLATED_CPU: &str = "max,la57=off,erms=off,fsrm=off";
+
 /// Descriptors that QEMU is given, open: it runs as a user who could open none of them.
 #[derive(Debug)]
 pub(super) struct Opened {
@@ -135,7 +140,7 @@ impl Line<'_> {
             Accelerator::Tcg => {
                 // The translated code of all processors, in MiB; QEMU's default is a gigabyte.
                 self.option("-accel", "tcg,thread=multi,tb-size=64");
-                self.option("-cpu", "max");
+                self.option("-cpu", TRANSLATED_CPU);
             }
         }
         self.option("-smp", &format!("cpus={},maxcpus={}", spec.cpus.boot, setup.max_cpus(spec)));
@@ -240,8 +245,8 @@ fn kernel_words(spec: &VmSpec, setup: &Setup) -> Vec<String> {
         !spec.cmdline.iter().any(|other| other.split('=').next() == Some(key))
     };
     // Without a keyboard controller only a triple fault (`reboot=t`) restarts every one of these machines, which -no-reboot makes an end.
-    // Translated time stamps are the host's. A microvm has only the PIT to measure them by, which fails on a busy host, and then the guest
-    // has no clock at all and hangs.
+    // Translated time stamps are the host's. Measured by a translated timer on a busy host they are many times too fast or slow; and a
+    // microvm has only the PIT for that, which fails then, and the guest has no clock at all and hangs.
     let clock = setup.time_stamp_khz.map(|khz| format!("tsc_early_khz={khz}"));
     let own = ["console=ttyS0", "panic=-1", "reboot=t"].into_iter().chain(clock.as_deref());
     own.filter(said).map(str::to_owned).chain(spec.cmdline.iter().cloned()).collect()
@@ -294,6 +299,7 @@ mod tests {
         let line = words(&spec(), Machine::Q35).join(" ");
         for part in [
             "-machine q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,memory-backend=ram ",
+            "-cpu max,la57=off,erms=off,fsrm=off ",
             "-smp cpus=1,maxcpus=4 ",
             "-m size=256M,slots=4,maxmem=1280M ",
             "-object memory-backend-memfd,id=ram,size=256M,share=on,hugetlb=on,hugetlbsize=2048K ",

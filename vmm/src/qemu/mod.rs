@@ -107,7 +107,7 @@ struct Setup {
     hot_disks: usize,
     /// Groups that may open `/dev/kvm`.
     groups: Vec<u32>,
-    /// How fast the guest's time stamp counter runs, where it has nothing to measure that by.
+    /// How fast the guest's time stamp counter runs, where what it has to measure that by is translated too.
     time_stamp_khz: Option<u64>,
 }
 
@@ -146,8 +146,7 @@ impl Qemu {
         let accelerator = probe::accelerator(config.accel)?;
         let groups = if accelerator == Accelerator::Kvm { probe::kvm_groups()? } else { Vec::new() };
         let hot_disks = config.hot_disks.unwrap_or(4).min(16);
-        let blind = accelerator == Accelerator::Tcg && config.machine == Machine::Microvm;
-        let time_stamp_khz = if blind { probe::time_stamps_per_ms().await } else { None };
+        let time_stamp_khz = if accelerator == Accelerator::Tcg { probe::time_stamps_per_ms().await } else { None };
         let setup = Setup { program, machine: config.machine, accelerator, hot_disks, groups, time_stamp_khz };
         Ok(Self { capabilities: capabilities(&setup, version), setup })
     }
