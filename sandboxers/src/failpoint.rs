@@ -48,8 +48,12 @@ points! {
     Saved = "saved",
     /// An event has reached containerd and still counts as waiting.
     Published = "published",
-    /// A pod has its namespaces and its first process.
+    /// A virtual machine has its network, its share and its vsock device, and no hypervisor.
+    HelpersStarted = "helpers-started",
+    /// A pod has its namespaces and its first process, or its hypervisor.
     PodMade = "pod-made",
+    /// The guest of a virtual machine is set up.
+    GuestBooted = "guest-booted",
     /// A container's root filesystem is mounted.
     Mounted = "mounted",
     /// The OCI runtime has made a container.

@@ -88,27 +88,26 @@ impl Agent {
             match timeout(limit, ready.accept()).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(Error::failed("wait for the guest")(error)),
-                Err(_) => return Err(self.late(limit)),
+                Err(_) => return Err(late(limit, None)),
             }
         }
+        let mut last = None;
         loop {
             // A connection that is made too early may be neither taken nor refused, so none is waited for to the end.
             let attempt = deadline.min(Instant::now() + ATTEMPT);
             if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT)).await {
                 match self.greet(connection, attempt).await {
-                    Err(Error::Unavailable { .. } | Error::TimedOut { .. }) => {}
+                    Err(error @ (Error::Unavailable { .. } | Error::TimedOut { .. })) if !self.budget.is_exceeded() => {
+                        last = Some(error);
+                    }
                     greeted => return greeted,
                 }
             }
             if Instant::now() >= deadline {
-                return Err(self.late(limit));
+                return Err(late(limit, last.as_ref()));
             }
             sleep(TRY).await;
         }
-    }
-
-    fn late(&self, limit: Duration) -> Error {
-        Error::TimedOut { operation: "the boot of the guest up to its agent's first answer".into(), seconds: limit.as_secs() }
     }
 
     /// Says hello on a new connection, which then is the one that calls use.
@@ -122,11 +121,12 @@ impl Agent {
         let hello =
             client.hello(context::with_duration(left), &request).await.map_err(|error| self.error("say hello", error))?;
         if hello.version != VERSION {
-            let why = format!(
-                "the guest's agent speaks version {} of it, this daemon {VERSION}; install the guest image of the same release",
+            let message = format!(
+                "it speaks version {} of the protocol, this daemon {VERSION}; install the guest image of the same release",
                 hello.version
             );
-            return Err(Error::invalid("protocol", why));
+            let (by, operation) = ("the guest's agent".into(), "say hello".into());
+            return Err(Error::Refused { by, operation, code: Code::FailedPrecondition, message });
         }
         let mut hello = hello;
         for text in [&mut hello.agent, &mut hello.kernel, &mut hello.runtime, &mut hello.boot_id] {
@@ -202,6 +202,13 @@ impl Agent {
         };
         Error::Refused { by: "the guest".into(), operation: operation.into(), code, message: tame(status.message(), TEXT) }
     }
+}
+
+/// `last` is what came of the last connection that the guest took.
+fn late(limit: Duration, last: Option<&Error>) -> Error {
+    let last = last.map(|error| format!(" (it takes connections, but: {})", error.report())).unwrap_or_default();
+    let operation = format!("the boot of the guest up to its agent's first answer{last}");
+    Error::TimedOut { operation, seconds: limit.as_secs() }
 }
 
 fn lost(why: &str) -> Error {

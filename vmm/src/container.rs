@@ -2,7 +2,10 @@
 //!
 //! The agent holds what is true of them; here is what they have on the host (a place in the share, disks, streams) and how they ended.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
@@ -23,6 +26,7 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 use tracing::{Instrument, debug, warn};
 
 use crate::{
@@ -46,6 +50,8 @@ struct Running {
     pid: u32,
     relay: Relay,
     ending: Ending,
+    /// Whether somebody waits for it to die of SIGKILL.
+    doomed: AtomicBool,
 }
 
 /// What is saved of a container.
@@ -99,7 +105,7 @@ fn request(container: &ContainerId, exec: Option<&ExecId>) -> ProcessRequest {
 impl Running {
     /// Watches for its end.
     fn begin(pod: Arc<Pod>, guest: Option<Arc<Guest>>, request: ProcessRequest, pid: u32, relay: Relay) -> Arc<Self> {
-        let running = Arc::new(Self { pod, request, pid, relay, ending: Ending::pending() });
+        let running = Arc::new(Self { pod, request, pid, relay, ending: Ending::pending(), doomed: AtomicBool::new(false) });
         tokio::spawn(running.clone().watch(guest).in_current_span());
         running
     }
@@ -143,13 +149,14 @@ impl Running {
         }
     }
 
-    async fn kill(&self, signal: i32, all: bool) -> Result<()> {
+    async fn kill(self: &Arc<Self>, signal: i32, all: bool) -> Result<()> {
         let finished = || Error::Finished {
             id: if self.request.exec.is_empty() { &self.request.container } else { &self.request.exec }.clone(),
         };
         if self.ending.known().is_some() {
             return Err(finished());
         }
+        let is_last = signal == libc::SIGKILL && self.request.exec.is_empty();
         let signal = u32::try_from(signal).map_err(|_| Error::invalid("signal", format!("{signal} is no signal")))?;
         let ProcessRequest { container, exec, .. } = self.request.clone();
         let request = SignalRequest { container, exec, signal, all, ..SignalRequest::default() };
@@ -157,9 +164,29 @@ impl Running {
         let sent = guest
             .agent()
             .call("send a signal", Some(QUICK), |client, context| async move { client.signal(context, &request).await });
-        match sent.await {
+        match guest.unless_ended(sent).await {
             Err(error) if error.code() == Code::NotFound => Err(finished()),
-            sent => sent.map(drop),
+            // It ended with its machine.
+            Err(_) if guest.has_ended() => Err(finished()),
+            // A pod is stopped after its containers: one that cannot be killed would never let go of its machine.
+            Err(error) if is_last && matches!(error.code(), Code::Unavailable | Code::DeadlineExceeded) => {
+                guest.give_up(format!("container {} cannot be killed: {}", self.request.container, error.report())).await;
+                Ok(())
+            }
+            sent => {
+                if is_last && !self.doomed.swap(true, Ordering::Relaxed) {
+                    tokio::spawn(self.clone().see_it_die(guest).in_current_span());
+                }
+                sent.map(drop)
+            }
+        }
+    }
+
+    /// What a guest says of SIGKILL is not relied upon: ends the machine of a container that lives on.
+    async fn see_it_die(self: Arc<Self>, guest: Arc<Guest>) {
+        if timeout(SLOW, self.ending.wait()).await.is_err() {
+            let container = &self.request.container;
+            guest.give_up(format!("container {container} has not ended within {} s of being killed", SLOW.as_secs())).await;
         }
     }
 

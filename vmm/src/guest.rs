@@ -101,10 +101,7 @@ impl Guest {
         };
         let reason = tokio::select! {
             biased;
-            exit = self.vm.exited() => match self.vm.last_words() {
-                Some(words) => format!("its hypervisor ended: {}", tame(words.trim(), 2048)),
-                None => format!("its hypervisor ended with status {}", exit.status),
-            },
+            exit = self.vm.exited() => self.why_it_ended(exit),
             (exit, index) = helper => {
                 let name = self.helpers.get(index).map(|helper| helper.record().name).unwrap_or_default();
                 format!("{name}, which it cannot do without, ended with status {}", exit.status)
@@ -115,6 +112,17 @@ impl Guest {
         info!(reason, "the machine has ended");
         self.end_all().await;
         self.ending.tell(Exit::now(0));
+    }
+
+    fn why_it_ended(&self, exit: Exit) -> String {
+        match (self.vm.last_words(), self.console.last_lines()) {
+            (Some(words), _) => format!("its hypervisor ended: {}", tame(words.trim(), 2048)),
+            // As a guest does whose agent cannot go on, and says why beforehand.
+            (None, said) if exit.status == 0 && !said.is_empty() => {
+                format!("it switched itself off; last on its console: {said}")
+            }
+            (None, _) => format!("its hypervisor ended with status {}", exit.status),
+        }
     }
 
     /// Kills what still runs of it.
@@ -291,6 +299,14 @@ impl Guest {
         for task in self.tending.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             task.abort();
         }
+    }
+
+    /// Ends a machine whose guest does not do what it has to.
+    pub(crate) async fn give_up(&self, why: String) {
+        let reason = self.reason.get_or_init(|| why);
+        warn!(reason, "the machine is ended");
+        self.end_all().await;
+        self.ended().await;
     }
 
     pub(crate) async fn add_disk(&self, source: &Path, serial: &str, readonly: bool) -> Result<()> {

@@ -145,7 +145,7 @@ fn also(places: &[&str]) -> String {
     if places.is_empty() { String::new() } else { format!(", nor at {}", places.join(" or ")) }
 }
 
-fn is_program(path: &Path) -> bool {
+pub(crate) fn is_program(path: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt;
     fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }

@@ -48,7 +48,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{net::UnixListener, sync::OwnedMutexGuard};
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{Instrument, debug};
+use tracing::{Instrument, debug, warn};
 
 pub(crate) use crate::guest::Guest;
 use crate::{
@@ -213,14 +213,23 @@ impl Pod {
         self.state().size = Some(self.size()?);
         stages::enter("make the pod's directory");
         // Nobody else may come by: below it are containers' files, Secrets and programs that become root among them.
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(Error::io("create", &self.dir))
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(Error::io("create", &self.dir))?;
+        // From now on its number is seen to be taken, by a later daemon too.
+        link(&self.dir.join("vm"), &self.sandboxer.machine_dir(self.number))
+            .or_else(|error| remove_dir(&self.dir).and(Err(error)))
     }
 
     /// Takes the state over that an earlier daemon has saved.
     pub(crate) async fn restore(self: &Arc<Self>, record: Record) -> Result<()> {
         self.next_disk.store(record.next_disk, Ordering::Relaxed);
         self.state().size = record.size;
-        let Some(saved) = record.guest else { return Ok(()) };
+        let Some(saved) = record.guest else {
+            // A start that was cut off is not waited for any more, and its machine would run until somebody deletes the sandbox.
+            if let Err(error) = self.clear_machine().await {
+                warn!(error = error.report(), "cannot remove what a start that was cut off has left; its deletion tries again");
+            }
+            return Ok(());
+        };
         let place = self.place(None);
         let vm = self.sandboxer.hypervisor.adopt(saved.vm, place.clone()).await?;
         let helpers =
@@ -261,12 +270,27 @@ impl Pod {
         }
     }
 
+    /// Removes what a start has made that was cut off before anybody could take it back.
+    async fn clear_machine(&self) -> Result<()> {
+        if !self.sandboxer.machine_dir(self.number).exists() {
+            return Ok(());
+        }
+        warn!("removing what is left of a start that was cut off");
+        clear_machine(&self.dir, &Cgroup::at(&self.group())?).await
+    }
+
     async fn start_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
         let sandboxer = &self.sandboxer;
         let Some(size) = self.state().size else { return Err(Error::invalid("sandbox", "its machine has no size")) };
         let Some(netns) = self.spec.netns.clone() else { return Err(Error::invalid("netns", "there is none")) };
 
+        stages::enter("remove what an earlier start has left");
+        self.clear_machine().await?;
         stages::enter("make the machine's control group and directory");
+        // First: by this directory it is seen that a start has begun.
+        let dir = self.dir.clone();
+        undo.push("remove the machine's files", async move { remove_files(&dir) });
+        make_machine_dir(&sandboxer.machine_dir(self.number))?;
         let path = self.group();
         let group = tokio::task::spawn_blocking(move || Cgroup::create(&path))
             .await
@@ -274,10 +298,6 @@ impl Pod {
         let taken_back = group.clone();
         undo.push("remove the machine's control group", async move { remove_group(&taken_back).await });
         let place = self.place(Some(group));
-        link(&self.dir.join("vm"), &place.dir)?;
-        make_machine_dir(&place.dir)?;
-        let dir = self.dir.clone();
-        undo.push("remove the machine's files", async move { remove_files(&dir) });
         link(&self.dir.join("netns"), &netns)?;
         let console = Console::of(&self.dir);
         console.create(place.user)?;
@@ -293,6 +313,7 @@ impl Pod {
             undo.append(part);
         }
         let (PodNetwork { nics, setup }, (filesystem, socket), vsock) = (network?, filesystem?, vsock?);
+        failpoint::reach(Failpoint::HelpersStarted);
         let helpers: Vec<_> = std::iter::once(filesystem).chain(vsock.device).collect();
 
         stages::enter(format!("start {}", sandboxer.hypervisor.capabilities().name));
@@ -322,14 +343,17 @@ impl Pod {
         let booted = self.boot(&guest, vsock.ready, &setup).await;
         if let Err(error) = booted {
             stages::keep_log("the guest's console", &console.end(stages::LOG_LIMIT as u64)?);
-            let said = console.last_lines();
-            let said = if said.is_empty() { "nothing".into() } else { said };
-            return Err(Error::Backend {
-                program: sandboxer.hypervisor.capabilities().name.clone(),
-                operation: "bring the guest up".into(),
-                message: format!("{}; last on its console: {said}", error.report()),
-            });
+            let (why, said) = (error.report(), console.last_lines());
+            let message = match said.as_str() {
+                "" => format!("{why}; nothing is on its console"),
+                // The reason of its end.
+                said if why.contains(said) => why,
+                said => format!("{why}; last on its console: {said}"),
+            };
+            let program = sandboxer.hypervisor.capabilities().name.clone();
+            return Err(Error::Backend { program, operation: "bring the guest up".into(), message });
         }
+        failpoint::reach(Failpoint::GuestBooted);
         stages::enter("forward ports");
         match Forwarder::attach(&netns, &self.context.fds, self.forwarder_name()).await {
             Ok(forwarder) => self.forward(&guest, forwarder),
@@ -413,10 +437,7 @@ impl Pod {
 
 /// The machine's directory. Its user may find in it what it is told of, and nothing else: it cannot put anything in another's place.
 fn make_machine_dir(dir: &Path) -> Result<()> {
-    match DirBuilder::new().mode(0o711).create(dir) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(Error::io("create", dir)(error)),
-        _ => Ok(()),
-    }
+    DirBuilder::new().mode(0o711).create(dir).map_err(Error::io("create", dir))
 }
 
 /// The directory of a sandbox's machine, where it has one.
@@ -445,13 +466,11 @@ fn remove_link(link: &Path) -> Result<()> {
     }
 }
 
+/// The link to the machine's directory stays as long as the sandbox's own, for it holds the machine's number.
 fn remove_files(dir: &Path) -> Result<()> {
     Console::of(dir).remove()?;
     remove_link(&dir.join("netns"))?;
-    if let Some(place) = machine_dir(dir)? {
-        remove_dir(&place)?;
-    }
-    remove_link(&dir.join("vm"))
+    machine_dir(dir)?.map_or(Ok(()), |machine| remove_dir(&machine))
 }
 
 pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
@@ -468,13 +487,18 @@ pub(crate) async fn remove_group(group: &Cgroup) -> Result<()> {
 
 /// Undoes all that a pod's machine may have made, whatever is known of it: processes by their control group, the rest by the directory.
 pub(crate) async fn clear(dir: &Path, group: &Cgroup) -> Result<()> {
+    clear_machine(dir, group).await?;
+    remove_dir(dir)
+}
+
+/// As [`clear`], but the sandbox's directory stays, for another start.
+async fn clear_machine(dir: &Path, group: &Cgroup) -> Result<()> {
     remove_group(group).await?;
     if let Some(netns) = linked(&dir.join("netns"))? {
         net::disconnect(&netns).await?;
     }
     SharedDir::of(dir).remove().await?;
-    remove_files(dir)?;
-    remove_dir(dir)
+    remove_files(dir)
 }
 
 /// The contract's face of a [`Pod`].

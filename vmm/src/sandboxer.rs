@@ -29,7 +29,7 @@ use crate::{
     pod::{self, GROUP, Pod, Record, VmSandbox},
     qemu::Qemu,
     virtiofsd::{Virtiofsd, VirtiofsdConfig},
-    vsock::VsockWay,
+    vsock::{Trial, VsockWay},
 };
 
 /// How many machines there may be at a time: as many users and vsock addresses are set apart.
@@ -149,15 +149,19 @@ impl VmmSandboxer {
     /// # Errors
     /// [`Error::Unavailable`], naming what is missing or too old and what to do.
     pub async fn open(config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let hypervisor: Box<dyn Hypervisor> = match &config.hypervisor {
-            HypervisorConfig::Qemu(qemu) => Box::new(Qemu::open(qemu.clone(), &reaper).await?),
-        };
+        let hypervisor = find_hypervisor(&config, &reaper).await?;
+        Self::with(hypervisor, config, reaper).await
+    }
+
+    /// As [`Self::open`], for a hypervisor that is found already.
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn with(hypervisor: Box<dyn Hypervisor>, config: VmmConfig, reaper: Reaper) -> Result<Self> {
+        let (virtiofsd, vsock) = find_helpers(&*hypervisor, &config, &reaper, Trial::Open).await?;
+        check_image(&config)?;
         let machines = config.root.join(MACHINES);
         fs::create_dir_all(&machines).map_err(Error::io("create", &machines))?;
-        let virtiofsd = VirtiofsdConfig { path: config.virtiofsd.clone(), ..VirtiofsdConfig::default() };
-        let virtiofsd = Virtiofsd::open(virtiofsd, &machines, &reaper).await?;
-        let vsock = VsockWay::find(hypervisor.capabilities(), config.vsock_device.as_deref())?;
-        check_image(&config)?;
         info!(
             hypervisor = hypervisor.capabilities().name,
             virtiofsd = virtiofsd.describe(),
@@ -174,9 +178,38 @@ impl VmmSandboxer {
         Ok(Self { shared: Arc::new(shared), pods: Arc::default() })
     }
 
+    /// Looks whether [`Self::open`] would find all it needs, and leaves nothing behind; tells what there is.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn check(config: &VmmConfig, reaper: &Reaper) -> Result<String> {
+        let hypervisor = find_hypervisor(config, reaper).await?;
+        let (virtiofsd, vsock) = find_helpers(&*hypervisor, config, reaper, Trial::Look).await?;
+        check_image(config)?;
+        Ok(format!("{}, {}, vsock by {}", hypervisor.capabilities().name, virtiofsd.describe(), vsock.describe()))
+    }
+
     fn dir(&self, namespace: &Namespace, id: &SandboxId) -> PathBuf {
         self.shared.config.root.join(namespace).join(id)
     }
+}
+
+async fn find_hypervisor(config: &VmmConfig, reaper: &Reaper) -> Result<Box<dyn Hypervisor>> {
+    Ok(match &config.hypervisor {
+        HypervisorConfig::Qemu(qemu) => Box::new(Qemu::open(qemu.clone(), reaper).await?),
+    })
+}
+
+async fn find_helpers(
+    hypervisor: &dyn Hypervisor,
+    config: &VmmConfig,
+    reaper: &Reaper,
+    trial: Trial,
+) -> Result<(Virtiofsd, VsockWay)> {
+    let virtiofsd = VirtiofsdConfig { path: config.virtiofsd.clone(), ..VirtiofsdConfig::default() };
+    let virtiofsd = Virtiofsd::open(virtiofsd, reaper).await?;
+    let vsock = VsockWay::find(hypervisor.capabilities(), config.vsock_device.as_deref(), trial)?;
+    Ok((virtiofsd, vsock))
 }
 
 /// The numbers of the machines that sandboxes below a root have.
@@ -205,12 +238,14 @@ fn check_image(config: &VmmConfig) -> Result<()> {
         let why = format!("{} is no bzImage; make one with `make guest`", kernel.display());
         return Err(Error::Unavailable { what: "the guest's kernel".into(), why });
     }
-    let initrd = config.initrd();
-    let head = read_head(&initrd, "the guest's initrd")?;
-    let known: [&[u8]; 4] = [b"070701", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"];
-    if !known.iter().any(|magic| head.starts_with(magic)) {
-        let why = format!("{} is no initrd (cpio, gzip, zstd or lz4); make one with `make guest`", initrd.display());
-        return Err(Error::Unavailable { what: "the guest's initrd".into(), why });
+    let debug = config.debug.then(|| debug_initrd(config));
+    for initrd in std::iter::once(config.initrd()).chain(debug) {
+        let head = read_head(&initrd, "the guest's initrd")?;
+        let known: [&[u8]; 4] = [b"070701", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"];
+        if !known.iter().any(|magic| head.starts_with(magic)) {
+            let why = format!("{} is no initrd (cpio, gzip, zstd or lz4); make one with `make guest`", initrd.display());
+            return Err(Error::Unavailable { what: "the guest's initrd".into(), why });
+        }
     }
     Ok(())
 }
@@ -231,6 +266,11 @@ fn read_head(path: &Path, what: &str) -> Result<Vec<u8>> {
     })
 }
 
+/// What debugging adds to the guest.
+fn debug_initrd(config: &VmmConfig) -> PathBuf {
+    config.initrd().with_file_name("initrd-debug")
+}
+
 /// The kernel unpacks one initrd after the other.
 fn write_debug_initrd(config: &VmmConfig) -> Result<()> {
     let target = config.root.join(DEBUG_INITRD);
@@ -239,7 +279,7 @@ fn write_debug_initrd(config: &VmmConfig) -> Result<()> {
         let mut whole = fs::read(config.initrd())?;
         // Each begins at a multiple of four bytes.
         whole.resize(whole.len().next_multiple_of(4), 0);
-        whole.extend(fs::read(config.initrd().with_file_name("initrd-debug"))?);
+        whole.extend(fs::read(debug_initrd(config))?);
         let new = target.with_extension("new");
         fs::write(&new, whole)?;
         fs::rename(&new, &target)

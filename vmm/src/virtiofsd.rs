@@ -86,17 +86,17 @@ impl fmt::Display for Cache {
 }
 
 impl Virtiofsd {
-    /// Finds virtiofsd, asks for its version, and tries how it can be confined. `dir` is one of the daemon's own, where a pipe is made.
+    /// Finds virtiofsd, asks for its version, and tries how it can be confined.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when it is missing or too old.
-    pub async fn open(config: VirtiofsdConfig, dir: &Path, reaper: &Reaper) -> Result<Self> {
+    pub async fn open(config: VirtiofsdConfig, reaper: &Reaper) -> Result<Self> {
         let program = match config.path {
             Some(path) => path,
             None => find_program("virtiofsd", "KUASAR_VIRTIOFSD", &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"])?,
         };
         let version = version(&program, reaper).await?;
-        let refused = try_namespace(dir, reaper).await?;
+        let refused = try_namespace(reaper).await?;
         if let Some(why) = &refused {
             tracing::warn!(
                 reason = why,
@@ -171,12 +171,13 @@ fn check_version(said: &str) -> Result<(u32, u32), String> {
 }
 
 /// Does what virtiofsd will do in a user namespace; says why that does not work here.
-async fn try_namespace(dir: &Path, reaper: &Reaper) -> Result<Option<String>> {
+async fn try_namespace(reaper: &Reaper) -> Result<Option<String>> {
+    let dir = tempfile::tempdir().map_err(Error::failed("make a directory for a while"))?;
     let unshare = find_program("unshare", "KUASAR_UNSHARE", &["/usr/bin/unshare"])?;
     let mut launch = Launch::new("try-namespace", &unshare);
     launch.args(["--mount", "--pid", "--net", "--fork", "mount", "-t", "proc", "proc", "/proc"]);
     launch.privileges(Privileges::OwnNamespace);
-    let tried = match launch.start(dir, reaper).await {
+    let tried = match launch.start(dir.path(), reaper).await {
         Ok(launched) => launched,
         Err(error) => return Ok(Some(error.report())),
     };

@@ -11,6 +11,7 @@ use std::{
 
 use kuasar_guest_protocol::{EMULATED_WORD, KNOCK_PORT};
 use kuasar_sandboxers::{Error, Result};
+use nix::unistd::AccessFlags;
 use tokio::net::UnixListener;
 
 use crate::{
@@ -33,22 +34,42 @@ pub(crate) enum VsockWay {
     Builtin,
 }
 
+/// How it is found out whether the host's kernel has vsock for guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trial {
+    /// By opening the device, which has the kernel load what is behind it.
+    Open,
+    /// By looking whether it could be opened.
+    Look,
+}
+
+impl Trial {
+    fn succeeds(self) -> bool {
+        match self {
+            Self::Open => open_vhost().is_ok(),
+            Self::Look => nix::unistd::access(VHOST_VSOCK, AccessFlags::R_OK | AccessFlags::W_OK).is_ok(),
+        }
+    }
+}
+
 impl VsockWay {
     /// The best way that both this host and the hypervisor have.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when there is none, with what is missing.
-    pub(crate) fn find(capabilities: &Capabilities, device: Option<&Path>) -> Result<Self> {
+    pub(crate) fn find(capabilities: &Capabilities, device: Option<&Path>, trial: Trial) -> Result<Self> {
         let ways = capabilities.vsock;
         if ways.builtin {
             return Ok(Self::Builtin);
         }
-        if ways.kernel && device.is_none() && open_vhost().is_ok() {
+        if ways.kernel && device.is_none() && trial.succeeds() {
             return Ok(Self::Kernel);
         }
         if ways.user {
             return match VsockDevice::open(VsockDeviceConfig { path: device.map(Path::to_owned) }) {
                 Ok(device) => Ok(Self::User(device)),
+                // It was asked for by name.
+                Err(error) if device.is_some() => Err(error),
                 Err(error) => Err(Error::Unavailable {
                     what: "vsock".into(),
                     why: format!("this host has no {VHOST_VSOCK} (modprobe vhost_vsock), and {}", error.report()),

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use crate::{
     hypervisor::Place,
-    launch::{Launch, Launched, find_program},
+    launch::{Launch, Launched, find_program, is_program},
     spec::Vsock,
 };
 
@@ -40,10 +40,15 @@ impl VsockDevice {
     /// Finds it.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when it is missing.
+    /// [`Error::Unavailable`] when it is missing, or what is configured is no program.
     pub fn open(config: VsockDeviceConfig) -> Result<Self> {
         let program = match config.path {
-            Some(path) => path,
+            Some(path) if is_program(&path) => path,
+            Some(path) => {
+                let why =
+                    format!("{} is no program; install vhost-device-vsock, or set its path (vsock_device)", path.display());
+                return Err(Error::Unavailable { what: "vhost-device-vsock".into(), why });
+            }
             None => find_program("vhost-device-vsock", "KUASAR_VHOST_DEVICE_VSOCK", &["/usr/libexec/vhost-device-vsock"])?,
         };
         Ok(Self { program })

@@ -61,7 +61,7 @@ async fn shares(test: &str, cache: Cache) {
     let pods = bench.path("mounts");
     tmpfs(&pods);
     let _unmount = Unmount(&pods);
-    let virtiofsd = match Virtiofsd::open(VirtiofsdConfig { cache, path: None }, &pods, &reaper()).await {
+    let virtiofsd = match Virtiofsd::open(VirtiofsdConfig { cache, path: None }, &reaper()).await {
         Ok(virtiofsd) => virtiofsd,
         Err(error) => return eprintln!("SKIP {test}: {}", error.report()),
     };
@@ -169,7 +169,7 @@ async fn a_virtiofsd_that_will_not_do_is_refused_with_the_remedy() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     for (path, why) in [(path, "in C"), (dir.path().join("none"), "install virtiofsd")] {
         let config = VirtiofsdConfig { path: Some(path), ..VirtiofsdConfig::default() };
-        let error = Virtiofsd::open(config, dir.path(), &reaper()).await.unwrap_err();
+        let error = Virtiofsd::open(config, &reaper()).await.unwrap_err();
         assert!(error.code() == Code::Unavailable && error.report().contains(why), "{}", error.report());
     }
 }

@@ -1,7 +1,7 @@
 //! What each sandboxer runs its containers with.
 
 use kuasar_runc::Runtime;
-use kuasar_sandboxers::{Sandboxer, reaper::Reaper};
+use kuasar_sandboxers::reaper::Reaper;
 use kuasar_vmm::VmmSandboxer;
 use serde_json::Value;
 
@@ -16,8 +16,8 @@ pub(super) async fn all(config: &Config, reaper: &Reaper) -> Vec<Finding> {
             SandboxerConfig::Runc(config) => config,
             SandboxerConfig::Vmm(config) => {
                 let subject = format!("virtual machines, {name}");
-                findings.push(match VmmSandboxer::open(config.as_ref().clone(), reaper.clone()).await {
-                    Ok(sandboxer) => Finding::ok(subject, sandboxer.capabilities().technique),
+                findings.push(match VmmSandboxer::check(config, reaper).await {
+                    Ok(found) => Finding::ok(subject, found),
                     Err(error) => {
                         Finding::missing(subject, error.report(), "see docs/microvm.md for what virtual machines need")
                     }
