@@ -23,6 +23,7 @@ use kuasar_guest_protocol::{
     },
     stream::StreamKind,
 };
+use kuasar_sandboxers::busybox;
 use tokio::{io::AsyncWriteExt, net::UnixListener};
 
 /// A program that ends with the test.
@@ -84,7 +85,7 @@ fn missing() -> Option<String> {
             return Some(format!("{program} is not on PATH"));
         }
     }
-    host::busybox().is_none().then(|| "no static busybox on PATH".into())
+    busybox::find().is_none().then(|| "no static busybox on PATH".into())
 }
 
 impl Machine {
@@ -93,7 +94,7 @@ impl Machine {
         let path = |name: &str| dir.path().join(name).display().to_string();
         fs::create_dir(path("share")).unwrap();
         fs::create_dir_all(path("share/containers/c")).unwrap();
-        host::make_rootfs(&dir.path().join("share/containers/c/rootfs"));
+        busybox::make_rootfs(&dir.path().join("share/containers/c/rootfs")).unwrap();
         fs::create_dir(path("content")).unwrap();
         fs::write(path("content/hello"), "from a disk").unwrap();
         fs::File::create(path("disk")).unwrap().set_len(8 << 20).unwrap();

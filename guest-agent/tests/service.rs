@@ -21,7 +21,7 @@ use kuasar_guest_protocol::{
     stream::StreamKind,
 };
 use kuasar_runc::{Runtime, RuntimeChoice};
-use kuasar_sandboxers::{cgroup::Cgroup, reaper::Reaper};
+use kuasar_sandboxers::{busybox, cgroup::Cgroup, reaper::Reaper};
 use proptest::{
     strategy::{Strategy, ValueTree},
     test_runner::TestRunner,
@@ -49,7 +49,7 @@ impl Serving {
     async fn start(runtime: Runtime, reaper: Reaper) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let rootfs = dir.path().join("rootfs");
-        host::make_rootfs(&rootfs);
+        busybox::make_rootfs(&rootfs).unwrap();
         let listen = |port: u32| Listener::Unix(UnixListener::bind(dir.path().join(port.to_string())).unwrap());
         let ports = Ports { calls: listen(1024), streams: listen(1025), forward: listen(1026) };
         let (booted, boot) = watch::channel(true);
@@ -103,7 +103,7 @@ async fn service() {
         eprintln!("SKIP service: containers take root");
         return;
     }
-    if host::busybox().is_none() {
+    if busybox::find().is_none() {
         eprintln!("SKIP service: no static busybox on PATH; install busybox-static");
         return;
     }

@@ -9,7 +9,7 @@ use std::{
 
 use kuasar_runc::{RuncConfig, RuncSandboxer, Runtime};
 use kuasar_sandboxers::{
-    Sandboxer,
+    Sandboxer, busybox,
     conformance::{self, Fixture},
     fake::Behaviour,
     id::{ContainerId, ExecId},
@@ -39,12 +39,12 @@ impl Fixture for Runc {
 
     fn container(&self, dir: &Path, id: ContainerId, behaviour: Behaviour) -> ContainerSpec {
         let pid = (self.pid != NamespaceMode::Container).then_some("/proc/0/ns/pid");
-        let spec = host::oci(host::behaviour(behaviour), pid, &format!("/{MARK}/{id}"));
+        let spec = busybox::oci(busybox::behaviour(behaviour), pid, &format!("/{MARK}/{id}"));
         host::container(dir, &self.rootfs, id, spec, Stdio::default())
     }
 
     fn exec(&self, id: ExecId, behaviour: Behaviour) -> ExecSpec {
-        ExecSpec { id, process: host::behaviour(behaviour), stdio: Stdio::default() }
+        ExecSpec { id, process: busybox::behaviour(behaviour), stdio: Stdio::default() }
     }
 
     fn held(&self, root: &Path) -> Vec<String> {
@@ -65,7 +65,7 @@ async fn conformance() {
     for runtime in host::runtimes("conformance", &reaper).await {
         let rootfs = dir.path().join("rootfs");
         if !rootfs.exists() {
-            host::make_rootfs(&rootfs);
+            busybox::make_rootfs(&rootfs).unwrap();
         }
         for pid in [NamespaceMode::Container, NamespaceMode::Pod, NamespaceMode::Node] {
             let fixture = Runc { runtime: runtime.clone(), reaper: reaper.clone(), rootfs: rootfs.clone(), pid };

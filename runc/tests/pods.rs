@@ -17,7 +17,7 @@ use std::{
 use futures::FutureExt;
 use kuasar_runc::{RuncConfig, RuncSandboxer, Runtime};
 use kuasar_sandboxers::{
-    Code, Container, Error, Leftover, Sandbox, SandboxContext, Sandboxer,
+    Code, Container, Error, Leftover, Sandbox, SandboxContext, Sandboxer, busybox,
     event::{EventKind, EventSink, Sent},
     fdstore::MemoryHolder,
     reaper::Reaper,
@@ -48,7 +48,7 @@ impl Node {
     fn new(runtime: Runtime, reaper: Reaper) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let rootfs = dir.path().join("rootfs");
-        host::make_rootfs(&rootfs);
+        busybox::make_rootfs(&rootfs).unwrap();
         let (sink, events) = EventSink::channel();
         let sandboxer = Self::sandboxer(dir.path(), &runtime, &reaper);
         Self { dir, rootfs, runtime, reaper, sandboxer, sink, events, holder: MemoryHolder::default() }
@@ -86,7 +86,7 @@ impl Node {
     }
 
     fn spec(&self, id: &str, args: &[&str], pid: Option<&str>) -> ContainerSpec {
-        let oci = host::oci(host::process(args), pid, &format!("/{MARK}/{id}"));
+        let oci = busybox::oci(busybox::process(args), pid, &format!("/{MARK}/{id}"));
         host::container(self.dir.path(), &self.rootfs, id.parse().unwrap(), oci, Stdio::default())
     }
 
@@ -198,7 +198,7 @@ async fn process_ids_are_shared(node: &mut Node) {
     // An orphan in it is reaped by process 1.
     let exec = ExecSpec {
         id: "orphan".parse().unwrap(),
-        process: host::process(&["sh", "-c", "sh -c 'sleep 0.05 & exit 0'"]),
+        process: busybox::process(&["sh", "-c", "sh -c 'sleep 0.05 & exit 0'"]),
         stdio: Stdio::default(),
     };
     let exec = first.exec(exec).await.unwrap();
@@ -276,7 +276,8 @@ async fn the_runtimes_message_is_kept(node: &mut Node) {
     let Error::Backend { message, .. } = &error else { panic!("{error}") };
     assert!(message.contains("no-such-program") && message.contains("not found"), "{message}");
     let container = node.run(&pod, node.spec("good", &["sleep", "1004"], None)).await;
-    let spec = ExecSpec { id: "bad".parse().unwrap(), process: host::process(&["no-such-program"]), stdio: Stdio::default() };
+    let spec =
+        ExecSpec { id: "bad".parse().unwrap(), process: busybox::process(&["no-such-program"]), stdio: Stdio::default() };
     let exec = container.exec(spec).await.unwrap();
     let Error::Backend { message, .. } = exec.start().await.unwrap_err() else { panic!() };
     assert!(message.contains("no-such-program"), "{message}");
@@ -431,14 +432,15 @@ async fn terminals(node: &mut Node) {
 
     let (mut stdio, path) = node.output("exec");
     stdio.terminal = true;
-    let process = host::process(&["sh", "-c", "stty size; readlink /proc/self/fd/0; exit 4"]);
+    let process = busybox::process(&["sh", "-c", "stty size; readlink /proc/self/fd/0; exit 4"]);
     let exec = container.exec(ExecSpec { id: "tty".parse().unwrap(), process, stdio }).await.unwrap();
     exec.start().await.unwrap();
     assert_eq!(within(exec.exited()).await.status, 4);
     let said = fs::read_to_string(path).unwrap();
     assert!(said.contains("/dev/pts/"), "{said:?}");
     exec.delete().await.unwrap();
-    let plain = ExecSpec { id: "plain".parse().unwrap(), process: host::process(&["sleep", "1005"]), stdio: Stdio::default() };
+    let plain =
+        ExecSpec { id: "plain".parse().unwrap(), process: busybox::process(&["sleep", "1005"]), stdio: Stdio::default() };
     let plain = container.exec(plain).await.unwrap();
     plain.start().await.unwrap();
     assert!(plain.resize(WindowSize { width: 1, height: 1 }).await.is_err());
@@ -642,7 +644,7 @@ async fn a_pid_that_is_anothers_now(node: &mut Node) {
     let bundle = node.spec("main", &["sleep", "1014"], SHARED);
     let head = ContainerHead { id: bundle.id.clone(), bundle: bundle.bundle.clone(), stdio: bundle.stdio.clone() };
     let container = node.run(&pod, bundle).await;
-    let exec = ExecSpec { id: "e".parse().unwrap(), process: host::process(&["sleep", "1015"]), stdio: Stdio::default() };
+    let exec = ExecSpec { id: "e".parse().unwrap(), process: busybox::process(&["sleep", "1015"]), stdio: Stdio::default() };
     let exec = container.exec(exec).await.unwrap();
     exec.start().await.unwrap();
     let saved = Saved { spec: spec.clone(), pod: pod.record(), head, container: container.record() };

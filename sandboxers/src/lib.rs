@@ -17,6 +17,8 @@
 //!
 //! Nothing here names a backend or a message of containerd.
 
+#[cfg(any(test, feature = "testing"))]
+pub mod busybox;
 pub mod cgroup;
 pub mod collect;
 #[cfg(any(test, feature = "testing"))]

@@ -3,9 +3,8 @@
 #![allow(clippy::unwrap_used)] // a test may
 
 use std::{
-    fs,
     io::{BufRead, BufReader, Write},
-    os::unix::{fs::symlink, net::UnixStream as BlockingStream},
+    os::unix::net::UnixStream as BlockingStream,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -16,6 +15,7 @@ use kuasar_guest_protocol::{
     agent_ttrpc::AgentClient,
     stream::{ACCEPTED, StreamHeader, StreamKind},
 };
+use kuasar_sandboxers::busybox;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -29,11 +29,6 @@ use ttrpc::{
 
 /// Longest time any one thing in a test may take; an emulated machine on a busy host is slow.
 pub const LIMIT: Duration = Duration::from_secs(60);
-
-const APPLETS: [&str; 16] = [
-    "sh", "sleep", "true", "echo", "cat", "id", "hostname", "ls", "kill", "ps", "readlink", "stty", "tail", "dd", "md5sum",
-    "head",
-];
 
 /// What a call is given.
 pub fn call() -> Context {
@@ -189,66 +184,22 @@ pub async fn exactly(stream: &mut UnixStream, count: u64) -> Vec<u8> {
     bytes
 }
 
-/// A static busybox, if there is one.
-pub fn busybox() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let found = std::env::split_paths(&path).map(|dir| dir.join("busybox")).find(|file| file.is_file())?;
-    // A dynamic one names its loader.
-    let program = fs::read(&found).ok()?;
-    (!program.windows(10).any(|window| window == b"/ld-linux-")).then_some(found)
-}
-
-/// A root filesystem with busybox.
-pub fn make_rootfs(dir: &Path) {
-    for name in ["bin", "dev", "etc", "proc", "sys", "tmp", "run"] {
-        fs::create_dir_all(dir.join(name)).unwrap();
-    }
-    fs::copy(busybox().unwrap(), dir.join("bin/busybox")).unwrap();
-    for applet in APPLETS {
-        symlink("busybox", dir.join("bin").join(applet)).unwrap();
-    }
-}
-
 /// An OCI process.
 pub fn process(args: &[&str]) -> Value {
-    let capabilities = json!(["CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_SETUID", "CAP_SETGID"]);
-    json!({
-        "user": {"uid": 0, "gid": 0},
-        "args": args,
-        "cwd": "/",
-        "env": ["PATH=/bin"],
-        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-        "noNewPrivileges": true,
-        // Not this machine's.
-        "apparmorProfile": "cri-containerd.apparmor.d",
-    })
+    let mut process = busybox::process(args);
+    // Not this machine's.
+    process["apparmorProfile"] = "cri-containerd.apparmor.d".into();
+    process
 }
 
 /// A specification as the host sends it.
 pub fn spec(rootfs: &Path, process: Value) -> Value {
-    json!({
-        "ociVersion": "1.3.0",
-        "process": process,
-        "root": {"path": rootfs},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
-            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"]},
-        ],
-        "linux": {
-            "cgroupsPath": "kubepods-pod1.slice:cri-containerd:abc",
-            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
-            "namespaces": [
-                {"type": "mount"},
-                {"type": "network", "path": "/proc/0/ns/net"},
-                {"type": "ipc", "path": "/proc/0/ns/ipc"},
-                {"type": "uts", "path": "/proc/0/ns/uts"},
-                {"type": "pid"},
-            ],
-        },
-    })
+    let mut spec = busybox::oci(process, None, "kubepods-pod1.slice:cri-containerd:abc");
+    spec["root"]["path"] = json!(rootfs);
+    let more = [
+        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}),
+        json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"]}),
+    ];
+    spec["mounts"].as_array_mut().unwrap().extend(more);
+    spec
 }

@@ -1,28 +1,19 @@
-//! What the tests against real OCI runtimes need: a root filesystem, specifications, and a look at what is left behind.
+//! What the tests against real OCI runtimes need: the runtimes, pods and containers, and a look at what is left behind.
 #![allow(dead_code, unreachable_pub)] // each test program uses its part
 #![allow(clippy::unwrap_used)] // a test may
 
-use std::{
-    fs,
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, path::Path, time::Duration};
 
 use kuasar_runc::{Runtime, RuntimeChoice};
 use kuasar_sandboxers::{
-    fake::{self, Behaviour},
+    busybox, fake,
     id::ContainerId,
     reaper::Reaper,
     spec::OciSpec,
     stdio::Stdio,
     types::{ContainerSpec, Mount, NamespaceMode, SandboxSpec},
 };
-use serde_json::{Value, json};
-
-/// Every applet the tests call.
-const APPLETS: [&str; 14] =
-    ["sh", "sleep", "true", "echo", "cat", "id", "hostname", "ls", "kill", "ps", "readlink", "stty", "tail", "dd"];
+use serde_json::Value;
 
 /// Longest time any one thing in a test may take.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -34,7 +25,7 @@ pub async fn runtimes(test: &str, reaper: &Reaper) -> Vec<Runtime> {
         eprintln!("SKIP {test}: containers take root");
         return found;
     }
-    if busybox().is_none() {
+    if busybox::find().is_none() {
         eprintln!("SKIP {test}: no static busybox on PATH; install busybox-static");
         return found;
     }
@@ -51,28 +42,6 @@ pub async fn runtimes(test: &str, reaper: &Reaper) -> Vec<Runtime> {
     found
 }
 
-fn busybox() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let found = std::env::split_paths(&path).map(|dir| dir.join("busybox")).find(|file| file.is_file())?;
-    // A dynamic one names its loader.
-    let program = fs::read(&found).ok()?;
-    (!program.windows(10).any(|window| window == b"/ld-linux-")).then_some(found)
-}
-
-/// A root filesystem with busybox.
-pub fn make_rootfs(dir: &Path) {
-    for name in ["bin", "dev", "etc", "proc", "sys", "tmp", "run"] {
-        fs::create_dir_all(dir.join(name)).unwrap();
-    }
-    for name in ["etc/hosts", "etc/hostname", "etc/resolv.conf"] {
-        fs::write(dir.join(name), "").unwrap();
-    }
-    fs::copy(busybox().unwrap(), dir.join("bin/busybox")).unwrap();
-    for applet in APPLETS {
-        symlink("busybox", dir.join("bin").join(applet)).unwrap();
-    }
-}
-
 /// A pod with the node's network, so that no network has to be made.
 pub fn pod(sandboxer: &str, id: &str, pid: NamespaceMode) -> SandboxSpec {
     let mut spec = fake::spec(id);
@@ -81,58 +50,6 @@ pub fn pod(sandboxer: &str, id: &str, pid: NamespaceMode) -> SandboxSpec {
     spec.namespaces.network = NamespaceMode::Node;
     spec.namespaces.pid = pid;
     spec
-}
-
-/// An OCI process.
-pub fn process(args: &[&str]) -> Value {
-    let capabilities = json!(["CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_SETUID", "CAP_SETGID"]);
-    json!({
-        "user": {"uid": 0, "gid": 0},
-        "args": args,
-        "cwd": "/",
-        "env": ["PATH=/bin"],
-        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-        "noNewPrivileges": true,
-    })
-}
-
-pub fn behaviour(behaviour: Behaviour) -> Value {
-    match behaviour {
-        Behaviour::Exit(code) => process(&["/bin/sh", "-c", &format!("exit {code}")]),
-        Behaviour::Run => process(&["/bin/sleep", "1000"]),
-        Behaviour::FailToStart => process(&["no-such-program"]),
-    }
-}
-
-/// A specification as containerd writes it for a sandbox without a process.
-pub fn oci(process: Value, pid: Option<&str>, cgroup: &str) -> Value {
-    let pid = match pid {
-        Some(path) => json!({"type": "pid", "path": path}),
-        None => json!({"type": "pid"}),
-    };
-    json!({
-        "ociVersion": "1.3.0",
-        "process": process,
-        "root": {"path": "rootfs"},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777"]},
-        ],
-        "linux": {
-            "cgroupsPath": cgroup,
-            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
-            "namespaces": [
-                {"type": "mount"},
-                {"type": "network", "path": "/proc/0/ns/net"},
-                {"type": "ipc", "path": "/proc/0/ns/ipc"},
-                {"type": "uts", "path": "/proc/0/ns/uts"},
-                pid,
-            ],
-        },
-    })
 }
 
 /// A container in a bundle below `dir`.

@@ -1,5 +1,6 @@
 //! What tests that boot machines share: the guest image with a test's own first process, and the daemon's part around it.
 #![allow(clippy::unwrap_used, reason = "a test may")]
+#![allow(dead_code, reason = "each test program uses its part")]
 
 use std::{
     fs,
@@ -9,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::{process::Tracked, reaper::Reaper};
+use kuasar_sandboxers::{busybox, process::Tracked, reaper::Reaper};
 use kuasar_vmm::{
     hypervisor::Place,
     launch::Launched,
@@ -51,25 +52,9 @@ pub(crate) struct Bench {
 /// The guest's kernel and initial ramdisk, with `script` for its first process; `None`, said aloud, when something is missing.
 pub(crate) async fn bench(test: &str, script: &str) -> Option<Bench> {
     static TURNS: Semaphore = Semaphore::const_new(2);
-    let skip = |missing: &str| {
-        eprintln!("SKIP {test}: {missing}");
-        None
-    };
-    if !nix::unistd::geteuid().is_root() {
-        return skip("root");
-    }
-    let Some(image) = image() else {
-        return skip("a guest image: make guest, or name a kernel beside its initrd in KUASAR_GUEST_KERNEL");
-    };
-    let busybox = Path::new("/bin/busybox");
-    if !fs::read(busybox).is_ok_and(|elf| is_static(&elf)) {
-        return skip("a static /bin/busybox");
-    }
-    if let Err(error) = Qemu::open(config(Machine::Q35), &reaper()).await {
-        return skip(&error.report());
-    }
+    let (image, busybox) = needs(test).await?;
     if let Err(error) = VsockDevice::open(VsockDeviceConfig::default()) {
-        return skip(&error.report());
+        return skip(test, &error.report());
     }
     let turn = TURNS.acquire().await.unwrap();
     let dir = TempDir::with_prefix("kuasar-vmm-").unwrap();
@@ -87,12 +72,25 @@ pub(crate) async fn bench(test: &str, script: &str) -> Option<Bench> {
     Some(Bench { dir, _turn: turn })
 }
 
-/// Whether a 64 bit ELF file names no interpreter (elf(5), `PT_INTERP`).
-fn is_static(elf: &[u8]) -> bool {
-    let number =
-        |at: usize, length: usize| elf[at..at + length].iter().rev().fold(0, |sum, byte| sum << 8 | usize::from(*byte));
-    let (headers, size, count) = (number(32, 8), number(54, 2), number(56, 2));
-    (0..count).all(|header| number(headers + header * size, 4) != 3)
+/// Says aloud that a test does not run.
+pub(crate) fn skip<T>(test: &str, missing: &str) -> Option<T> {
+    eprintln!("SKIP {test}: {missing}");
+    None
+}
+
+/// The directory of the guest image, and a static busybox; `None`, said aloud, when one of them, QEMU or root's powers are missing.
+pub(crate) async fn needs(test: &str) -> Option<(PathBuf, PathBuf)> {
+    if !nix::unistd::geteuid().is_root() {
+        return skip(test, "root");
+    }
+    let Some(image) = image() else {
+        return skip(test, "a guest image: make guest, or name a kernel beside its initrd in KUASAR_GUEST_KERNEL");
+    };
+    let Some(busybox) = busybox::find() else { return skip(test, "no static busybox on PATH; install busybox-static") };
+    match Qemu::open(config(Machine::Q35), &reaper()).await {
+        Ok(_) => Some((image, busybox)),
+        Err(error) => skip(test, &error.report()),
+    }
 }
 
 fn image() -> Option<PathBuf> {
