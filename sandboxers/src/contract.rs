@@ -23,6 +23,7 @@ use std::{
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use serde_json::Value;
+use tokio::sync::mpsc;
 
 use crate::{
     cgroup::Stats,
@@ -30,6 +31,7 @@ use crate::{
     event::EventSink,
     fdstore::FdStore,
     id::{ContainerId, ExecId, Namespace, SandboxId},
+    inside::{Program, ProgramIo, Section, on_the_node},
     reaper::Reaper,
     stdio::{Stdio, StreamHub},
     types::{Capabilities, ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
@@ -119,6 +121,25 @@ pub trait Sandbox: Send + Sync + 'static {
 
     /// Facts for people (`crictl inspectp`, `kuasarctl inspect`).
     fn describe(&self) -> Value;
+
+    /// Runs a program beside the containers, as root of the sandbox's own kernel, to its end: its exit code, or 128 and the signal. Nothing
+    /// of it is left then, nor when it was killed because nobody took its output any more.
+    async fn run_beside(&self, _program: Program, _io: ProgramIo) -> Result<u32> {
+        let instead = "use crictl exec for a program in a container, or nsenter with a process id of kuasarctl ps";
+        Err(on_the_node("a program beside the containers", instead))
+    }
+
+    /// Gives what the sandbox's own kernel and what runs beside the containers have said, as text without control characters but newlines
+    /// and tabs; with `follow`, also what they say until the sandbox ends, or nobody takes it any more.
+    async fn console(&self, _follow: bool, _output: mpsc::Sender<String>) -> Result<()> {
+        Err(on_the_node("a console", "dmesg shows what the node's kernel says"))
+    }
+
+    /// All that is known of the sandbox for people who look for faults, of one that hangs or has ended, too.
+    async fn account(&self) -> Result<Vec<Section>> {
+        let instead = "crictl logs shows what its containers say, journalctl -u kuasard what kuasard does";
+        Err(on_the_node("a log of the sandbox", instead))
+    }
 }
 
 /// A process under our care: a container's first one, or an exec.

@@ -12,8 +12,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     cgroup::Stats,
+    contract::Sandbox,
     error::{Error, Result},
     id::{ContainerId, ExecId, Namespace, SandboxId},
+    inside::{Program, ProgramIo, Section},
     lifecycle::{ProcessState, SandboxState},
     owner::{Call, Key, Owner, Reply},
     stdio::Stdio,
@@ -175,8 +177,35 @@ impl SandboxHandle {
     /// # Errors
     /// What the backend says.
     pub async fn metrics(&self) -> Result<Option<Stats>> {
-        let sandbox = self.read(|owner| Ok(owner.sandbox.clone())).await?;
-        sandbox.metrics().await
+        self.sandbox().await?.metrics().await
+    }
+
+    /// Runs a program beside the containers, to its end.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the sandbox has no kernel of its own; else what the backend says.
+    pub async fn run_beside(&self, program: Program, io: ProgramIo) -> Result<u32> {
+        self.sandbox().await?.run_beside(program, io).await
+    }
+
+    /// Gives what the sandbox's own kernel has said, and what it says from now on.
+    ///
+    /// # Errors
+    /// As [`Self::run_beside`].
+    pub async fn console(&self, follow: bool, output: mpsc::Sender<String>) -> Result<()> {
+        self.sandbox().await?.console(follow, output).await
+    }
+
+    /// All that is known of it, for people.
+    ///
+    /// # Errors
+    /// As [`Self::run_beside`].
+    pub async fn account(&self) -> Result<Vec<Section>> {
+        self.sandbox().await?.account().await
+    }
+
+    async fn sandbox(&self) -> Result<Arc<dyn Sandbox>> {
+        self.read(|owner| Ok(owner.sandbox.clone())).await
     }
 
     /// Waits until no operation is under way.

@@ -34,6 +34,7 @@ pub mod fdstore;
 pub mod format;
 pub mod handle;
 pub mod id;
+pub mod inside;
 pub mod lifecycle;
 pub mod mount;
 pub mod netlink;

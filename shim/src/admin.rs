@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use futures::future::join_all;
+use futures::{future::join_all, stream::BoxStream};
 use kuasar_sandboxers::{
     Error, Result,
     collect::SetAside,
@@ -11,14 +11,17 @@ use kuasar_sandboxers::{
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     calls::Calls,
     gc::Gc,
-    inspect,
+    inside, inspect,
     keeper::worker::Keeper,
-    proto::admin::{Document, GcRequest, InspectRequest, ListRequest, UpgradeRequest, VersionRequest, admin_server},
+    proto::admin::{
+        ConsoleRequest, Document, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, Text, UpgradeRequest,
+        VersionRequest, admin_server,
+    },
     status::IntoStatus,
     upgrade::Upgrades,
 };
@@ -53,7 +56,7 @@ impl Admin {
 }
 
 /// The sandboxes of a namespace (empty: of all), as they are now, oldest first.
-async fn sandboxes(registry: Registry, namespace: String) -> Result<Vec<SandboxStatus>> {
+pub(crate) async fn sandboxes(registry: Registry, namespace: String) -> Result<Vec<SandboxStatus>> {
     let wanted = |sandbox: &SandboxHandle| namespace.is_empty() || sandbox.namespace.as_str() == namespace;
     let mut found = Vec::new();
     let asked = registry.list().into_iter().filter(wanted).map(|sandbox| async move { sandbox.status().await });
@@ -95,6 +98,9 @@ fn document(value: &impl Serialize) -> Result<Response<Document>, Status> {
 
 #[tonic::async_trait]
 impl admin_server::Admin for Admin {
+    type ExecStream = BoxStream<'static, Result<ExecOutput, Status>>;
+    type ConsoleStream = BoxStream<'static, Result<Text, Status>>;
+
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<Document>, Status> {
         let (registry, namespace) = (self.registry.clone(), request.into_inner().namespace);
         let work =
@@ -153,5 +159,20 @@ impl admin_server::Admin for Admin {
     async fn gc(&self, request: Request<GcRequest>) -> Result<Response<Document>, Status> {
         let work = self.gc.clone().run(self.registry.clone(), self.calls.clone(), request.into_inner().dry_run);
         document(&self.calls.run("Admin.Gc", "all", work).await.grpc()?)
+    }
+
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
+        inside::exec(self.registry.clone(), self.calls.clone(), request.into_inner()).await.map(Response::new)
+    }
+
+    async fn console(&self, request: Request<ConsoleRequest>) -> Result<Response<Self::ConsoleStream>, Status> {
+        Ok(Response::new(inside::console(self.registry.clone(), self.calls.clone(), request.into_inner())))
+    }
+
+    async fn account(&self, request: Request<InspectRequest>) -> Result<Response<Document>, Status> {
+        let InspectRequest { namespace, id } = request.into_inner();
+        let (registry, wanted) = (self.registry.clone(), id.clone());
+        let work = async move { inside::find(&registry, namespace, &wanted).await?.account().await };
+        document(&self.calls.run("Admin.Account", &id, work).await.grpc()?)
     }
 }

@@ -150,6 +150,11 @@ impl Calls {
         }
     }
 
+    /// Resolves with [`Calls::part`] and [`Calls::stop`].
+    pub fn parted(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        self.0.parting.clone().cancelled_owned()
+    }
+
     /// Resolves when a call has begun since the last time.
     pub async fn begun(&self) {
         self.0.begun.notified().await;

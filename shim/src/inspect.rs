@@ -64,6 +64,11 @@ fn subjects(sandboxes: Vec<SandboxStatus>, failures: impl Iterator<Item = Failur
 }
 
 impl Subject {
+    /// What it is, if it is here.
+    pub(crate) fn here(&self) -> Option<&SandboxStatus> {
+        self.status.as_ref()
+    }
+
     /// Its id and those of its containers, with those that could not be started.
     fn ids(&self) -> impl Iterator<Item = &str> {
         let here = self.status.iter().flat_map(|status| {

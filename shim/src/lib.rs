@@ -23,6 +23,7 @@ pub mod controller;
 pub mod events;
 pub mod forgotten;
 pub mod gc;
+mod inside;
 mod inspect;
 pub mod keeper;
 pub mod metrics;

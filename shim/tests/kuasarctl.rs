@@ -3,18 +3,24 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    io::Write,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     sync::LazyLock,
 };
 
+use futures::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use kuasar_shim::proto::admin::{
-    Document, GcRequest, InspectRequest, ListRequest, UpgradeRequest, VersionRequest, admin_server,
+    ConsoleRequest, Document, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, Text, UpgradeRequest,
+    VersionRequest, admin_server, exec_input, exec_output,
 };
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Request, Response, Status, transport::Server};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 /// A configuration in which nothing is written.
 static EMPTY: LazyLock<PathBuf> = LazyLock::new(|| write(Path::new(env!("CARGO_TARGET_TMPDIR")), "empty.toml", ""));
@@ -163,8 +169,46 @@ fn document(value: &Value) -> Result<Response<Document>, Status> {
     Ok(Response::new(Document { json: value.to_string() }))
 }
 
+/// A program that says its arguments, and then what it reads.
+fn echo(asked: Streaming<ExecInput>) -> BoxStream<'static, Result<ExecOutput, Status>> {
+    use exec_output::What;
+    let answers = asked.flat_map(|asked| {
+        let answers = match asked.ok().and_then(|asked| asked.what) {
+            Some(exec_input::What::Program(program)) if program.id == "runc" => {
+                vec![Err(Status::unimplemented("a program beside the containers is not supported: use crictl exec"))]
+            }
+            Some(exec_input::What::Program(program)) => {
+                let said = format!("{} {:?} {:?}\n", program.namespace, program.args, program.terminal);
+                let status = (!program.stdin).then_some(Ok(What::Status(130)));
+                [Ok(What::Stderr(said.into_bytes()))].into_iter().chain(status).collect()
+            }
+            Some(exec_input::What::Stdin(bytes)) => vec![Ok(What::Stdout(bytes)), Ok(What::Taken(true))],
+            Some(exec_input::What::StdinEnded(_)) => vec![Ok(What::Status(7))],
+            _ => Vec::new(),
+        };
+        stream::iter(answers)
+    });
+    answers.map(|answer| answer.map(|what| ExecOutput { what: Some(what) })).boxed()
+}
+
 #[tonic::async_trait]
 impl admin_server::Admin for Fake {
+    type ExecStream = BoxStream<'static, Result<ExecOutput, Status>>;
+    type ConsoleStream = BoxStream<'static, Result<Text, Status>>;
+
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
+        Ok(Response::new(echo(request.into_inner())))
+    }
+
+    async fn console(&self, request: Request<ConsoleRequest>) -> Result<Response<Self::ConsoleStream>, Status> {
+        let pieces = ["booted\n".to_owned(), format!("follow {}\n", request.into_inner().follow)];
+        Ok(Response::new(stream::iter(pieces.map(|text| Ok(Text { text }))).boxed()))
+    }
+
+    async fn account(&self, _: Request<InspectRequest>) -> Result<Response<Document>, Status> {
+        document(&json!([{ "title": "console", "text": "booted\n" }]))
+    }
+
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<Document>, Status> {
         let time = json!({ "secs_since_epoch": 1, "nanos_since_epoch": 0 });
         let pod = json!({ "name": "web", "namespace": "shop", "uid": "u", "attempt": 0 });
@@ -238,6 +282,28 @@ fn the_daemon_is_asked() {
     assert!(version.contains("9.9.9 (keeper 41, worker 42)") && version.contains("runc 1.3.5"), "{version}");
     let version: Value = serde_json::from_str(&prints(&["version", "--json"])).unwrap();
     assert_eq!(version["daemon"]["version"], "9.9.9");
+    assert_eq!(prints(&["console", "ab"]), "booted\nfollow false\n");
+    assert_eq!(prints(&["console", "--follow", "ab"]), "booted\nfollow true\n");
+    assert_eq!(prints(&["logs", "--sandbox", "ab"]), "==> console <==\nbooted\n");
+    let account: Value = serde_json::from_str(&prints(&["logs", "--sandbox", "--json", "ab"])).unwrap();
+    assert_eq!(account[0]["title"], "console");
+    let exec = |rest: &[&str], input: &[u8]| {
+        let arguments = with(rest);
+        let mut command = kuasarctl(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        command.env("TERM", "vt220").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // One that is given no input does not read it.
+        let _ = child.stdin.take().unwrap().write_all(input);
+        child.wait_with_output().unwrap()
+    };
+    let output = exec(&["exec", "-i", "-n", "k8s.io", "ab", "--", "cat", "-v", "--json"], &[b'x'; 200_000]);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(7), 200_000));
+    assert_eq!(stderr(&output), "k8s.io [\"cat\", \"-v\", \"--json\"] \"\"\n");
+    let output = exec(&["exec", "-t", "ab", "sh"], b"");
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(130), " [\"sh\"] \"vt220\"\n"));
+    let output = exec(&["exec", "runc", "sh"], b"");
+    let refusal = "kuasarctl: kuasard refused: a program beside the containers is not supported: use crictl exec\n";
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(125), refusal));
     let upgraded = prints(&["upgrade"]);
     assert!(upgraded.starts_with("kuasard 9.9.8 (process 40) is now 9.9.9 (process 42), /usr/bin/kuasard,"), "{upgraded}");
     let upgraded: Value = serde_json::from_str(&prints(&["upgrade", "--json", "--binary", "/new"])).unwrap();

@@ -42,6 +42,9 @@ const TRY: Duration = Duration::from_millis(3);
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
+/// How much of a call's limit has passed when the guest says that all of it has: its clock may be a little faster.
+const ALMOST: f32 = 0.9;
+
 /// The longest text of the guest's that is kept, in bytes.
 const TEXT: usize = 4 << 10;
 
@@ -56,22 +59,26 @@ pub(crate) struct Agent {
     address: VsockAddress,
     budget: Arc<Budget>,
     client: AsyncMutex<Option<Connected>>,
+    /// Its last hello, of an earlier connection perhaps.
+    hello: Mutex<Option<Arc<HelloResponse>>>,
 }
 
-struct Connected {
-    client: AgentClient,
-    hello: Arc<HelloResponse>,
-}
+struct Connected(AgentClient);
 
 impl std::fmt::Debug for Connected {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connected").field("agent", &self.hello.agent).finish_non_exhaustive()
+        f.debug_struct("Connected").finish_non_exhaustive()
     }
 }
 
 impl Agent {
     pub(crate) fn at(address: VsockAddress) -> Self {
-        Self { address, budget: Arc::default(), client: AsyncMutex::new(None) }
+        Self { address, budget: Arc::default(), client: AsyncMutex::new(None), hello: Mutex::default() }
+    }
+
+    /// What it has said of itself, once it was reached.
+    pub(crate) fn hello(&self) -> Option<Arc<HelloResponse>> {
+        self.hello.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn address(&self) -> &VsockAddress {
@@ -82,7 +89,7 @@ impl Agent {
     ///
     /// # Errors
     /// [`Error::TimedOut`], and what an agent says that cannot be worked with.
-    pub(crate) async fn wait(&self, ready: Option<UnixListener>, limit: Duration) -> Result<Arc<HelloResponse>> {
+    pub(crate) async fn wait(&self, ready: Option<UnixListener>, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
         if let Some(ready) = ready {
             match timeout(limit, ready.accept()).await {
@@ -111,15 +118,16 @@ impl Agent {
     }
 
     /// Says hello on a new connection, which then is the one that calls use.
-    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<Arc<HelloResponse>> {
+    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<()> {
         let metered = Metered { connection, budget: self.budget.clone() };
         let client = AgentClient::new(Client::new(Socket::new(metered)));
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).map_err(Error::failed("read the clock"))?;
         let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
         let request = HelloRequest { version: VERSION, time_ns, ..HelloRequest::default() };
         let left = deadline.saturating_duration_since(Instant::now()).min(QUICK);
-        let hello =
-            client.hello(context::with_duration(left), &request).await.map_err(|error| self.error("say hello", error))?;
+        let asked = Instant::now();
+        let hello = client.hello(context::with_duration(left), &request).await;
+        let hello = hello.map_err(|error| self.error("say hello", Some(left), asked, error))?;
         if hello.version != VERSION {
             let message = format!(
                 "it speaks version {} of the protocol, this daemon {VERSION}; install the guest image of the same release",
@@ -132,20 +140,20 @@ impl Agent {
         for text in [&mut hello.agent, &mut hello.kernel, &mut hello.runtime, &mut hello.boot_id] {
             *text = tame(text, 128);
         }
-        let hello = Arc::new(hello);
-        *self.client.lock().await = Some(Connected { client, hello: hello.clone() });
-        Ok(hello)
+        *self.hello.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(hello));
+        *self.client.lock().await = Some(Connected(client));
+        Ok(())
     }
 
     async fn client(&self) -> Result<AgentClient> {
         if let Some(connected) = &*self.client.lock().await {
-            return Ok(connected.client.clone());
+            return Ok(connected.0.clone());
         }
         let connection = timeout(QUICK, self.address.dial(PORT)).await.map_err(|_| lost("it does not take connections"))?;
         let connection = connection.map_err(|error| lost(&format!("it cannot be reached: {error}")))?;
         self.greet(connection, Instant::now() + QUICK).await?;
         let connected = self.client.lock().await;
-        connected.as_ref().map(|connected| connected.client.clone()).ok_or_else(|| lost("its connection was lost"))
+        connected.as_ref().map(|connected| connected.0.clone()).ok_or_else(|| lost("its connection was lost"))
     }
 
     /// Makes a call; `operation` reads as the end of "failed to …". Without a limit it may take as long as the machine lives.
@@ -163,12 +171,10 @@ impl Agent {
     {
         let client = self.client().await?;
         let context = limit.map_or_else(|| context::with_timeout(0), context::with_duration);
+        let asked = Instant::now();
         let called = call(client, context);
         let answer = match limit {
-            Some(limit) => timeout(limit, called).await.map_err(|_| Error::TimedOut {
-                operation: format!("the guest's answer to: {operation},"),
-                seconds: limit.as_secs(),
-            })?,
+            Some(limit) => timeout(limit, called).await.map_err(|_| unanswered(operation, limit))?,
             None => called.await,
         };
         match answer {
@@ -177,12 +183,13 @@ impl Agent {
                 if !matches!(error, ttrpc::Error::RpcStatus(_)) {
                     self.client.lock().await.take();
                 }
-                Err(self.error(operation, error))
+                Err(self.error(operation, limit, asked, error))
             }
         }
     }
 
-    fn error(&self, operation: &str, error: ttrpc::Error) -> Error {
+    /// The error of a call that was made at `asked`.
+    fn error(&self, operation: &str, limit: Option<Duration>, asked: Instant, error: ttrpc::Error) -> Error {
         if self.budget.is_exceeded() {
             return lost("it has sent more than a guest has to say, and is not listened to any more; delete the pod");
         }
@@ -195,9 +202,11 @@ impl Agent {
             ttrpc::Code::UNIMPLEMENTED => Code::Unimplemented,
             ttrpc::Code::RESOURCE_EXHAUSTED => Code::ResourceExhausted,
             ttrpc::Code::UNAVAILABLE => Code::Unavailable,
-            ttrpc::Code::DEADLINE_EXCEEDED => {
-                return Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: QUICK.as_secs() };
-            }
+            // Of the call itself, which the guest's end watches too; or of a step of the guest's own, which it names.
+            ttrpc::Code::DEADLINE_EXCEEDED => match limit {
+                Some(limit) if asked.elapsed() >= limit.mul_f32(ALMOST) => return unanswered(operation, limit),
+                _ => Code::DeadlineExceeded,
+            },
             _ => Code::Internal,
         };
         Error::Refused { by: "the guest".into(), operation: operation.into(), code, message: tame(status.message(), TEXT) }
@@ -211,14 +220,22 @@ fn late(limit: Duration, last: Option<&Error>) -> Error {
     Error::TimedOut { operation, seconds: limit.as_secs() }
 }
 
+fn unanswered(operation: &str, limit: Duration) -> Error {
+    Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: limit.as_secs() }
+}
+
 fn lost(why: &str) -> Error {
     Error::Unavailable { what: "the guest's agent".into(), why: why.into() }
 }
 
-/// A text of the guest's as it may be shown and logged: bounded, without control characters.
+/// A character of the guest's as it may be shown: none that a terminal takes for a command.
+pub(crate) fn tame_char(c: char) -> char {
+    if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c }
+}
+
+/// A text of the guest's as it may be shown and logged: bounded, without control characters but newlines and tabs.
 pub(crate) fn tame(text: &str, limit: usize) -> String {
-    let mut tamed: String =
-        text.chars().take(limit).map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect();
+    let mut tamed: String = text.chars().take(limit).map(tame_char).collect();
     while tamed.len() > limit {
         tamed.pop();
     }
@@ -307,9 +324,24 @@ mod tests {
         assert!(!budget.spend(0, later + Duration::from_secs(3600)));
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_took_too_long_names_its_own_limit() {
+        let agent = Agent::at(VsockAddress::Cid(3));
+        let late = || ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "the end of exec x"));
+        let asked = Instant::now();
+        tokio::time::advance(SLOW).await;
+        let error = agent.error("exec", Some(SLOW), asked, late());
+        assert_eq!(error.report(), "the guest's answer to: exec, did not finish within 120 s");
+        // One that the guest gives up before is told in its words.
+        for (limit, asked) in [(Some(SLOW), Instant::now()), (None, asked)] {
+            let error = agent.error("exec", limit, asked, late());
+            assert_eq!((error.code(), error.report().contains("the end of exec x")), (Code::DeadlineExceeded, true));
+        }
+    }
+
     #[test]
     fn texts_are_tamed() {
-        assert_eq!(tame("a\x1b[31mb\nc", 100), "a\u{fffd}[31mb\nc");
+        assert_eq!(tame("a\x1b[31mb\nc\td\u{9b}\r", 100), "a\u{fffd}[31mb\nc\td\u{fffd}\u{fffd}");
         assert!(tame(&"ä".repeat(100), 51).len() <= 51);
     }
 }

@@ -112,41 +112,13 @@ impl Running {
 
     async fn watch(self: Arc<Self>, guest: Option<Arc<Guest>>) {
         let exit = match &guest {
-            Some(guest) => self.exit(guest).await,
+            Some(guest) => exit(guest, &self.request).await,
             None => None,
         };
         if let Some(guest) = &guest {
             self.relay.finish(exit.as_ref(), guest.agent(), &self.request).await;
         }
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
-    }
-
-    /// What the guest tells of its end; `None` when the machine ended first.
-    async fn exit(&self, guest: &Guest) -> Option<WaitResponse> {
-        loop {
-            let wait = guest.agent().call("wait for a process", None, |client, context| {
-                let request = self.request.clone();
-                async move { client.wait(context, &request).await }
-            });
-            let error = tokio::select! {
-                biased;
-                waited = wait => match waited {
-                    Ok(exit) => return Some(exit),
-                    Err(error) => error,
-                },
-                _ = guest.ended() => return None,
-            };
-            if error.code() == Code::NotFound {
-                // Nobody can tell any more.
-                warn!(container = self.request.container, exec = self.request.exec, "the guest does not know the process");
-                return Some(WaitResponse { status: 255, ..WaitResponse::default() });
-            }
-            debug!(error = error.report(), "cannot wait for a process in the guest");
-            // The machine ends when its agent is gone for good, so one of the two comes.
-            if !guest.agent_is_back().await {
-                return None;
-            }
-        }
     }
 
     async fn kill(self: &Arc<Self>, signal: i32, all: bool) -> Result<()> {
@@ -158,13 +130,8 @@ impl Running {
         }
         let is_last = signal == libc::SIGKILL && self.request.exec.is_empty();
         let signal = u32::try_from(signal).map_err(|_| Error::invalid("signal", format!("{signal} is no signal")))?;
-        let ProcessRequest { container, exec, .. } = self.request.clone();
-        let request = SignalRequest { container, exec, signal, all, ..SignalRequest::default() };
         let guest = self.pod.guest()?;
-        let sent = guest
-            .agent()
-            .call("send a signal", Some(QUICK), |client, context| async move { client.signal(context, &request).await });
-        match guest.unless_ended(sent).await {
+        match guest.unless_ended(self::signal(&guest, &self.request, signal, all)).await {
             Err(error) if error.code() == Code::NotFound => Err(finished()),
             // It ended with its machine.
             Err(_) if guest.has_ended() => Err(finished()),
@@ -191,14 +158,7 @@ impl Running {
     }
 
     async fn resize(&self, size: WindowSize) -> Result<()> {
-        let ProcessRequest { container, exec, .. } = self.request.clone();
-        let (width, height) = (size.width.into(), size.height.into());
-        let request = ResizeRequest { container, exec, width, height, ..ResizeRequest::default() };
-        let guest = self.pod.guest()?;
-        let resized = guest
-            .agent()
-            .call("resize a terminal", Some(QUICK), |client, context| async move { client.resize(context, &request).await });
-        resized.await.map(drop)
+        resize(&*self.pod.guest()?, &self.request, size).await
     }
 
     async fn close_stdin(&self) -> Result<()> {
@@ -215,6 +175,55 @@ impl Running {
     async fn delete(&self) -> Result<()> {
         delete(&self.pod, &self.request).await
     }
+}
+
+/// What the guest tells of the end of a process; `None` when the machine ended first.
+pub(crate) async fn exit(guest: &Guest, request: &ProcessRequest) -> Option<WaitResponse> {
+    loop {
+        let wait = guest.agent().call("wait for a process", None, |client, context| {
+            let request = request.clone();
+            async move { client.wait(context, &request).await }
+        });
+        let error = tokio::select! {
+            biased;
+            waited = wait => match waited {
+                Ok(exit) => return Some(exit),
+                Err(error) => error,
+            },
+            _ = guest.ended() => return None,
+        };
+        if error.code() == Code::NotFound {
+            // Nobody can tell any more.
+            warn!(container = request.container, exec = request.exec, "the guest does not know the process");
+            return Some(WaitResponse { status: 255, ..WaitResponse::default() });
+        }
+        debug!(error = error.report(), "cannot wait for a process in the guest");
+        // The machine ends when its agent is gone for good, so one of the two comes.
+        if !guest.agent_is_back().await {
+            return None;
+        }
+    }
+}
+
+/// Sends a signal to a process.
+pub(crate) async fn signal(guest: &Guest, process: &ProcessRequest, signal: u32, all: bool) -> Result<()> {
+    let ProcessRequest { container, exec, .. } = process.clone();
+    let request = SignalRequest { container, exec, signal, all, ..SignalRequest::default() };
+    let sent = guest
+        .agent()
+        .call("send a signal", Some(QUICK), |client, context| async move { client.signal(context, &request).await });
+    sent.await.map(drop)
+}
+
+/// Sets the size of a process's terminal.
+pub(crate) async fn resize(guest: &Guest, process: &ProcessRequest, size: WindowSize) -> Result<()> {
+    let ProcessRequest { container, exec, .. } = process.clone();
+    let (width, height) = (size.width.into(), size.height.into());
+    let request = ResizeRequest { container, exec, width, height, ..ResizeRequest::default() };
+    let resized = guest
+        .agent()
+        .call("resize a terminal", Some(QUICK), |client, context| async move { client.resize(context, &request).await });
+    resized.await.map(drop)
 }
 
 async fn state(guest: &Guest, request: &ProcessRequest) -> Result<StateResponse> {

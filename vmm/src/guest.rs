@@ -142,6 +142,16 @@ impl Guest {
         &self.vm
     }
 
+    pub(crate) fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// The last that the hypervisor and the helpers have said, by their names.
+    pub(crate) fn words(&self) -> Vec<(String, Option<String>)> {
+        let helpers = self.helpers.iter().map(|helper| (helper.record().name, helper.last_words()));
+        std::iter::once(("hypervisor".into(), self.vm.last_words())).chain(helpers).collect()
+    }
+
     pub(crate) fn record(&self) -> GuestRecord {
         GuestRecord { vm: self.vm.record(), helpers: self.helpers.iter().map(Launched::record).collect() }
     }

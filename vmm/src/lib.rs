@@ -25,6 +25,7 @@ mod container;
 mod dial;
 mod guest;
 pub mod hypervisor;
+mod inside;
 pub mod launch;
 pub mod net;
 mod pod;

@@ -31,13 +31,14 @@ use std::{
 use async_trait::async_trait;
 use kuasar_guest_protocol::{
     FORWARD_PORT, SHARE_TAG, SHARE_TARGET, STORAGE_TARGET,
-    agent::{HelloResponse, IdMapping, ProcessRequest, SetUpRequest, Share as GuestShare},
+    agent::{IdMapping, ProcessRequest, SetUpRequest, Share as GuestShare},
 };
 use kuasar_sandboxers::{
     Container, Error, Result, Sandbox, SandboxContext,
     cgroup::{Cgroup, Stats, parent_path, parent_stats},
     failpoint::{self, Failpoint},
     id::ContainerId,
+    inside::{Program, ProgramIo, Section},
     podfiles::Contents,
     process::Ending,
     stages,
@@ -46,7 +47,10 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{net::UnixListener, sync::OwnedMutexGuard};
+use tokio::{
+    net::UnixListener,
+    sync::{OwnedMutexGuard, mpsc},
+};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, debug, warn};
 
@@ -57,6 +61,7 @@ use crate::{
     container::{self, VmContainer},
     guest::GuestRecord,
     hypervisor::Place,
+    inside::{self, Sessions},
     net::{self, PodNetwork, forward::Forwarder},
     sandboxer::Shared,
     share::SharedDir,
@@ -82,13 +87,14 @@ pub(crate) struct Pod {
     state: Mutex<State>,
     next_disk: AtomicU32,
     ending: Ending,
+    /// Programs beside the containers.
+    pub(crate) sessions: Sessions,
 }
 
 #[derive(Debug, Default)]
 struct State {
     size: Option<Size>,
     guest: Option<Arc<Guest>>,
-    hello: Option<Arc<HelloResponse>>,
     /// Carries connections to forwarded ports.
     forwarding: Option<AbortOnDropHandle<()>>,
     /// Names of containers that are being made or removed.
@@ -148,6 +154,7 @@ impl Pod {
             state: Mutex::default(),
             next_disk: AtomicU32::new(0),
             ending: Ending::pending(),
+            sessions: Sessions::default(),
         }
     }
 
@@ -160,10 +167,7 @@ impl Pod {
         match &self.state().guest {
             Some(guest) if guest.has_ended() => Err(guest.gone()),
             Some(guest) => Ok(guest.clone()),
-            None => Err(Error::Unavailable {
-                what: format!("sandbox {}", self.spec.id),
-                why: "it has no virtual machine yet; start it first".into(),
-            }),
+            None => Err(self.not_started()),
         }
     }
 
@@ -242,7 +246,29 @@ impl Pod {
             Err(error) => debug!(error = error.report(), "ports are not forwarded any more"),
         }
         self.adopt(guest);
+        self.clear_sessions().await;
         Ok(())
+    }
+
+    /// Nobody waits any more for programs that ran beside the containers under an earlier daemon. No new one begins before they are gone.
+    async fn clear_sessions(self: &Arc<Self>) {
+        let held = self.sessions.hold().await;
+        let pod = self.clone();
+        let work = async move {
+            inside::clear(&pod).await;
+            drop(held);
+        };
+        tokio::spawn(work.in_current_span());
+    }
+
+    /// The machine, also one that has ended.
+    fn machine(&self) -> Result<Arc<Guest>> {
+        self.state().guest.clone().ok_or_else(|| self.not_started())
+    }
+
+    fn not_started(&self) -> Error {
+        let why = "it has no virtual machine yet; start it first".into();
+        Error::Unavailable { what: format!("sandbox {}", self.spec.id), why }
     }
 
     fn forwarder_name(&self) -> String {
@@ -376,15 +402,13 @@ impl Pod {
 
     async fn boot(&self, guest: &Guest, ready: Option<UnixListener>, network: &net::GuestNetwork) -> Result<()> {
         stages::enter("boot the guest");
-        let hello = guest.unless_ended(guest.agent().wait(ready, self.sandboxer.config.boot_limit)).await?;
+        guest.unless_ended(guest.agent().wait(ready, self.sandboxer.config.boot_limit)).await?;
         stages::enter("set up the guest");
         let request = self.setup(network)?;
         let set_up = guest
             .agent()
             .call("set up the guest", Some(SLOW), |client, context| async move { client.set_up(context, &request).await });
-        guest.unless_ended(set_up).await?;
-        self.state().hello = Some(hello);
-        Ok(())
+        guest.unless_ended(set_up).await.map(drop)
     }
 
     fn setup(&self, network: &net::GuestNetwork) -> Result<SetUpRequest> {
@@ -594,7 +618,8 @@ impl Sandbox for VmSandbox {
 
     fn describe(&self) -> Value {
         let state = self.0.state();
-        let hello = state.hello.as_ref();
+        let hello = state.guest.as_ref().and_then(|guest| guest.agent().hello());
+        let hello = hello.as_ref();
         json!({
             "hypervisor": self.0.sandboxer.hypervisor.capabilities().name,
             "directory": self.0.dir,
@@ -605,6 +630,22 @@ impl Sandbox for VmSandbox {
             "agent": hello.map(|hello| &hello.agent),
             "runtime": hello.map(|hello| &hello.runtime),
         })
+    }
+
+    async fn run_beside(&self, program: Program, io: ProgramIo) -> Result<u32> {
+        inside::run(&self.0, program, io).await
+    }
+
+    async fn console(&self, follow: bool, output: mpsc::Sender<String>) -> Result<()> {
+        let guest = self.0.machine()?;
+        let ended = async {
+            guest.ended().await;
+        };
+        guest.console().give(follow.then_some(ended), &output).await
+    }
+
+    async fn account(&self) -> Result<Vec<Section>> {
+        Ok(inside::account(&*self.0.machine()?, &self.describe()).await)
     }
 }
 

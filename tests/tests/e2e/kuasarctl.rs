@@ -16,11 +16,16 @@ pub(crate) fn cases() -> Vec<Entry> {
     cases
 }
 
-pub(crate) fn kuasarctl(node: &Node, args: &[&str]) -> Result<Output> {
+/// kuasarctl for a node's daemon, without what it is to do.
+pub(crate) fn command(node: &Node) -> Result<Command> {
     let kuasard = node.kuasard.as_ref().context("the node has no kuasard")?;
     let mut command = Command::new(tools::ours("kuasarctl")?);
-    command.arg("--state").arg(kuasard.state()).arg("--config").arg(kuasard.config()).args(args);
-    command.output().context("run kuasarctl")
+    command.arg("--state").arg(kuasard.state()).arg("--config").arg(kuasard.config());
+    Ok(command)
+}
+
+pub(crate) fn kuasarctl(node: &Node, args: &[&str]) -> Result<Output> {
+    command(node)?.args(args).output().context("run kuasarctl")
 }
 
 pub(crate) fn said(node: &Node, args: &[&str]) -> Result<String> {

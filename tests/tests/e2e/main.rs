@@ -20,6 +20,7 @@ mod daemon;
 mod devices;
 mod direct;
 mod gc;
+mod inside;
 mod kuasarctl;
 mod logs;
 mod namespaces;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         daemon::cases(),
         bad::cases(),
         gc::cases(),
+        inside::cases(),
         direct::cases(),
         kuasarctl::cases(),
         logs::cases(),

@@ -4,12 +4,14 @@ use std::{io::ErrorKind, path::Path, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use kuasar_shim::proto::admin::{
-    GcRequest, InspectRequest, ListRequest, UpgradeRequest, VersionRequest, admin_client::AdminClient,
+    ConsoleRequest, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, Text, UpgradeRequest, VersionRequest,
+    admin_client::AdminClient,
 };
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Status,
+    Status, Streaming,
     transport::{Channel, Endpoint},
 };
 
@@ -18,6 +20,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// A collection may have processes to wait for.
 const GC_LIMIT: Duration = Duration::from_secs(600);
+/// A guest that hangs is waited for before the rest of an account is told.
+const ACCOUNT_LIMIT: Duration = Duration::from_secs(60);
 /// How long an upgrade may take: what the keeper gives the two workers, and the calls before them.
 const UPGRADE: Duration = Duration::from_secs(90);
 
@@ -37,6 +41,11 @@ impl Daemon {
     /// The same, for requests that may take as long as a collection.
     pub(crate) async fn connect_for_gc(socket: &Path) -> Result<Self> {
         Self::connect_for(socket, GC_LIMIT).await
+    }
+
+    /// The same, for an account of a sandbox.
+    pub(crate) async fn connect_for_account(socket: &Path) -> Result<Self> {
+        Self::connect_for(socket, ACCOUNT_LIMIT).await
     }
 
     async fn connect_for(socket: &Path, limit: Duration) -> Result<Self> {
@@ -64,6 +73,23 @@ impl Daemon {
     pub(crate) async fn inspect(&mut self, namespace: &str, id: &str) -> Result<Value> {
         let request = InspectRequest { namespace: namespace.to_owned(), id: id.to_owned() };
         document(self.0.inspect(request).await.map_err(refused)?.into_inner().json)
+    }
+
+    /// Runs a program in a sandbox.
+    pub(crate) async fn exec(&mut self, messages: ReceiverStream<ExecInput>) -> Result<Streaming<ExecOutput>> {
+        Ok(self.0.exec(messages).await.map_err(refused)?.into_inner())
+    }
+
+    /// What the console of a sandbox says.
+    pub(crate) async fn console(&mut self, namespace: &str, id: &str, follow: bool) -> Result<Streaming<Text>> {
+        let request = ConsoleRequest { namespace: namespace.to_owned(), id: id.to_owned(), follow };
+        Ok(self.0.console(request).await.map_err(refused)?.into_inner())
+    }
+
+    /// All that is known of a sandbox.
+    pub(crate) async fn account(&mut self, namespace: &str, id: &str) -> Result<Value> {
+        let request = InspectRequest { namespace: namespace.to_owned(), id: id.to_owned() };
+        document(self.0.account(request).await.map_err(refused)?.into_inner().json)
     }
 
     /// Collects what nobody answers for, or only tells what.
@@ -110,9 +136,16 @@ fn document(json: String) -> Result<Value> {
     serde_json::from_str(&json).context("kuasard's answer is not JSON; is it another version?")
 }
 
-fn refused(status: Status) -> anyhow::Error {
+pub(crate) fn refused(status: Status) -> anyhow::Error {
+    // The connection's, not kuasard's.
+    if let Some(cause) = std::error::Error::source(&status) {
+        return anyhow!("{cause}").context("the connection to kuasard is lost");
+    }
     anyhow!("{}", status.message()).context(match status.code() {
-        tonic::Code::Unimplemented => "kuasard does not know this request; is it another version?",
+        // With its own words it is kuasard that refuses, not gRPC.
+        tonic::Code::Unimplemented if status.message().is_empty() => {
+            "kuasard does not know this request; is it another version?"
+        }
         tonic::Code::DeadlineExceeded | tonic::Code::Cancelled => "kuasard does not answer",
         _ => "kuasard refused",
     })

@@ -2,8 +2,10 @@
 
 mod admin;
 mod drop_in;
+mod exec;
 mod failures;
 mod gc;
+mod logs;
 mod ps;
 mod table;
 
@@ -101,6 +103,48 @@ enum Command {
         #[arg(long, short, default_value = "", hide_default_value = true)]
         namespace: String,
     },
+    /// Run a program in a pod's virtual machine, beside its containers and as root there
+    ///
+    /// For pods of a sandboxer with `debug = true`. Exits as the program does, with 128 and the number of the signal that has ended it, or
+    /// with 125 when there is no program's exit to tell.
+    Exec {
+        /// Pass our standard input on
+        #[arg(long, short = 'i')]
+        stdin: bool,
+        /// Give the program a terminal
+        #[arg(long, short = 't')]
+        tty: bool,
+        /// Only in this containerd namespace
+        #[arg(long, short, default_value = "", hide_default_value = true)]
+        namespace: String,
+        /// Id of the pod or of a container in it, or the beginning of one
+        id: String,
+        /// The program and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Show what the kernel and the agent of a pod's virtual machine say
+    Console {
+        /// Go on until the machine ends
+        #[arg(long, short)]
+        follow: bool,
+        /// Only in this containerd namespace
+        #[arg(long, short, default_value = "", hide_default_value = true)]
+        namespace: String,
+        /// Id of the pod or of a container in it, or the beginning of one
+        id: String,
+    },
+    /// Show all that is known of a pod's virtual machine
+    Logs {
+        /// Of the sandbox; what its containers say is shown by crictl logs
+        #[arg(long, required = true)]
+        sandbox: bool,
+        /// Only in this containerd namespace
+        #[arg(long, short, default_value = "", hide_default_value = true)]
+        namespace: String,
+        /// Id of the pod or of a container in it, or the beginning of one
+        id: String,
+    },
     /// Remove what nobody answers for: sandboxes that containerd has forgotten, and remains of those that nobody knows
     ///
     /// Exits with 1 when something could not be removed, or containerd not be asked.
@@ -173,6 +217,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 None => pretty(&inspected)?,
             }
         }
+        Command::Exec { stdin, tty, namespace, id, command } => {
+            let exec = exec::Exec { namespace, id, stdin: *stdin, terminal: *tty, command };
+            return exec::run(&global.socket()?, &exec);
+        }
+        Command::Console { follow, namespace, id } => return console(global, namespace, id, *follow),
+        Command::Logs { sandbox: _, namespace, id } => {
+            let account =
+                block_on(async { Daemon::connect_for_account(&global.socket()?).await?.account(namespace, id).await })?;
+            if global.json { pretty(&account)? } else { logs::render(&account)? }
+        }
         Command::Upgrade { binary } => return upgrade(global, binary.as_deref()),
         Command::Gc { dry_run, no_trunc } => return gc(global, *dry_run, *no_trunc),
         Command::Version => return version(global),
@@ -240,6 +294,16 @@ fn check(global: &Global) -> Result<ExitCode> {
     }
     eprintln!("kuasarctl: no pod can run here for want of: {}", blocking.join(", "));
     Ok(ExitCode::FAILURE)
+}
+
+fn console(global: &Global, namespace: &str, id: &str, follow: bool) -> Result<ExitCode> {
+    block_on(async {
+        let mut said = Daemon::connect(&global.socket()?).await?.console(namespace, id, follow).await?;
+        while let Some(piece) = said.message().await.map_err(admin::refused)? {
+            print(&piece.text)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    })
 }
 
 fn gc(global: &Global, dry_run: bool, full_ids: bool) -> Result<ExitCode> {
