@@ -23,7 +23,7 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 SHIMS := kuasar-runc kuasar-qemu
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench install clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ fuzz: deps ## Fuzz what reads guests' and hosts' words, FUZZ_SECONDS (60) for ea
 
 bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute's worth
 	@$(RELEASE)/kuasar-bench
+
+bench-vmm: build ## Compare virtual machines with ones booted by hand; BENCH_QUICK=1 for two minutes' worth
+	@SANDBOXER=kuasar-qemu $(RELEASE)/kuasar-bench
 
 install: build ## Install into DESTDIR and PREFIX: programs, shim names, guest, configuration, systemd unit
 	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(GUESTDIR)

@@ -193,8 +193,21 @@ impl Attempt {
         let attempt = self.clone();
         async move {
             let done = AssertUnwindSafe(attempt.stages.scope(work)).catch_unwind().await;
-            done.unwrap_or_else(|panic| Err(panicked(&*panic))).map_err(|error| attempt.failed(error))
+            let done = done.unwrap_or_else(|panic| Err(panicked(&*panic))).map_err(|error| attempt.failed(error))?;
+            attempt.tell();
+            Ok(done)
         }
+    }
+
+    /// Logs how long each stage has taken up to now.
+    fn tell(&self) {
+        let stages = self.stages.so_far();
+        if stages.is_empty() || !tracing::enabled!(tracing::Level::DEBUG) {
+            return;
+        }
+        let stages = serde_json::to_string(&stages).unwrap_or_default();
+        let id = self.container.as_ref().map_or(self.sandbox.as_str(), ContainerId::as_str);
+        debug!(id, operation = self.operation, %stages, "done");
     }
 
     /// Writes the failure down, and says in the error in which stage it happened and where more of it is. Refusals are not failures, nor

@@ -105,12 +105,24 @@ impl Stages {
     pub(crate) fn account(&self) -> (Vec<Stage>, Option<ProgramLog>) {
         self.fail();
         let record = self.record();
-        let ends = record.begun.iter().skip(1).map(|(_, begun)| *begun).chain(record.failed);
-        let stages = record.begun.iter().zip(ends).map(|((name, begun), end)| Stage {
+        (record.stages(record.failed), record.log.clone())
+    }
+
+    /// What has been recorded, the last stage up to now.
+    pub(crate) fn so_far(&self) -> Vec<Stage> {
+        self.record().stages(Some(Instant::now()))
+    }
+}
+
+impl Record {
+    /// The stages, the last of which ends at `end`.
+    fn stages(&self, end: Option<Instant>) -> Vec<Stage> {
+        let ends = self.begun.iter().skip(1).map(|(_, begun)| *begun).chain(end);
+        let stages = self.begun.iter().zip(ends).map(|((name, begun), end)| Stage {
             name: name.to_string(),
             milliseconds: rounded(end.saturating_duration_since(*begun)),
         });
-        (stages.collect(), record.log.clone())
+        stages.collect()
     }
 }
 

@@ -168,6 +168,12 @@ impl Kuasard {
         self.daemon.as_mut().context("kuasard is not running")
     }
 
+    /// Its log.
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// The last lines of its log.
     #[must_use]
     pub fn log_tail(&self) -> String {

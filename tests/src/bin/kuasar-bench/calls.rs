@@ -8,7 +8,7 @@ use kuasar_tests::screen::Screen;
 use kuasar_tests::{ContainerSpec, Node};
 
 use crate::plan::{Network, Plan, Runtime, Side, Sides, pod, timed};
-use crate::report::{Line, Report, Target};
+use crate::report::{Line, Report, SHIM, Target};
 use crate::samples::Samples;
 
 /// What is timed.
@@ -84,15 +84,8 @@ pub(crate) async fn measure(node: &Node, sides: &Sides, plan: &Plan, screen: &mu
             let figure = |index: usize| table.get(&(network, call, index)).and_then(Samples::figure);
             for (index, side) in sides.all().iter().enumerate().skip(1) {
                 let (Some(peer), Some(ours)) = (figure(0), figure(index)) else { continue };
-                report.add(Line {
-                    section: network.name(),
-                    name: call.name(),
-                    side: side.clone(),
-                    peer,
-                    ours,
-                    unit: "ms",
-                    target: call.target(network, side.runtime).filter(|_| side.is_ours),
-                });
+                let line = Line::new(network.name(), call.name(), "ms", ours).beside(SHIM, peer);
+                report.compare(side, line.aim(call.target(network, side.runtime)));
             }
         }
     }

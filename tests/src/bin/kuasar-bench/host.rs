@@ -11,8 +11,6 @@ use kuasar_tests::scratch::Storage;
 use kuasar_tests::{process, tools};
 use serde::Serialize;
 
-use crate::plan::Plan;
-
 /// Versions and machine: the head of the results.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Host {
@@ -40,7 +38,7 @@ pub(crate) struct Host {
 
 impl Host {
     /// Asks programs and kernel.
-    pub(crate) fn look(plan: &Plan, storage: Storage) -> Result<Self> {
+    pub(crate) fn look(plan: &'static str, rounds: usize, storage: Storage) -> Result<Self> {
         let read = |path: &str| fs::read_to_string(path).with_context(|| format!("read {path}"));
         let crun = tools::crun().ok();
         let crun_version = crun.as_deref().map(version).transpose()?;
@@ -49,8 +47,8 @@ impl Host {
         let (major, minor, patch) = tools::Containerd::find()?.version;
         Ok(Self {
             unix_time_secs: SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs(),
-            plan: plan.name,
-            rounds: plan.rounds,
+            plan,
+            rounds,
             kuasard: version(&tools::ours("kuasard")?)?,
             containerd: format!("{major}.{minor}.{patch}"),
             runc: version(&tools::runc()?)?,

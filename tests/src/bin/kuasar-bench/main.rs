@@ -8,10 +8,12 @@
 //! ```
 //!
 //! Peers take turns, and the one that begins changes from round to round, so that what else the machine does falls on all
-//! alike. Times are those of single CRI calls over gRPC. `docs/benchmark.md` says what each figure means.
+//! alike. Times are those of single CRI calls over gRPC. `docs/benchmark.md` says what each figure means. Virtual machines have peers of
+//! their own: [`machine`].
 
 mod calls;
 mod host;
+mod machine;
 mod memory;
 mod output;
 mod parallel;
@@ -37,7 +39,8 @@ use report::Report;
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// The sandboxer to measure with runc; the same is measured with crun where that is installed.
+    /// The sandboxer to measure with runc; the same is measured with crun where that is installed. One of virtual machines is measured
+    /// beside machines booted by hand.
     #[arg(long, env = "SANDBOXER", default_value = "kuasar-runc")]
     sandboxer: String,
     /// Fewer rounds: done within a minute.
@@ -57,17 +60,29 @@ struct Arguments {
     out: PathBuf,
 }
 
+impl Arguments {
+    fn storage(&self) -> Storage {
+        if self.disk { Storage::Disk } else { Storage::Memory }
+    }
+
+    fn wants(&self, part: Part) -> bool {
+        self.only.is_empty() || self.only.contains(&part)
+    }
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    program::start(async |node| run(arguments, node).await)
+    program::start(async |node| {
+        if tools::is_machine(&arguments.sandboxer) { machine::run(&arguments, node).await } else { run(arguments, node).await }
+    })
 }
 
 async fn run(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
     let mut screen = Screen::new();
     let plan = if arguments.quick { Plan::QUICK } else { Plan::FULL };
     let sides = Sides::new(&arguments.sandboxer, tools::crun().is_ok());
-    let storage = if arguments.disk { Storage::Disk } else { Storage::Memory };
-    let host = Host::look(&plan, storage)?;
+    let storage = arguments.storage();
+    let host = Host::look(plan.name, plan.rounds, storage)?;
     for line in host.lines() {
         screen.line(&line)?;
     }
@@ -85,21 +100,23 @@ async fn run(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> 
     let node = &*slot.insert(node);
 
     let mut report = Report::new(&host);
-    let wanted = |part: Part| arguments.only.is_empty() || arguments.only.contains(&part);
-    if wanted(Part::Calls) {
+    if arguments.wants(Part::Calls) {
         calls::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure single calls")?;
     }
-    if wanted(Part::Parallel) {
+    if arguments.wants(Part::Parallel) {
         parallel::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure pods in parallel")?;
     }
-    if wanted(Part::Memory) {
+    if arguments.wants(Part::Memory) {
         memory::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure memory")?;
     }
-    if wanted(Part::Output) {
+    if arguments.wants(Part::Output) {
         output::measure(node, &sides, &plan, &mut screen, &mut report).await.context("measure output")?;
     }
 
     let missed = report.print(&mut screen)?;
+    if host.crun.is_some() && !host.crun_is_current {
+        screen.line("crun is neither static nor 1.20 or newer: the targets with crun do not apply")?;
+    }
     let name = arguments.sandboxer.strip_prefix("kuasar-").unwrap_or(&arguments.sandboxer);
     let path = arguments.out.join(format!("{name}.json"));
     report.write(&path)?;

@@ -12,7 +12,7 @@ use kuasar_tests::screen::Screen;
 use kuasar_tests::{Node, Pod};
 
 use crate::plan::{Network, Plan, Side, Sides, up};
-use crate::report::{Line, Report, Target};
+use crate::report::{Line, Report, SHIM, Target};
 use crate::samples::Figure;
 
 /// How many pods are started at a time.
@@ -24,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The most that all our management processes may take at 50 pods.
 const LIMIT_MIB: f64 = 15.0;
 
-struct Reading {
-    mib: f64,
+pub(crate) struct Reading {
+    pub(crate) mib: f64,
     processes: usize,
     threads: usize,
 }
@@ -36,21 +36,14 @@ pub(crate) async fn measure(node: &Node, sides: &Sides, plan: &Plan, screen: &mu
     let theirs = readings(node, peer, plan, screen).await?;
     let readings = readings(node, ours, plan, screen).await?;
     let mut add = |name: &'static str, peer: f64, value: f64, unit: &'static str, target: Option<Target>| {
-        report.add(Line {
-            section: "management processes",
-            name,
-            side: ours.clone(),
-            peer: Figure::once(peer),
-            ours: Figure::once(value),
-            unit,
-            target,
-        });
+        let line = Line::new("management processes", name, unit, Figure::once(value)).beside(SHIM, Figure::once(peer));
+        report.compare(ours, line.aim(target));
     };
     for ((pods, theirs), ours) in plan.memory_at.iter().zip(&theirs).zip(&readings) {
         let (name, target) = match pods {
             1 => ("PSS, 1 pod", None),
             20 => ("PSS, 20 pods", None),
-            _ => ("PSS, 50 pods", Some(Target { ratio: 0.10, value: Some(LIMIT_MIB) })),
+            _ => ("PSS, 50 pods", Some(Target { value: Some(LIMIT_MIB), ..Target::ratio(0.10) })),
         };
         add(name, theirs.mib, ours.mib, "MiB", target);
     }
@@ -70,7 +63,7 @@ async fn readings(node: &Node, side: &Side, plan: &Plan, screen: &mut Screen) ->
             let batch = BATCH.min(count - pods.len());
             pods.extend(try_join_all((0..batch).map(|_| up(node, side, Network::Host))).await?);
         }
-        readings.push(read(node, side).await.with_context(|| format!("read the memory of {}", side.handler))?);
+        readings.push(read(node, &side.handler).await.with_context(|| format!("read the memory of {}", side.handler))?);
     }
     screen.status(&format!("memory with {}: removing {} pods", side.handler, pods.len()))?;
     for batch in pods.chunks(BATCH) {
@@ -80,11 +73,11 @@ async fn readings(node: &Node, side: &Side, plan: &Plan, screen: &mut Screen) ->
 }
 
 /// Reads until two readings agree: what a burst of starts has taken is given back only a little later.
-async fn read(node: &Node, side: &Side) -> Result<Reading> {
+pub(crate) async fn read(node: &Node, handler: &str) -> Result<Reading> {
     let end = Instant::now() + PATIENCE;
     let mut last = f64::INFINITY;
     loop {
-        let pids = node.management_pids(&side.handler)?;
+        let pids = node.management_pids(handler)?;
         let mib = census::pss_kib(&pids)? as f64 / 1024.0;
         if (last - mib).abs() < mib / 100.0 || Instant::now() > end {
             let threads = pids.iter().map(|pid| threads(*pid)).sum();

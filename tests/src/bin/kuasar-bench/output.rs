@@ -16,7 +16,7 @@ use kuasar_tests::{ContainerSpec, Node, process, wait};
 use nix::sys::stat::Mode;
 
 use crate::plan::{Network, Plan, Side, Sides, pod};
-use crate::report::{Line, Report};
+use crate::report::{Line, Report, SHIM};
 use crate::samples::Samples;
 
 /// As long as a line of a log often is.
@@ -40,15 +40,7 @@ pub(crate) async fn measure(node: &Node, sides: &Sides, plan: &Plan, screen: &mu
     for (index, side) in sides.ours() {
         let figure = |index: usize| table.get(&index).and_then(Samples::median);
         let (Some(peer), Some(ours)) = (figure(0), figure(index)) else { continue };
-        report.add(Line {
-            section: "stdout into the log",
-            name: "more is better",
-            side: side.clone(),
-            peer,
-            ours,
-            unit: "MB/s",
-            target: None,
-        });
+        report.compare(side, Line::new("stdout into the log", "more is better", "MB/s", ours).beside(SHIM, peer));
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use kuasar_tests::screen::Screen;
 use kuasar_tests::{Node, Pod};
 
 use crate::plan::{Network, Plan, Sides, timed, up};
-use crate::report::{Line, Report, Target};
+use crate::report::{Line, Report, SHIM, Target};
 use crate::samples::Samples;
 
 const PODS: usize = 20;
@@ -35,15 +35,8 @@ pub(crate) async fn measure(node: &Node, sides: &Sides, plan: &Plan, screen: &mu
         for (index, side) in sides.ours() {
             let figure = |index: usize| table.get(&(direction, index)).and_then(Samples::median);
             let (Some(peer), Some(ours)) = (figure(0), figure(index)) else { continue };
-            report.add(Line {
-                section: "20 pods in parallel, CNI",
-                name: direction,
-                side: side.clone(),
-                peer,
-                ours,
-                unit: "ms",
-                target: Some(Target::ratio(0.65)),
-            });
+            let line = Line::new("20 pods in parallel, CNI", direction, "ms", ours).beside(SHIM, peer);
+            report.compare(side, line.aim(Some(Target::ratio(0.65))));
         }
     }
     Ok(())

@@ -1,0 +1,42 @@
+//! Many machines at once, with the smallest kernel there is.
+
+use anyhow::{Context, Result, ensure};
+use futures::future::try_join_all;
+use kuasar_tests::screen::Screen;
+use kuasar_tests::{ContainerSpec, Node, Pod};
+
+use super::{Amount, Kernel};
+use crate::plan::timed;
+use crate::report::{Line, Report};
+use crate::samples::Figure;
+
+/// Each machine's memory, in MiB.
+const MEMORY_MIB: &str = "128";
+
+pub(crate) async fn measure(
+    node: &Node,
+    kernels: &[Kernel],
+    amount: &Amount,
+    screen: &mut Screen,
+    report: &mut Report,
+) -> Result<()> {
+    let small = kernels.iter().find(|kernel| kernel.name == "mini").or(kernels.first()).context("there is no kernel")?;
+    let before = node.snapshot()?;
+    screen.status(&format!("{} machines at once with {}", amount.many, small.name))?;
+    let (up, pods) = timed(try_join_all((0..amount.many).map(|_| run(node, small)))).await?;
+    let (down, _) = timed(try_join_all(pods.iter().map(Pod::remove_all))).await?;
+    node.assert_no_leak(&before).await?;
+    report.note("pods at once", amount.many.to_string());
+    for (name, time) in [("up, each exec'd", up), ("down", down)] {
+        report.add(Line::new("pods at once, 128 MiB", name, "ms", Figure::once(time)).of(&small.label()));
+    }
+    Ok(())
+}
+
+async fn run(node: &Node, kernel: &Kernel) -> Result<Pod> {
+    let pod = node.run_pod(kernel.pod().annotation("io.kuasar.vm.memory_mib", MEMORY_MIB)).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let ran = container.exec(["true"]).await?;
+    ensure!(ran.exit_code == 0, "`true` exits with {}: {}", ran.exit_code, ran.stderr());
+    Ok(pod)
+}
