@@ -36,6 +36,9 @@ pub(crate) const QUICK: Duration = Duration::from_secs(30);
 /// How long a call may take that starts a program.
 pub(crate) const SLOW: Duration = Duration::from_secs(120);
 
+/// By how much a call's limit is shorter than the one that ttrpc is told, which takes a connection for broken when it is over.
+const SLACK: Duration = Duration::from_secs(1);
+
 /// How often a guest that boots is tried: vsock tells nobody when somebody begins to listen.
 const TRY: Duration = Duration::from_millis(3);
 
@@ -118,8 +121,8 @@ impl Agent {
         let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
         let request = HelloRequest { version: VERSION, time_ns, ..HelloRequest::default() };
         let left = deadline.saturating_duration_since(Instant::now()).min(QUICK);
-        let hello =
-            client.hello(context::with_duration(left), &request).await.map_err(|error| self.error("say hello", error))?;
+        let hello = within(left, "say hello", client.hello(context::with_duration(left + SLACK), &request)).await?;
+        let hello = hello.map_err(|error| self.error("say hello", error))?;
         if hello.version != VERSION {
             let message = format!(
                 "it speaks version {} of the protocol, this daemon {VERSION}; install the guest image of the same release",
@@ -162,13 +165,10 @@ impl Agent {
         F: Future<Output = ttrpc::Result<T>>,
     {
         let client = self.client().await?;
-        let context = limit.map_or_else(|| context::with_timeout(0), context::with_duration);
+        let context = limit.map_or_else(|| context::with_timeout(0), |limit| context::with_duration(limit + SLACK));
         let called = call(client, context);
         let answer = match limit {
-            Some(limit) => timeout(limit, called).await.map_err(|_| Error::TimedOut {
-                operation: format!("the guest's answer to: {operation},"),
-                seconds: limit.as_secs(),
-            })?,
+            Some(limit) => within(limit, operation, called).await?,
             None => called.await,
         };
         match answer {
@@ -202,6 +202,11 @@ impl Agent {
         };
         Error::Refused { by: "the guest".into(), operation: operation.into(), code, message: tame(status.message(), TEXT) }
     }
+}
+
+async fn within<T>(limit: Duration, operation: &str, call: impl Future<Output = T>) -> Result<T> {
+    let late = |_| Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: limit.as_secs() };
+    timeout(limit, call).await.map_err(late)
 }
 
 /// `last` is what came of the last connection that the guest took.

@@ -22,6 +22,7 @@ mod direct;
 mod gc;
 mod kuasarctl;
 mod logs;
+mod machines;
 mod namespaces;
 mod network;
 mod pod;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         soak::cases(),
         daemon::cases(),
         bad::cases(),
+        machines::cases(),
         gc::cases(),
         direct::cases(),
         kuasarctl::cases(),
