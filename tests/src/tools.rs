@@ -129,6 +129,14 @@ pub fn hypervisor(name: &str) -> Result<PathBuf, Missing> {
     }
 }
 
+/// The device for guests' vsock, where the kernel's own is not used.
+///
+/// # Errors
+/// [`Missing`] when there is none.
+pub fn vsock_device() -> Result<PathBuf, Missing> {
+    find("vhost-device-vsock", "KUASAR_VHOST_DEVICE_VSOCK")
+}
+
 /// What of a virtual machine is missing here.
 ///
 /// # Errors
@@ -147,7 +155,7 @@ pub fn machine_table(hypervisor_name: &str) -> Value {
         ("path", hypervisor(hypervisor_name)),
         ("kernel", guest_kernel()),
         ("virtiofsd", find("virtiofsd", "KUASAR_VIRTIOFSD")),
-        ("vsock_device", find("vhost-device-vsock", "KUASAR_VHOST_DEVICE_VSOCK")),
+        ("vsock_device", vsock_device()),
     ];
     for (key, path) in found {
         // The daemon says what it lacks.

@@ -36,14 +36,14 @@ pub(crate) const QUICK: Duration = Duration::from_secs(30);
 /// How long a call may take that starts a program.
 pub(crate) const SLOW: Duration = Duration::from_secs(120);
 
+/// By how much a call's limit is shorter than the one that ttrpc is told, which takes a connection for broken when it is over.
+const SLACK: Duration = Duration::from_secs(1);
+
 /// How often a guest that boots is tried: vsock tells nobody when somebody begins to listen.
 const TRY: Duration = Duration::from_millis(3);
 
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
-
-/// How much of a call's limit has passed when the guest says that all of it has: its clock may be a little faster.
-const ALMOST: f32 = 0.9;
 
 /// The longest text of the guest's that is kept, in bytes.
 const TEXT: usize = 4 << 10;
@@ -125,9 +125,8 @@ impl Agent {
         let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
         let request = HelloRequest { version: VERSION, time_ns, ..HelloRequest::default() };
         let left = deadline.saturating_duration_since(Instant::now()).min(QUICK);
-        let asked = Instant::now();
-        let hello = client.hello(context::with_duration(left), &request).await;
-        let hello = hello.map_err(|error| self.error("say hello", Some(left), asked, error))?;
+        let hello = within(left, "say hello", client.hello(context::with_duration(left + SLACK), &request)).await?;
+        let hello = hello.map_err(|error| self.error("say hello", error))?;
         if hello.version != VERSION {
             let message = format!(
                 "it speaks version {} of the protocol, this daemon {VERSION}; install the guest image of the same release",
@@ -170,11 +169,10 @@ impl Agent {
         F: Future<Output = ttrpc::Result<T>>,
     {
         let client = self.client().await?;
-        let context = limit.map_or_else(|| context::with_timeout(0), context::with_duration);
-        let asked = Instant::now();
+        let context = limit.map_or_else(|| context::with_timeout(0), |limit| context::with_duration(limit + SLACK));
         let called = call(client, context);
         let answer = match limit {
-            Some(limit) => timeout(limit, called).await.map_err(|_| unanswered(operation, limit))?,
+            Some(limit) => within(limit, operation, called).await?,
             None => called.await,
         };
         match answer {
@@ -183,13 +181,12 @@ impl Agent {
                 if !matches!(error, ttrpc::Error::RpcStatus(_)) {
                     self.client.lock().await.take();
                 }
-                Err(self.error(operation, limit, asked, error))
+                Err(self.error(operation, error))
             }
         }
     }
 
-    /// The error of a call that was made at `asked`.
-    fn error(&self, operation: &str, limit: Option<Duration>, asked: Instant, error: ttrpc::Error) -> Error {
+    fn error(&self, operation: &str, error: ttrpc::Error) -> Error {
         if self.budget.is_exceeded() {
             return lost("it has sent more than a guest has to say, and is not listened to any more; delete the pod");
         }
@@ -202,15 +199,17 @@ impl Agent {
             ttrpc::Code::UNIMPLEMENTED => Code::Unimplemented,
             ttrpc::Code::RESOURCE_EXHAUSTED => Code::ResourceExhausted,
             ttrpc::Code::UNAVAILABLE => Code::Unavailable,
-            // Of the call itself, which the guest's end watches too; or of a step of the guest's own, which it names.
-            ttrpc::Code::DEADLINE_EXCEEDED => match limit {
-                Some(limit) if asked.elapsed() >= limit.mul_f32(ALMOST) => return unanswered(operation, limit),
-                _ => Code::DeadlineExceeded,
-            },
+            // Of a step of the guest's own, which it names: the call's own limit is watched here.
+            ttrpc::Code::DEADLINE_EXCEEDED => Code::DeadlineExceeded,
             _ => Code::Internal,
         };
         Error::Refused { by: "the guest".into(), operation: operation.into(), code, message: tame(status.message(), TEXT) }
     }
+}
+
+async fn within<T>(limit: Duration, operation: &str, call: impl Future<Output = T>) -> Result<T> {
+    let late = |_| Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: limit.as_secs() };
+    timeout(limit, call).await.map_err(late)
 }
 
 /// `last` is what came of the last connection that the guest took.
@@ -218,10 +217,6 @@ fn late(limit: Duration, last: Option<&Error>) -> Error {
     let last = last.map(|error| format!(" (it takes connections, but: {})", error.report())).unwrap_or_default();
     let operation = format!("the boot of the guest up to its agent's first answer{last}");
     Error::TimedOut { operation, seconds: limit.as_secs() }
-}
-
-fn unanswered(operation: &str, limit: Duration) -> Error {
-    Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: limit.as_secs() }
 }
 
 fn lost(why: &str) -> Error {
@@ -325,18 +320,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_call_that_took_too_long_names_its_own_limit() {
-        let agent = Agent::at(VsockAddress::Cid(3));
-        let late = || ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "the end of exec x"));
-        let asked = Instant::now();
-        tokio::time::advance(SLOW).await;
-        let error = agent.error("exec", Some(SLOW), asked, late());
+    async fn a_limit_that_is_over_is_told_apart_from_one_of_the_guests_own() {
+        let error = within(SLOW, "exec", std::future::pending::<()>()).await.unwrap_err();
         assert_eq!(error.report(), "the guest's answer to: exec, did not finish within 120 s");
-        // One that the guest gives up before is told in its words.
-        for (limit, asked) in [(Some(SLOW), Instant::now()), (None, asked)] {
-            let error = agent.error("exec", limit, asked, late());
-            assert_eq!((error.code(), error.report().contains("the end of exec x")), (Code::DeadlineExceeded, true));
-        }
+        let late = ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "the end of exec x"));
+        let error = Agent::at(VsockAddress::Cid(3)).error("exec", late);
+        assert_eq!((error.code(), error.report().contains("the end of exec x")), (Code::DeadlineExceeded, true));
     }
 
     #[test]

@@ -47,6 +47,9 @@ const CLOCK: Duration = Duration::from_secs(10);
 /// How long a machine that was asked to may take to switch itself off, beyond the grace of its containers.
 const OFF: Duration = Duration::from_secs(5);
 
+/// How long the end of a VMM may take to be told after that of a helper: helpers end with it, and are sooner gone.
+const FOLLOWS: Duration = Duration::from_secs(1);
+
 /// How long to wait before an agent that does not answer is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -102,10 +105,13 @@ impl Guest {
         let reason = tokio::select! {
             biased;
             exit = self.vm.exited() => self.why_it_ended(exit),
-            (exit, index) = helper => {
-                let name = self.helpers.get(index).map(|helper| helper.record().name).unwrap_or_default();
-                format!("{name}, which it cannot do without, ended with status {}", exit.status)
-            }
+            (exit, index) = helper => match timeout(FOLLOWS, self.vm.exited()).await {
+                Ok(exit) => self.why_it_ended(exit),
+                Err(_) => {
+                    let name = self.helpers.get(index).map(|helper| helper.record().name).unwrap_or_default();
+                    format!("{name}, which it cannot do without, ended with status {}", exit.status)
+                }
+            },
         };
         // The first reason is the true one: what follows is ended by us.
         let reason = self.reason.get_or_init(|| reason);

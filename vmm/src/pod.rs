@@ -62,6 +62,7 @@ use crate::{
     guest::GuestRecord,
     hypervisor::Place,
     inside::{self, Sessions},
+    launch::Launched,
     net::{self, PodNetwork, forward::Forwarder},
     sandboxer::Shared,
     share::SharedDir,
@@ -357,7 +358,10 @@ impl Pod {
             console: console.path().to_owned(),
             balloon: true,
         };
-        let vm = sandboxer.hypervisor.start(spec, place, undo).await?;
+        let vm = match sandboxer.hypervisor.start(spec, place, undo).await {
+            Ok(vm) => vm,
+            Err(error) => return Err(blame(error, &helpers).await),
+        };
         failpoint::reach(Failpoint::PodMade);
         let guest = Guest::watch(vm, helpers, console.clone());
         let taken_back = guest.clone();
@@ -391,7 +395,7 @@ impl Pod {
         Ok(())
     }
 
-    async fn start_share(&self, place: &Place, undo: &mut Undo) -> Result<(crate::launch::Launched, PathBuf)> {
+    async fn start_share(&self, place: &Place, undo: &mut Undo) -> Result<(Launched, PathBuf)> {
         let shared = self.shared.clone();
         undo.push("take the shared directory away", async move { shared.remove().await });
         self.shared.create().await?;
@@ -456,6 +460,15 @@ impl Pod {
         };
         let running = tokio::spawn(async move { forwarder.run(dial).await }.in_current_span());
         self.state().forwarding = Some(AbortOnDropHandle::new(running));
+    }
+}
+
+/// A VMM cannot connect to a helper that has ended: that is the reason then.
+async fn blame(error: Error, helpers: &[Launched]) -> Error {
+    let is_refused = matches!(&error, Error::Io { source, .. } if source.kind() == ErrorKind::ConnectionRefused);
+    match helpers.iter().find(|helper| is_refused && helper.exit().is_some()) {
+        Some(helper) => helper.failure("serve the machine", Duration::ZERO).await,
+        None => error,
     }
 }
 

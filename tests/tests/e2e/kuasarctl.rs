@@ -70,7 +70,7 @@ async fn pods_are_listed_and_inspected(case: &Case) -> Result<()> {
 }
 
 /// The report that an error names.
-fn report(error: &Status) -> Result<(String, Value)> {
+pub(crate) fn report(error: &Status) -> Result<(String, Value)> {
     let (_, rest) = error.message().split_once("; log: ").with_context(|| format!("no log in {error}"))?;
     let (file, _) = rest.split_once(')').with_context(|| format!("no end of the log's name in {error}"))?;
     let text = std::fs::read_to_string(file).with_context(|| format!("read {file}"))?;

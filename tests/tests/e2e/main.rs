@@ -23,6 +23,7 @@ mod gc;
 mod inside;
 mod kuasarctl;
 mod logs;
+mod machines;
 mod namespaces;
 mod network;
 mod pod;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         soak::cases(),
         daemon::cases(),
         bad::cases(),
+        machines::cases(),
         gc::cases(),
         inside::cases(),
         direct::cases(),

@@ -1,0 +1,330 @@
+//! What ends in a pod with a virtual machine, and when: the hypervisor, its helpers, the guest's kernel, the worker in the middle of a
+//! start. Whatever it is, calls are answered in time and say why, and the pod can be stopped and removed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use futures::future::try_join_all;
+use kuasar_tests::cri::SOON;
+use kuasar_tests::cri::k8s_cri::v1::{ContainerState, PodSandboxState};
+use kuasar_tests::kuasard::Killed;
+use kuasar_tests::leak::census::{self, Owner};
+use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tonic::{Code, Status};
+
+use crate::kuasarctl::{report, said};
+use crate::suite::{Case, Entry, Lone, cases, eventually, refused};
+
+pub(crate) fn cases() -> Vec<Entry> {
+    let mut cases = cases![Machines Alone: starts_that_are_cut_off, starts_that_are_killed, kernels_that_do_not_get_far];
+    cases.extend(cases![Machines Shared:
+        a_guest_that_hangs,
+        what_a_machine_cannot_do_without,
+        a_guest_that_panics,
+        machines_that_end_before_a_start,
+        machines_that_end_during_a_stop,
+        sizes_that_cannot_be,
+    ]);
+    cases
+}
+
+/// Programs of which each machine has one, as far as the node needs them.
+const PROGRAMS: [&str; 3] = ["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock"];
+
+/// How long a call may take to say that its machine has ended.
+const TOLD: Duration = Duration::from_secs(20);
+
+/// The processes of machines, whose control groups have `named` in their paths, by program.
+fn processes(named: &str, program: &str) -> Result<Vec<i32>> {
+    let owner = Owner { dir: "/nonexistent".into(), tag: named.to_owned(), ids: BTreeSet::new() };
+    let runs = |command: &str| Path::new(command.split(' ').next().unwrap_or_default()).ends_with(program);
+    let found = census::processes(&owner)?.into_iter().filter(|process| runs(&process.command));
+    Ok(found.map(|process| process.pid).collect())
+}
+
+/// A program of a pod's machine.
+fn process(pod: &Pod, program: &str) -> Result<Option<i32>> {
+    Ok(processes(&format!("kuasar-vm-{}", pod.id), program)?.first().copied())
+}
+
+fn send(pid: i32, signal: Signal) -> Result<()> {
+    kill(Pid::from_raw(pid), signal).with_context(|| format!("send {signal} to {pid}"))
+}
+
+/// A call's answer, which comes in time.
+async fn answer<T>(what: &str, limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<Result<T, Status>> {
+    // Boxed, because a debug build lays all of them out side by side in the case's own frame.
+    timeout(limit, Box::pin(call)).await.with_context(|| format!("{what} was not answered within {} s", limit.as_secs()))
+}
+
+/// A pod in a machine with a container that sleeps.
+async fn pod_and_container(case: &Case) -> Result<(Pod, Container)> {
+    let pod = case.pod().await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    Ok((pod, container))
+}
+
+/// What has to be true of a pod and its container once the machine has ended, for the reason that is given.
+async fn has_ended(case: &Case, pod: &Pod, container: &Container, why: &str) -> Result<()> {
+    let status = container.wait_exit().await?;
+    assert_eq!(status.exit_code, 137, "{status:?}");
+    ensure!(status.reason != "OOMKilled", "nothing ran out of memory: {status:?}");
+    pod.wait_state(PodSandboxState::SandboxNotready).await?;
+    let inspected: Value = serde_json::from_str(&said(&case.node, &["inspect", &pod.id])?)?;
+    let ended = inspected["detail"]["ended"].as_str().with_context(|| format!("no reason in {inspected}"))?;
+    ensure!(ended.starts_with(why), "{ended}");
+    let created = answer("CreateContainer", TOLD, pod.create(ContainerSpec::new("late").sleep())).await?;
+    refused(created, &["is not running"])?;
+    ensure!(answer("ExecSync", TOLD, container.sh("true")).await?.is_err(), "an exec in a machine that has ended");
+    answer("StopPodSandbox", TOLD, pod.stop()).await??;
+    answer("RemoveContainer", TOLD, container.remove()).await??;
+    answer("RemovePodSandbox", TOLD, pod.remove()).await??;
+    Ok(())
+}
+
+async fn what_a_machine_cannot_do_without(case: &Case) -> Result<()> {
+    let each = PROGRAMS.map(async |program| {
+        let (pod, container) = pod_and_container(case).await?;
+        let Some(pid) = process(&pod, program)? else {
+            ensure!(program == "vhost-device-vsock", "the machine has no {program}");
+            return Ok(());
+        };
+        let mut session = container.exec_session(&["sh", "-c", "echo on; sleep 1000"], false, false).await?;
+        session.wait_for("on\n").await?;
+        send(pid, Signal::SIGKILL)?;
+        let why = match program {
+            "virtiofsd" => "virtiofsd, which it cannot do without, ended with status 137",
+            "vhost-device-vsock" => "vsock, which it cannot do without, ended with status 137",
+            _ => "its hypervisor ended with status 137",
+        };
+        // However it is told: the session ends.
+        let _ = timeout(TOLD, session.wait()).await.context("the exec does not end")?;
+        has_ended(case, &pod, &container, why).await.with_context(|| format!("after the end of {program}"))
+    });
+    try_join_all(each.map(Box::pin)).await.map(drop)
+}
+
+async fn a_guest_that_panics(case: &Case) -> Result<()> {
+    let pod = case.run(case.spec().privileged()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep().privileged()).await?;
+    let ran = answer("ExecSync", TOLD, container.sh("echo c > /proc/sysrq-trigger")).await?;
+    ensure!(ran.as_ref().map_or(true, |ran| ran.exit_code != 0), "the guest lives: {ran:?}");
+    has_ended(case, &pod, &container, "its hypervisor ended: the guest's kernel panicked: sysrq triggered crash").await
+}
+
+async fn machines_that_end_before_a_start(case: &Case) -> Result<()> {
+    let pod = case.pod().await?;
+    let container = pod.create(ContainerSpec::new("c").sleep()).await?;
+    let pid = process(&pod, PROGRAMS[0])?.context("the machine has no QEMU")?;
+    send(pid, Signal::SIGKILL)?;
+    ensure!(answer("StartContainer", TOLD, container.start()).await?.is_err(), "a start in a machine that has ended");
+    answer("RemoveContainer", TOLD, container.remove()).await??;
+    pod.wait_state(PodSandboxState::SandboxNotready).await?;
+    answer("RemovePodSandbox", TOLD, pod.remove_all()).await??;
+    // And one that nobody has noticed yet.
+    let pod = case.pod().await?;
+    let pid = process(&pod, PROGRAMS[0])?.context("the machine has no QEMU")?;
+    send(pid, Signal::SIGKILL)?;
+    answer("the removal of a pod", TOLD, pod.remove_all()).await??;
+    Ok(())
+}
+
+async fn machines_that_end_during_a_stop(case: &Case) -> Result<()> {
+    let pod = case.pod().await?;
+    let container = pod.run(ContainerSpec::new("c").sh("trap 'echo asked' TERM; echo on; while :; do sleep 0.1; done")).await?;
+    container.wait_log("on").await?;
+    let pid = process(&pod, PROGRAMS[0])?.context("the machine has no QEMU")?;
+    let stop = answer("StopContainer", SOON + TOLD, container.stop(SOON.as_secs().cast_signed()));
+    let end = async {
+        container.wait_log("asked").await?;
+        send(pid, Signal::SIGKILL)
+    };
+    let (stopped, ended) = tokio::join!(stop, end);
+    ended?;
+    stopped??;
+    has_ended(case, &pod, &container, "its hypervisor ended with status 137").await
+}
+
+/// Nothing runs in it any more, nor is anything answered, but it has not ended.
+async fn a_guest_that_hangs(case: &Case) -> Result<()> {
+    let (pod, container) = pod_and_container(case).await?;
+    let pid = process(&pod, PROGRAMS[0])?.context("the machine has no QEMU")?;
+    send(pid, Signal::SIGSTOP)?;
+    // Both wait for the agent at the same time. The pod is stopped as kubelet does it, which ends a machine that does not answer.
+    let exec = answer("ExecSync", Duration::from_secs(60), container.exec_timeout(["true"], 40));
+    let stop = answer("StopPodSandbox", Duration::from_secs(60), pod.stop());
+    let (exec, stopped) = tokio::join!(exec, stop);
+    ensure!(exec?.is_err(), "an exec in a guest that hangs");
+    stopped?.context("the stop of a pod whose guest hangs")?;
+    let status = container.wait_exit().await?;
+    assert_eq!((status.exit_code, status.state()), (137, ContainerState::ContainerExited));
+    answer("RemovePodSandbox", TOLD, pod.remove()).await??;
+    Ok(())
+}
+
+async fn sizes_that_cannot_be(case: &Case) -> Result<()> {
+    let prefix = "io.kuasar.vm.";
+    for (name, value, words) in [
+        ("memory_mib", "32", ["a machine with 32 MiB of memory", "64"]),
+        ("memory_mib", "99999999", ["a machine with 99999999 MiB of memory", "accepted"]),
+        ("memory_mib", "much", ["memory_mib", "much"]),
+        ("cpus", "0", ["a machine of 0 processors", "one is the least"]),
+        ("cpus", "4096", ["a machine of 4096 processors", "this host has"]),
+        ("kernel", "/boot/vmlinuz", ["io.kuasar.vm.kernel", "accepted: cpus, memory_mib"]),
+    ] {
+        let spec = case.spec().annotation(&format!("{prefix}{name}"), value);
+        let error = refused(answer("RunPodSandbox", TOLD, case.run(spec)).await?, &words)?;
+        assert_eq!(error.code(), Code::InvalidArgument, "{name}={value}: {error}");
+    }
+    Ok(())
+}
+
+/// What the paths of the control groups of a node's machines have in common.
+fn machines_of(node: &Node) -> String {
+    format!("{}/kuasar-vm-", node.cgroup_parent())
+}
+
+/// Waits for a program of any machine of the node.
+async fn machine_process(node: &Node, program: &str) -> Result<i32> {
+    let group = machines_of(node);
+    wait::until(&format!("{program} to run"), SOON, || async { Ok(processes(&group, program)?.first().copied()) }).await
+}
+
+/// Waits until the guest of the node's only machine has said something.
+async fn machine_talks(node: &Node, handler: &str) -> Result<()> {
+    let dir = node.dir().join("run/kuasar/vmm").join(handler).join("k8s.io");
+    eventually("the guest to say something", || async {
+        // The pod's directory may come and go meanwhile.
+        let pods = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let said = |pod: fs::DirEntry| fs::metadata(pod.path().join("console.log")).is_ok_and(|console| console.len() > 0);
+        Ok(pods.map(said).any(|said| said))
+    })
+    .await
+}
+
+/// Each of a machine's programs is killed as soon as it runs, and again when the guest boots.
+async fn starts_that_are_killed(lone: &Lone) -> Result<()> {
+    let node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    for program in PROGRAMS {
+        if program == "vhost-device-vsock" && tools::vsock_device().is_err() {
+            continue;
+        }
+        for when in ["at once", "while the guest boots"] {
+            let start = answer("RunPodSandbox", SOON, node.run_pod(lone.pod()));
+            let end = async {
+                let pid = machine_process(&node, program).await?;
+                if when != "at once" {
+                    machine_talks(&node, &lone.handler).await?;
+                }
+                send(pid, Signal::SIGKILL)
+            };
+            let (started, ended) = tokio::join!(start, end);
+            ended?;
+            let error = match started? {
+                Err(error) => error,
+                // The guest was up before the end was noticed.
+                Ok(pod) if when != "at once" => {
+                    pod.wait_state(PodSandboxState::SandboxNotready).await?;
+                    pod.remove_all().await?;
+                    node.assert_no_leak(&before).await.with_context(|| format!("{program} killed {when}"))?;
+                    continue;
+                }
+                Ok(pod) => bail!("{program} was killed {when}, and pod {} runs", pod.id),
+            };
+            let words = match program {
+                "virtiofsd" => ["virtiofsd", "ended with status 137"],
+                "vhost-device-vsock" => ["vsock", "ended with status 137"],
+                _ if when == "at once" => ["qemu failed to start", "ended with status 137"],
+                _ => ["its hypervisor ended with status 137", "last on its console"],
+            };
+            ensure!(words.iter().all(|word| error.message().contains(word)), "{program} killed {when}: {error}");
+            node.assert_no_leak(&before).await.with_context(|| format!("{program} killed {when}"))?;
+        }
+    }
+    let pod = node.run_pod(lone.pod()).await?;
+    assert_eq!(pod.run(ContainerSpec::new("c").sleep()).await?.sh("echo on").await?.stdout(), "on\n");
+    pod.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+/// The worker dies at each stage of a start. Nobody waits for that machine any more, so the next worker ends it.
+async fn starts_that_are_cut_off(lone: &Lone) -> Result<()> {
+    let mut node = Node::start(lone.options().failpoints()).await?;
+    let before = lone.baseline(&node).await?;
+    // One pod stays: kuasard believes a containerd that has named a sandbox of its own.
+    let standing = node.run_pod(lone.pod()).await?;
+    let container = standing.run(ContainerSpec::new("c").sleep()).await?;
+    let machine = process(&standing, PROGRAMS[0])?.context("the machine has no QEMU")?;
+    for point in ["helpers-started", "pod-made", "guest-booted", "done", "saved"] {
+        let file = node.failpoints().join(point);
+        let pid = node.kuasard.as_ref().context("the node has no kuasard")?.worker_pid().await?;
+        fs::write(&file, "")?;
+        let started = answer("RunPodSandbox", SOON, node.run_pod(lone.pod())).await?;
+        ensure!(!file.exists(), "the worker has not come to {point}");
+        let killed = Killed { pid, at: std::time::Instant::now() };
+        node.kuasard.as_mut().context("the node has no kuasard")?.wait_serving(killed).await?;
+        if let Ok(pod) = started {
+            // It was made when the worker died, and that was saved.
+            answer("the removal of a pod", TOLD, pod.remove_all()).await??;
+        }
+        // Nobody deletes what was not told to be there, and nobody has to.
+        eventually("the half-made machine to be gone", || async {
+            Ok(processes(&machines_of(&node), PROGRAMS[0])? == [machine])
+        })
+        .await
+        .with_context(|| format!("after the worker's death at {point}"))?;
+        assert_eq!(container.sh("exit 3").await?.exit_code, 3, "after {point}");
+    }
+    standing.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+/// Guests that do not come to their agent's first word: the report has what is on their consoles.
+async fn kernels_that_do_not_get_far(lone: &Lone) -> Result<()> {
+    let hypervisor = lone.handler.trim_start_matches("kuasar-").to_owned();
+    let mut options = lone.options();
+    let table = |changes: &[(&str, Value)]| {
+        let mut table = tools::machine_table(&hypervisor);
+        for (key, value) in changes {
+            table[key] = value.clone();
+        }
+        table
+    };
+    options = options
+        .sandboxer_table(
+            "kuasar-without-init",
+            table(&[("kernel_parameters", json!(["rdinit=/nonexistent", "init=/nonexistent"]))]),
+        )
+        .sandboxer_table("kuasar-hurried", table(&[("boot_limit_secs", 1.into()), ("annotations", json!(["memory_mib"]))]));
+    let node = Node::start(options).await?;
+    let before = lone.baseline(&node).await?;
+    let failed = async |handler: &str, annotation: Option<(&str, &str)>, words: &[&str]| -> Result<()> {
+        let mut spec = lone.pod().handler(handler);
+        if let Some((key, value)) = annotation {
+            spec = spec.annotation(key, value);
+        }
+        let error = refused(answer("RunPodSandbox", Duration::from_secs(90), node.run_pod(spec)).await?, words)?;
+        let (_, failure) = report(&error)?;
+        let stage = failure["stages"].as_array().and_then(|stages| stages.last()).context("no stages in the report")?;
+        assert_eq!((&stage["name"], &failure["log"]["program"]), (&"boot the guest".into(), &"the guest's console".into()));
+        node.assert_no_leak(&before).await.with_context(|| handler.to_owned())
+    };
+    failed("kuasar-without-init", None, &["failed to bring the guest up", "the guest's kernel panicked", "init"]).await?;
+    failed("kuasar-hurried", None, &["the boot of the guest up to its agent's first answer", "within 1 s"]).await?;
+    let many = lone.pod().handler("kuasar-hurried").annotation("io.kuasar.vm.cpus", "1");
+    let error = refused(node.run_pod(many).await, &["io.kuasar.vm.cpus", "it is not allowed here"])?;
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    let least = Some(("io.kuasar.vm.memory_mib", "64"));
+    failed(&lone.handler, least, &["failed to bring the guest up", "panicked"]).await?;
+    node.stop().await
+}
