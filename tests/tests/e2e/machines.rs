@@ -202,9 +202,9 @@ async fn machine_talks(node: &Node, handler: &str) -> Result<()> {
     let dir = node.dir().join("run/kuasar/vmm").join(handler).join("k8s.io");
     eventually("the guest to say something", || async {
         // The pod's directory may come and go meanwhile.
-        let pods = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let mut pods = fs::read_dir(&dir).into_iter().flatten().flatten();
         let said = |pod: fs::DirEntry| fs::metadata(pod.path().join("console.log")).is_ok_and(|console| console.len() > 0);
-        Ok(pods.map(said).any(|said| said))
+        Ok(pods.any(said))
     })
     .await
 }
