@@ -186,7 +186,14 @@ impl VmmSandboxer {
         let hypervisor = find_hypervisor(config, reaper).await?;
         let (virtiofsd, vsock) = find_helpers(&*hypervisor, config, reaper, Trial::Look).await?;
         check_image(config)?;
-        Ok(format!("{}, {}, vsock by {}", hypervisor.capabilities().name, virtiofsd.describe(), vsock.describe()))
+        let found = hypervisor.capabilities();
+        Ok(format!(
+            "{}, {}, vsock by {}; overhead of a pod: {} MiB, and what virtiofsd needs for its files",
+            found.name,
+            virtiofsd.describe(),
+            vsock.describe(),
+            config.guest_overhead_mib + found.overhead_mib
+        ))
     }
 
     fn dir(&self, namespace: &Namespace, id: &SandboxId) -> PathBuf {
