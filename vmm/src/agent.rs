@@ -193,7 +193,13 @@ impl Agent {
         if self.budget.is_exceeded() {
             return lost("it has sent more than a guest has to say, and is not listened to any more; delete the pod");
         }
-        let ttrpc::Error::RpcStatus(status) = error else { return lost(&tame(&error.to_string(), TEXT)) };
+        let passed = |part: f32| limit.filter(|limit| asked.elapsed() >= limit.mul_f32(part));
+        let ttrpc::Error::RpcStatus(status) = error else {
+            return match passed(1.0) {
+                Some(limit) => unanswered(operation, limit),
+                None => lost(&tame(&error.to_string(), TEXT)),
+            };
+        };
         let code = match status.code() {
             ttrpc::Code::INVALID_ARGUMENT => Code::InvalidArgument,
             ttrpc::Code::NOT_FOUND => Code::NotFound,
@@ -203,9 +209,9 @@ impl Agent {
             ttrpc::Code::RESOURCE_EXHAUSTED => Code::ResourceExhausted,
             ttrpc::Code::UNAVAILABLE => Code::Unavailable,
             // Of the call itself, which the guest's end watches too; or of a step of the guest's own, which it names.
-            ttrpc::Code::DEADLINE_EXCEEDED => match limit {
-                Some(limit) if asked.elapsed() >= limit.mul_f32(ALMOST) => return unanswered(operation, limit),
-                _ => Code::DeadlineExceeded,
+            ttrpc::Code::DEADLINE_EXCEEDED => match passed(ALMOST) {
+                Some(limit) => return unanswered(operation, limit),
+                None => Code::DeadlineExceeded,
             },
             _ => Code::Internal,
         };
@@ -214,7 +220,9 @@ impl Agent {
 }
 
 fn unanswered(operation: &str, limit: Duration) -> Error {
-    Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: limit.as_secs() }
+    // What is left of a limit is a little less than its seconds.
+    let seconds = (limit + Duration::from_millis(500)).as_secs();
+    Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds }
 }
 
 fn lost(why: &str) -> Error {
@@ -322,6 +330,8 @@ mod tests {
         tokio::time::advance(SLOW).await;
         let error = agent.error("exec", Some(SLOW), asked, late());
         assert_eq!(error.report(), "the guest's answer to: exec, did not finish within 120 s");
+        let cut = ttrpc::Error::Others("Request deadline elapsed".into());
+        assert_eq!(agent.error("exec", Some(SLOW), asked, cut).code(), Code::DeadlineExceeded);
         // One that the guest gives up before is told in its words.
         for (limit, asked) in [(Some(SLOW), Instant::now()), (None, asked)] {
             let error = agent.error("exec", limit, asked, late());
