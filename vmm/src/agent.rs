@@ -208,7 +208,9 @@ impl Agent {
 }
 
 async fn within<T>(limit: Duration, operation: &str, call: impl Future<Output = T>) -> Result<T> {
-    let late = |_| Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds: limit.as_secs() };
+    // What is left of a limit is a little less than its seconds.
+    let seconds = (limit + Duration::from_millis(500)).as_secs();
+    let late = |_| Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds };
     timeout(limit, call).await.map_err(late)
 }
 

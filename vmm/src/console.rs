@@ -138,6 +138,13 @@ impl Console {
         Ok((bytes, behind))
     }
 
+    /// The place behind all that was said.
+    fn end_place(&self) -> Result<u64> {
+        let shortened = self.shortened.lock().unwrap_or_else(PoisonError::into_inner);
+        let length = self.read(|file| Ok(file.metadata()?.len()))?;
+        Ok(*shortened + length.unwrap_or_default())
+    }
+
     /// Gives all that is there, and with `until` what is said from then on, until that resolves or nobody takes it any more.
     pub(crate) async fn give(&self, until: Option<impl Future<Output = ()>>, output: &mpsc::Sender<String>) -> Result<()> {
         let (mut tamer, mut place) = (Tamer::default(), 0);
@@ -160,18 +167,18 @@ impl Console {
         }
     }
 
+    /// Gives what was said between a place and now: not all that is said meanwhile, or a guest that never stops would keep it here.
     async fn give_after(&self, place: &mut u64, tamer: &mut Tamer, output: &mpsc::Sender<String>) -> Result<()> {
-        loop {
+        let end = self.end_place()?;
+        while *place < end {
             let (bytes, behind) = self.after(*place)?;
-            if bytes.is_empty() {
-                return Ok(());
-            }
             *place = behind;
-            if output.send(tamer.text(&bytes)).await.is_err() {
-                // Nobody takes it.
+            // Nobody takes it, or there is no more: the file has gone.
+            if output.send(tamer.text(&bytes)).await.is_err() || bytes.is_empty() {
                 return Ok(());
             }
         }
+        Ok(())
     }
 
     /// Its last lines, for an error message.

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::{Mutex, OwnedMutexGuard, mpsc, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tracing::{debug, warn};
 
@@ -40,6 +40,9 @@ const CHUNK: usize = 32 << 10;
 
 /// How long a guest may take to remove what is left of a program. Longer only one that hangs.
 const REMOVAL: Duration = Duration::from_secs(10);
+
+/// How long output may stand still that a program which has ended has left, as the guest says.
+const STANDSTILL: Duration = Duration::from_secs(10);
 
 /// How long a guest may take to tell what it knows: who looks for faults is told that it hangs rather than kept waiting.
 const DIAGNOSIS: Duration = Duration::from_secs(10);
@@ -228,11 +231,12 @@ async fn take(
             read = stream.read(&mut buffer) => read.map_err(Error::failed("read the program's output"))?,
             // Its sender is there as long as anybody waits for this.
             _ = exit.changed(), if known.is_none() => continue,
+            () = sleep(STANDSTILL), if known.is_some() => 0,
         };
         if length == 0 {
             return match known {
                 Some(_) => {
-                    Err(Error::Unavailable { what: "the program's output".into(), why: "the guest has cut it off".into() })
+                    Err(Error::Unavailable { what: "the rest of the output".into(), why: "the guest does not send it".into() })
                 }
                 None => Ok(()),
             };
