@@ -23,6 +23,7 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 use tracing::{Instrument, debug, warn};
 
 use crate::{
@@ -46,6 +47,8 @@ struct Running {
     pid: u32,
     relay: Relay,
     ending: Ending,
+    /// Nobody reads what it has left behind any more.
+    deleted: Notify,
 }
 
 /// What is saved of a container.
@@ -99,7 +102,7 @@ fn request(container: &ContainerId, exec: Option<&ExecId>) -> ProcessRequest {
 impl Running {
     /// Watches for its end.
     fn begin(pod: Arc<Pod>, guest: Option<Arc<Guest>>, request: ProcessRequest, pid: u32, relay: Relay) -> Arc<Self> {
-        let running = Arc::new(Self { pod, request, pid, relay, ending: Ending::pending() });
+        let running = Arc::new(Self { pod, request, pid, relay, ending: Ending::pending(), deleted: Notify::new() });
         tokio::spawn(running.clone().watch(guest).in_current_span());
         running
     }
@@ -109,10 +112,21 @@ impl Running {
             Some(guest) => self.exit(guest).await,
             None => None,
         };
-        if let Some(guest) = &guest {
-            self.relay.finish(exit.as_ref(), guest.agent(), &self.request).await;
+        let more = exit.as_ref().is_some_and(|exit| exit.more);
+        if let Some(guest) = guest.as_ref().filter(|_| !more) {
+            self.relay.settle(exit.as_ref(), guest.agent(), &self.request).await;
+            self.relay.close().await;
         }
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
+        if let Some(guest) = guest.filter(|_| more) {
+            // As on the node, where it has the process's own output. containerd reads on until that has ended.
+            tokio::select! {
+                () = self.relay.linger() => {}
+                () = self.deleted.notified() => {}
+                _ = guest.ended() => {}
+            }
+            self.relay.close().await;
+        }
     }
 
     /// What the guest tells of its end; `None` when the machine ended first.
@@ -186,6 +200,7 @@ impl Running {
 
     /// Has the guest remove it, if there still is a guest.
     async fn delete(&self) -> Result<()> {
+        self.deleted.notify_one();
         delete(&self.pod, &self.request).await
     }
 }
@@ -273,7 +288,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("share the volumes");
     for volume in &volumes {
         let place = match &volume.kind {
-            VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, *binding).await?,
+            VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, binding.clone()).await?,
             VolumeKind::HugePages { options } => {
                 let target = pod.memory_volume(&volume.source);
                 storages.push(huge_pages(options, &target));

@@ -23,6 +23,7 @@ pub mod config;
 mod console;
 mod container;
 mod dial;
+mod features;
 mod guest;
 pub mod hypervisor;
 pub mod launch;
@@ -42,4 +43,5 @@ mod vsock;
 pub mod vsock_device;
 
 pub use config::{Annotation, HypervisorConfig, VmmConfig};
+pub use features::features;
 pub use sandboxer::{VmmSandboxer, processes};
