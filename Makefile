@@ -51,7 +51,7 @@ check: deps ## Format, lints, unit tests, licences and advisories
 e2e: build ## End-to-end tests on each containerd there is
 	@scripts/test.sh e2e
 
-conformance: build ## critest with SANDBOXER=kuasar-runc, compared with the runc shim
+conformance: build ## critest with SANDBOXER=kuasar-runc or kuasar-qemu, compared with the runc shim
 	@scripts/test.sh conformance
 
 chaos: build ## Kill daemons at random under load, CHAOS_MINUTES long; nobody may notice

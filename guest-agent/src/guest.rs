@@ -436,7 +436,7 @@ fn make_private(dir: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(Error::io("create", dir))
 }
 
-/// The pod as the `runc` crate takes it: it has this machine's network, names and shared memory.
+/// The pod as the `runc` crate takes it: it has this machine's network and names, and without a user namespace its shared memory.
 fn sandbox_spec(request: &SetUpRequest) -> Result<SandboxSpec> {
     let range = |message: &MappingMessage| IdMapping {
         container_id: message.container_id,
@@ -448,6 +448,8 @@ fn sandbox_spec(request: &SetUpRequest) -> Result<SandboxSpec> {
     let root = |ranges: &[IdMapping]| ranges.iter().find(|range| range.container_id == 0).map_or(0, |range| range.host_id);
     let io_owner = (root(&user.uids), root(&user.gids));
     let user = Some(user).filter(|user| !user.uids.is_empty() || !user.gids.is_empty());
+    let sysctls = request.sysctls.iter().filter(|(name, _)| user.is_some() && is_of_ipc(name));
+    let sysctls = sysctls.map(|(name, value)| (name.clone(), value.clone())).collect();
     Ok(SandboxSpec {
         namespace: "guest".parse()?,
         id: "pod".parse()?,
@@ -458,11 +460,12 @@ fn sandbox_spec(request: &SetUpRequest) -> Result<SandboxSpec> {
         namespaces: PodNamespaces {
             network: NamespaceMode::Node,
             pid: if request.shared_pids { NamespaceMode::Pod } else { NamespaceMode::Container },
-            ipc: NamespaceMode::Node,
+            // The machine's belongs to the machine's root: root of a user namespace could mount no message queues.
+            ipc: if user.is_some() { NamespaceMode::Pod } else { NamespaceMode::Node },
             user,
         },
         dns: None,
-        sysctls: BTreeMap::new(),
+        sysctls,
         cgroup_parent: String::new(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
@@ -470,6 +473,12 @@ fn sandbox_spec(request: &SetUpRequest) -> Result<SandboxSpec> {
         resources: PodResources::default(),
         options: RuntimeOptions { io_owner, ..RuntimeOptions::default() },
     })
+}
+
+/// Whether a kernel parameter is of an ipc namespace (ipc_namespaces(7)).
+fn is_of_ipc(name: &str) -> bool {
+    let name = name.replace('/', ".");
+    ["kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue."].iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Gives a container what only this machine can: its control group and its disks; and takes away what this kernel does not have.
@@ -525,11 +534,18 @@ mod tests {
     #[test]
     fn pods_have_the_machines_namespaces() {
         let mapping = MappingMessage { container_id: 0, host_id: 65536, length: 65536, ..Default::default() };
-        let request =
+        let mut request =
             SetUpRequest { shared_pids: true, uids: vec![mapping.clone()], gids: vec![mapping], ..Default::default() };
+        for (name, value) in [("kernel.shmmax", "4096"), ("net.ipv4.ip_forward", "1")] {
+            request.sysctls.insert(name.into(), value.into());
+        }
         let spec = sandbox_spec(&request).unwrap();
-        assert_eq!(spec.namespaces.pid, NamespaceMode::Pod);
+        assert_eq!((spec.namespaces.pid, spec.namespaces.ipc), (NamespaceMode::Pod, NamespaceMode::Pod));
+        assert_eq!(spec.sysctls.keys().collect::<Vec<_>>(), ["kernel.shmmax"], "the rest is the machine's");
         assert_eq!((spec.namespaces.network, spec.options.io_owner), (NamespaceMode::Node, (65536, 65536)));
-        assert!(sandbox_spec(&SetUpRequest::default()).unwrap().namespaces.user.is_none());
+        request.uids.clear();
+        request.gids.clear();
+        let spec = sandbox_spec(&request).unwrap();
+        assert!(spec.namespaces.user.is_none() && spec.namespaces.ipc == NamespaceMode::Node && spec.sysctls.is_empty());
     }
 }

@@ -196,15 +196,22 @@ impl Live {
         }
     }
 
-    /// Waits for its end, and until its output was sent.
+    /// Waits for its end, and until its own output was sent.
     pub(crate) async fn wait(&self) -> WaitResponse {
         let exit = self.ending.wait().await;
         let settled = async |output: &Option<(_, Output)>| match output {
             Some((_, output)) => output.settle(&self.name).await,
-            None => 0,
+            None => (0, false),
         };
-        let (stdout_bytes, stderr_bytes) = tokio::join!(settled(&self.stdout), settled(&self.stderr));
-        WaitResponse { status: exit.status, ended_ns: ended_ns(exit), stdout_bytes, stderr_bytes, ..Default::default() }
+        let (stdout, stderr) = tokio::join!(settled(&self.stdout), settled(&self.stderr));
+        WaitResponse {
+            status: exit.status,
+            ended_ns: ended_ns(exit),
+            stdout_bytes: stdout.0,
+            stderr_bytes: stderr.0,
+            more: stdout.1 || stderr.1,
+            ..Default::default()
+        }
     }
 
     /// Where connections for a stream go; `None` when it has no such stream.

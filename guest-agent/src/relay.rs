@@ -24,7 +24,8 @@ const CHUNK: usize = 64 << 10;
 /// The same for input, whose buffer exists as long as its connection.
 const INPUT_CHUNK: usize = 16 << 10;
 
-/// How long a process that was left behind by the one that has ended may hold its output open without writing.
+/// How long a process that was left behind by the one that has ended may hold its output open without writing, before the end is told all
+/// the same.
 const LEFT_BEHIND: Duration = Duration::from_secs(2);
 
 /// How long the output of a process that has ended waits for the host to connect.
@@ -80,13 +81,14 @@ impl Output {
         self.wishes.send_modify(|wishes| wishes.close = true);
     }
 
-    /// After the process's end: waits until its output was sent, and says how much that was.
-    pub(crate) async fn settle(&self, what: &str) -> u64 {
+    /// After the process's end: waits until its output was sent, and says how much that was; and whether a process that it has left behind
+    /// may send more, at the end of which the connection is closed.
+    pub(crate) async fn settle(&self, what: &str) -> (u64, bool) {
         let mut progress = self.progress.clone();
         loop {
             let now = *progress.borrow_and_update();
             let patience = match now {
-                Progress { done: true, .. } => return now.sent,
+                Progress { done: true, .. } => return (now.sent, false),
                 // The host sees to its own limits.
                 Progress { connected: true, held_up: true, .. } => Duration::MAX,
                 Progress { connected: true, .. } => LEFT_BEHIND,
@@ -95,10 +97,11 @@ impl Output {
             match timeout(patience, progress.changed()).await {
                 Ok(Ok(())) => {}
                 // The relay has ended.
-                Ok(Err(_)) => return progress.borrow().sent,
+                Ok(Err(_)) => return (progress.borrow().sent, false),
                 Err(_) if now.connected => {
                     debug!(what, "a process that was left behind holds an output open");
-                    self.wishes.send_modify(|wishes| wishes.give_up = true);
+                    self.close();
+                    return (now.sent, true);
                 }
                 Err(_) => {
                     warn!(what, "the host does not take an output; what is left of it is thrown away");

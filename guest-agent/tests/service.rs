@@ -319,12 +319,26 @@ async fn output_that_nobody_takes(serving: &Serving) {
 async fn a_process_left_behind(serving: &Serving) {
     let agent = &serving.agent;
     serving.container("c").await;
-    let script = process(&["sh", "-c", "sleep 500 & echo x"]);
+    let script = process(&["sh", "-c", "(while [ ! -e /tmp/go ]; do sleep 0.05; done; echo late) & echo x"]);
     agent.exec("c", "e", &script, streams("out")).await.unwrap();
     let mut stdout = agent.stream("c", "e", StreamKind::Stdout).await.unwrap();
     let end = agent.wait("c", "e").await.unwrap();
-    assert_eq!((end.status, end.stdout_bytes), (0, 2));
+    assert_eq!((end.status, end.stdout_bytes, end.more), (0, 2, true));
     assert_eq!(exactly(&mut stdout, 2).await, b"x\n");
+    // What it prints later comes, too, and then the end.
+    agent.run("c", "go", "echo >/tmp/go").await;
+    let mut late = Vec::new();
+    timeout(LIMIT, stdout.read_to_end(&mut late)).await.unwrap().unwrap();
+    assert_eq!(late, b"late\n");
+    let end = agent.wait("c", "e").await.unwrap();
+    assert_eq!((end.stdout_bytes, end.more), (7, false));
+    // Or it never ends, and goes with the exec.
+    let script = process(&["sh", "-c", "sleep 500 & echo x"]);
+    agent.exec("c", "forever", &script, streams("out")).await.unwrap();
+    let mut stdout = agent.stream("c", "forever", StreamKind::Stdout).await.unwrap();
+    assert!(agent.wait("c", "forever").await.unwrap().more);
+    agent.delete("c", "forever").await.unwrap();
+    timeout(LIMIT, stdout.read_to_end(&mut late)).await.unwrap().unwrap();
     serving.end("c").await;
 }
 

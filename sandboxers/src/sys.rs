@@ -115,6 +115,13 @@ pub(crate) fn map_mount_ids(tree: &OwnedFd, user_namespace: BorrowedFd<'_>, read
     set_mount_attributes(tree, &attributes, libc::AT_RECURSIVE)
 }
 
+/// The same for one mount: maps its ids.
+pub(crate) fn map_ids_of_mount(tree: &OwnedFd, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let userns_fd = u64::from(user_namespace.as_raw_fd().unsigned_abs());
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
+    set_mount_attributes(tree, &attributes, 0)
+}
+
 /// The same for one mount, or with all below it: makes it read-only.
 pub(crate) fn make_mount_readonly(tree: &OwnedFd, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };

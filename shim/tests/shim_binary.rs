@@ -177,6 +177,15 @@ fn a_runtime_without_features_is_no_error() {
 }
 
 #[test]
+fn info_of_machines_needs_no_runtime() {
+    let place = Place::new(None);
+    std::fs::write(place.path("config.toml"), "[sandboxer.kuasar-test]\nkind = 'vmm'\nhypervisor = 'qemu'\n").unwrap();
+    let features: Value = serde_json::from_slice(&place.info(b"").features.value).unwrap();
+    assert_eq!(features, kuasar_vmm::features());
+    assert!(features["mountOptions"].as_array().unwrap().contains(&json!("rro")), "{features}");
+}
+
+#[test]
 fn info_says_what_is_wrong() {
     let place = Place::new(Some(&features()));
     let fails = |output: Output, words: &str| {

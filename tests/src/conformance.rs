@@ -1,15 +1,41 @@
 //! Running critest against a handler, and comparing two runs spec by spec.
 //!
 //! The measure is the runc shim on the same containerd in the same run: a spec that it passes must pass, one that it runs
-//! must not be skipped. What fails alike is the environment's or the images' fault, and is shown as such.
+//! must not be skipped. What fails alike is the environment's or the images' fault, and is shown as such. What cannot be in a
+//! virtual machine is listed here by name, and must not pass either, or the list is out of date.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use tokio::process::Command;
+
+/// Specs that ask for what no virtual machine can have, and why.
+pub const NOT_IN_MACHINES: &[(&str, &str)] = &[
+    (
+        "[k8s.io] Container Mount Propagation runtime should support mount propagation mount with 'rshared' should support \
+         propagation from host to container and vice versa",
+        "mounts of a virtual machine are its own kernel's, and cannot appear on the node",
+    ),
+    (
+        "[k8s.io] Security Context NamespaceOption runtime should support HostPID",
+        "the node's processes are another kernel's, which a virtual machine cannot see",
+    ),
+    (
+        "[k8s.io] Security Context NamespaceOption runtime should support HostIpc is true",
+        "the node's shared memory segments are another kernel's",
+    ),
+    (
+        "[k8s.io] Security Context NamespaceOption runtime should support HostNetwork is true",
+        "the node's sockets and interfaces are another kernel's",
+    ),
+    (
+        "[k8s.io] Streaming runtime should support streaming interfaces runtime should support portforward in host network",
+        "the node's sockets and interfaces are another kernel's",
+    ),
+];
 
 /// How a spec ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,18 +178,29 @@ pub enum Verdict {
     Behind(String),
     /// Neither passes it; with the reason.
     Alike(String),
+    /// It is listed, and does not pass; with the list's reason.
+    Impossible(&'static str),
 }
 
-/// Compares our run with the peer's, spec by spec.
+/// Compares our run with the peer's, spec by spec. Specs that are `impossible` have to be there, and not to pass.
 #[must_use]
-pub fn compare(peer: &Run, ours: &Run) -> BTreeMap<String, Verdict> {
+pub fn compare(peer: &Run, ours: &Run, impossible: &[(&str, &'static str)]) -> BTreeMap<String, Verdict> {
     let missing = Outcome::Skipped("not in the report".to_owned());
-    peer.specs
-        .keys()
-        .chain(ours.specs.keys())
+    let listed = impossible.iter().map(|(name, _)| (*name).to_owned());
+    let names: BTreeSet<String> = peer.specs.keys().chain(ours.specs.keys()).cloned().chain(listed).collect();
+    names
+        .into_iter()
         .map(|name| {
-            let theirs = peer.specs.get(name).unwrap_or(&missing);
-            let own = ours.specs.get(name).unwrap_or(&missing);
+            let theirs = peer.specs.get(&name).unwrap_or(&missing);
+            let own = ours.specs.get(&name).unwrap_or(&missing);
+            if let Some((_, why)) = impossible.iter().find(|(listed, _)| *listed == name) {
+                let verdict = match ours.specs.get(&name) {
+                    Some(Outcome::Failed(_) | Outcome::Skipped(_)) => Verdict::Impossible(why),
+                    Some(Outcome::Passed) => Verdict::Behind(format!("passes, and is listed as impossible ({why}): unlist it")),
+                    None => Verdict::Behind(format!("is listed as impossible ({why}), and there is no such spec: unlist it")),
+                };
+                return (name, verdict);
+            }
             let verdict = match (theirs, own) {
                 (_, Outcome::Passed) => Verdict::Passed,
                 (Outcome::Passed | Outcome::Failed(_), Outcome::Skipped(reason)) => {
@@ -175,7 +212,7 @@ pub fn compare(peer: &Run, ours: &Run) -> BTreeMap<String, Verdict> {
                 (Outcome::Failed(_), Outcome::Failed(reason)) => Verdict::Alike(format!("fails with the shim too: {reason}")),
                 (Outcome::Skipped(_), Outcome::Skipped(reason)) => Verdict::Alike(reason.clone()),
             };
-            (name.clone(), verdict)
+            (name, verdict)
         })
         .collect()
 }
@@ -195,6 +232,7 @@ pub fn write_results(path: &Path, verdicts: &BTreeMap<String, Verdict>) -> Resul
             Verdict::Passed => {}
             Verdict::Behind(reason) => text.push_str(&format!("FAIL {name}: {reason}\n")),
             Verdict::Alike(reason) => text.push_str(&format!("SKIP {name}: {reason}\n")),
+            Verdict::Impossible(why) => text.push_str(&format!("SKIP {name}: {why}\n")),
         }
     }
     fs::write(path, text).with_context(|| format!("write {}", path.display()))
@@ -249,7 +287,7 @@ mod tests {
             ("both skip", skipped()),
             ("skips, fails", failed()),
         ]);
-        let verdicts = compare(&peer, &ours);
+        let verdicts = compare(&peer, &ours, &[]);
         let behind: Vec<&str> = verdicts
             .iter()
             .filter(|(_, verdict)| matches!(verdict, Verdict::Behind(_)))
@@ -257,6 +295,21 @@ mod tests {
             .collect();
         assert_eq!(behind, ["fails, skips", "lost", "ours fails", "ours skips", "skips, fails"]);
         assert_eq!(verdicts["theirs fails"], Verdict::Passed);
+    }
+
+    #[test]
+    fn what_is_listed_must_be_there_and_must_not_pass() {
+        let failed = || Outcome::Failed("f".to_owned());
+        let peer = run(&[("fails", Outcome::Passed), ("skips", Outcome::Passed), ("passes", Outcome::Passed)]);
+        let ours = run(&[("fails", failed()), ("skips", Outcome::Skipped("s".to_owned())), ("passes", Outcome::Passed)]);
+        let listed = ["fails", "skips", "passes", "gone"].map(|name| (name, "no node in there"));
+        let verdicts = compare(&peer, &ours, &listed);
+        for name in ["fails", "skips"] {
+            assert_eq!(verdicts[name], Verdict::Impossible("no node in there"));
+        }
+        for name in ["passes", "gone"] {
+            assert!(matches!(&verdicts[name], Verdict::Behind(how) if how.ends_with("unlist it")), "{:?}", verdicts[name]);
+        }
     }
 
     #[test]

@@ -98,11 +98,17 @@ fn find(name: &str, variable: &'static str) -> Result<PathBuf, Missing> {
 /// Hypervisors that a sandboxer can be of.
 pub const HYPERVISORS: [&str; 1] = ["qemu"];
 
-/// Whether the pods of a handler have a virtual machine each: one of a sandboxer that is called after its hypervisor.
+/// The hypervisor of a handler: that which its sandboxer is called after.
+#[must_use]
+pub fn hypervisor_of(handler: &str) -> Option<&str> {
+    let name = handler.strip_suffix("-streaming").unwrap_or(handler);
+    name.strip_prefix("kuasar-").filter(|name| HYPERVISORS.contains(name))
+}
+
+/// Whether the pods of a handler have a virtual machine each.
 #[must_use]
 pub fn is_machine(handler: &str) -> bool {
-    let name = handler.strip_suffix("-streaming").unwrap_or(handler);
-    name.strip_prefix("kuasar-").is_some_and(|name| HYPERVISORS.contains(&name))
+    hypervisor_of(handler).is_some()
 }
 
 /// The guest's kernel to test with, its initrd beside it: `KUASAR_GUEST_KERNEL`, else what `make guest` has put into the cache.

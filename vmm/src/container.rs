@@ -26,7 +26,7 @@ use kuasar_sandboxers::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::{sync::Notify, time::timeout};
 use tracing::{Instrument, debug, warn};
 
 use crate::{
@@ -52,6 +52,8 @@ struct Running {
     ending: Ending,
     /// Whether somebody waits for it to die of SIGKILL.
     doomed: AtomicBool,
+    /// Nobody reads what it has left behind any more.
+    deleted: Notify,
 }
 
 /// What is saved of a container.
@@ -105,7 +107,8 @@ fn request(container: &ContainerId, exec: Option<&ExecId>) -> ProcessRequest {
 impl Running {
     /// Watches for its end.
     fn begin(pod: Arc<Pod>, guest: Option<Arc<Guest>>, request: ProcessRequest, pid: u32, relay: Relay) -> Arc<Self> {
-        let running = Arc::new(Self { pod, request, pid, relay, ending: Ending::pending(), doomed: AtomicBool::new(false) });
+        let (ending, doomed, deleted) = (Ending::pending(), AtomicBool::new(false), Notify::new());
+        let running = Arc::new(Self { pod, request, pid, relay, ending, doomed, deleted });
         tokio::spawn(running.clone().watch(guest).in_current_span());
         running
     }
@@ -115,10 +118,21 @@ impl Running {
             Some(guest) => exit(guest, &self.request).await,
             None => None,
         };
-        if let Some(guest) = &guest {
-            self.relay.finish(exit.as_ref(), guest.agent(), &self.request).await;
+        let more = exit.as_ref().is_some_and(|exit| exit.more);
+        if let Some(guest) = guest.as_ref().filter(|_| !more) {
+            self.relay.settle(exit.as_ref(), guest.agent(), &self.request).await;
+            self.relay.close().await;
         }
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
+        if let Some(guest) = guest.filter(|_| more) {
+            // As on the node, where it has the process's own output. containerd reads on until that has ended.
+            tokio::select! {
+                () = self.relay.linger() => {}
+                () = self.deleted.notified() => {}
+                _ = guest.ended() => {}
+            }
+            self.relay.close().await;
+        }
     }
 
     async fn kill(self: &Arc<Self>, signal: i32, all: bool) -> Result<()> {
@@ -173,6 +187,7 @@ impl Running {
 
     /// Has the guest remove it, if there still is a guest.
     async fn delete(&self) -> Result<()> {
+        self.deleted.notify_one();
         delete(&self.pod, &self.request).await
     }
 }
@@ -309,7 +324,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("share the volumes");
     for volume in &volumes {
         let place = match &volume.kind {
-            VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, *binding).await?,
+            VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, binding.clone()).await?,
             VolumeKind::HugePages { options } => {
                 let target = pod.memory_volume(&volume.source);
                 storages.push(huge_pages(options, &target));

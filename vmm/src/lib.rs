@@ -23,6 +23,7 @@ pub mod config;
 mod console;
 mod container;
 mod dial;
+mod features;
 mod guest;
 pub mod hypervisor;
 mod inside;
@@ -43,4 +44,5 @@ mod vsock;
 pub mod vsock_device;
 
 pub use config::{Annotation, HypervisorConfig, VmmConfig};
+pub use features::features;
 pub use sandboxer::{VmmSandboxer, processes};

@@ -298,8 +298,8 @@ impl Relay {
         self.io.close_stdin();
     }
 
-    /// After the process's end, of which the guest has told `exit`: waits until all of its output is where it should be.
-    pub(crate) async fn finish(&self, exit: Option<&WaitResponse>, agent: &Agent, process: &ProcessRequest) {
+    /// After the process's end, of which the guest has told `exit`: waits until all of its own output is where it should be.
+    pub(crate) async fn settle(&self, exit: Option<&WaitResponse>, agent: &Agent, process: &ProcessRequest) {
         let mut all = true;
         for output in &self.outputs {
             let total = exit.map(|exit| match output.kind {
@@ -322,6 +322,17 @@ impl Relay {
         if !all {
             warn!(container = process.container, exec = process.exec, "output was not taken, or did not come, and is lost");
         }
+    }
+
+    /// Goes on with the output of what the process has left behind, until there is no more to come.
+    pub(crate) async fn linger(&self) {
+        for output in &self.outputs {
+            output.ended().await;
+        }
+    }
+
+    /// Ends all streams.
+    pub(crate) async fn close(&self) {
         if let Some(input) = &self.input {
             hang_up(input);
         }
@@ -361,6 +372,18 @@ fn hang_up(connection: &OwnedFd) {
 impl Output {
     fn has(&self, total: Option<u64>) -> bool {
         self.ended.load(Ordering::Acquire) || total.is_some_and(|total| self.moved.load(Ordering::Acquire) >= total)
+    }
+
+    async fn ended(&self) {
+        let mut changed = std::pin::pin!(self.changed.notified());
+        loop {
+            changed.as_mut().enable();
+            if self.ended.load(Ordering::Acquire) {
+                return;
+            }
+            changed.as_mut().await;
+            changed.set(self.changed.notified());
+        }
     }
 
     /// Waits until all has been moved; false when it stands still instead.

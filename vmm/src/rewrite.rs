@@ -4,7 +4,7 @@
 //!
 //! | of the specification | becomes |
 //! |---|---|
-//! | root filesystem, bind mounts | their place in the pod's share |
+//! | root filesystem, bind mounts | their place in the pod's share, where their owners are mapped already |
 //! | volumes on huge pages | a filesystem of the guest's own memory |
 //! | block devices | virtio disks |
 //! | namespaces by path | placeholders that the agent resolves |
@@ -19,7 +19,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kuasar_sandboxers::{Error, Result, mount::Binding, spec::OciSpec};
+use kuasar_sandboxers::{
+    Error, Result,
+    mount::Binding,
+    spec::OciSpec,
+    types::{IdMapping, IdMappings},
+};
 use nix::sys::stat::{major, makedev, minor};
 use serde_json::{Value, json};
 
@@ -134,12 +139,28 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
             readonly_below: options.contains(&"rro"),
             recursive,
             follows: options.iter().any(|option| matches!(*option, "rslave" | "slave")),
+            ids: id_mappings(mount).map_err(|why| Error::invalid(format!("mount {destination}"), why))?,
         };
         let source = PathBuf::from(source);
         let kind = huge_pages(&source)?.unwrap_or(VolumeKind::Shared(binding));
         volumes.push(Volume { index, source, kind });
     }
     Ok(volumes)
+}
+
+/// How the owners of a volume's files are mapped, in a pod with a user namespace.
+fn id_mappings(mount: &Value) -> Result<Option<IdMappings>, String> {
+    let ranges = |field: &str| {
+        let ranges = mount[field].as_array().into_iter().flatten();
+        ranges.map(|range| id_mapping(range).ok_or_else(|| format!("{field} has {range}"))).collect::<Result<Vec<_>, _>>()
+    };
+    let (uids, gids) = (ranges("uidMappings")?, ranges("gidMappings")?);
+    Ok((!uids.is_empty() || !gids.is_empty()).then_some(IdMappings { uids, gids }))
+}
+
+fn id_mapping(range: &Value) -> Option<IdMapping> {
+    let number = |key: &str| u32::try_from(range[key].as_u64()?).ok();
+    Some(IdMapping { container_id: number("containerID")?, host_id: number("hostID")?, length: number("size")? })
 }
 
 /// A volume on huge pages, which virtiofs cannot carry: the guest has one of its own pages. One on a tmpfs stays the host's, where its
@@ -160,10 +181,15 @@ pub(crate) fn place(spec: &mut OciSpec, volume: &Volume, source: &Path) {
         // What the host's mount propagates arrives through the share. So does that it is read-only; in the guest what is mounted below it
         // would be, too, for there that is an automount, which has the flags of the mount it is on.
         let shared = matches!(volume.kind, VolumeKind::Shared(_));
+        // Nor are owners mapped once more.
+        if let Some(fields) = mount.as_object_mut().filter(|_| shared) {
+            fields.shift_remove("uidMappings");
+            fields.shift_remove("gidMappings");
+        }
         if let Some(options) = mount["options"].as_array_mut() {
             options.retain(|option| match option.as_str() {
                 Some("rslave" | "slave" | "rprivate" | "private") => false,
-                Some("ro" | "rro") => !shared,
+                Some("ro" | "rro" | "idmap" | "ridmap") => !shared,
                 _ => true,
             });
             options.push("rprivate".into());
@@ -286,18 +312,30 @@ mod tests {
             { "destination": "/proc", "type": "proc", "source": "proc" },
             { "destination": "/a", "type": "bind", "source": "/tmp", "options": ["rbind", "rprivate", "ro"] },
             { "destination": "/b", "type": "none", "source": "/tmp", "options": ["bind", "rslave"] },
+            { "destination": "/c", "type": "bind", "source": "/tmp", "options": ["rbind", "idmap"],
+              "uidMappings": [{ "containerID": 0, "hostID": 100, "size": 10 }],
+              "gidMappings": [{ "containerID": 0, "hostID": 200, "size": 10 }] },
         ]);
         let mut spec = spec(json!({ "mounts": mounts }));
         let (volumes, _) = prepare(&mut spec).unwrap();
         let binding =
             |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows, ..Binding::default() });
         let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
-        assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true))]);
+        let range = |host_id| vec![IdMapping { container_id: 0, host_id, length: 10 }];
+        let ids = Some(IdMappings { uids: range(100), gids: range(200) });
+        let mapped = VolumeKind::Shared(Binding { recursive: true, ids, ..Binding::default() });
+        assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true)), (3, mapped)]);
         place(&mut spec, &volumes[0], Path::new("/guest/a"));
         assert_eq!(spec.mounts()[1]["options"], json!(["rbind", "rprivate"]));
         place(&mut spec, &volumes[1], Path::new("/guest/b"));
         assert_eq!(spec.mounts()[2]["source"], "/guest/b");
         assert_eq!(spec.mounts()[2]["options"], json!(["bind", "rprivate"]));
+        place(&mut spec, &volumes[2], Path::new("/guest/c"));
+        let mapped = json!({ "destination": "/c", "type": "bind", "source": "/guest/c", "options": ["rbind", "rprivate"] });
+        assert_eq!(spec.mounts()[3], mapped);
+        let range = json!([{ "containerID": 0, "hostID": -1, "size": 1 }]);
+        let mounts = json!([{ "destination": "/d", "type": "bind", "source": "/tmp", "uidMappings": range }]);
+        assert!(matches!(prepare(&mut self::spec(json!({ "mounts": mounts }))), Err(Error::Invalid { .. })));
     }
 
     #[test]

@@ -352,7 +352,7 @@ impl Sandboxer for VmmSandboxer {
             pause: Ok(()),
             update: Ok(()),
             terminal: Ok(()),
-            features: None,
+            features: Some(crate::features()),
         }
     }
 

@@ -104,7 +104,12 @@ impl SharedDir {
         } else {
             File::create(&target).map_err(Error::io("create", &target))?;
         }
+        let follows = binding.follows;
         mount::bind(source, &target, binding).await?;
+        if !follows {
+            // virtiofsd has them. Here they would keep the node from removing the directories that they are on.
+            mount::leave_below_to_others(&target).await?;
+        }
         Ok(Self::in_guest(id).join(name))
     }
 

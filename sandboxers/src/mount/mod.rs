@@ -11,7 +11,7 @@ use std::{
     fs::OpenOptions,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
@@ -33,8 +33,8 @@ use self::options::Options;
 pub use self::{idmap::user_namespace, info::mounted_under};
 use crate::{
     error::{Error, Result},
-    sys::{make_mount_readonly, set_mount_propagation},
-    types::Mount,
+    sys::{make_mount_readonly, map_ids_of_mount, set_mount_propagation},
+    types::{IdMappings, Mount},
 };
 
 /// Mounts a root filesystem: all of `mounts`, in order, on `target` or below it.
@@ -72,7 +72,7 @@ pub async fn unmount_all(target: &Path) -> Result<()> {
 }
 
 /// How a mount is shown once more by [`bind`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Binding {
     /// With what is mounted below it.
     pub recursive: bool,
@@ -82,6 +82,8 @@ pub struct Binding {
     pub readonly_below: bool,
     /// With what is mounted below `source` later, but nothing goes the other way.
     pub follows: bool,
+    /// With its owners mapped; what is mounted below it has its own.
+    pub ids: Option<IdMappings>,
 }
 
 /// Makes the file or directory `source` visible at `target`, which must exist and be of the same kind.
@@ -95,16 +97,41 @@ pub async fn bind(source: &Path, target: &Path, binding: Binding) -> Result<()> 
     let (source, target) = (source.to_owned(), target.to_owned());
     blocking("bind mount", move || {
         let failed = || Error::failed(format!("bind {} on {}", source.display(), target.display()));
+        let ids = binding.ids.as_ref().map(user_namespace).transpose()?;
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         flags.set(OpenTreeFlags::AT_RECURSIVE, binding.recursive);
         let tree = open_tree(CWD, &source, flags).map_err(io::Error::from).map_err(failed())?;
         // A slave first: the clone is a peer of the source, and what is mounted on either would appear on the other.
         let propagation = if binding.follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
         set_mount_propagation(&tree, propagation).map_err(failed())?;
+        if let Some(ids) = ids {
+            map_ids_of_mount(&tree, ids.as_fd()).map_err(failed())?;
+        }
         if binding.readonly {
             make_mount_readonly(&tree, binding.readonly_below).map_err(failed())?;
         }
         move_mount(&tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from).map_err(failed())
+    })
+    .await
+}
+
+/// Takes what is mounted below `target` away from this mount namespace, and leaves it in those that `target` has been propagated to. There
+/// it stays until `target`'s own directory is removed.
+///
+/// As long as a mount is here, its place cannot be removed here, though it were in another mount altogether: `rmdir` finds it busy.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn leave_below_to_others(target: &Path) -> Result<()> {
+    let target = target.to_owned();
+    blocking("unmount", move || {
+        let below: Vec<_> = mounted_under(&target)?.into_iter().filter(|path| *path != target).collect();
+        if below.is_empty() {
+            return Ok(());
+        }
+        // Or they would go everywhere.
+        call(None, &target, None, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None)?;
+        below.iter().rev().try_for_each(|path| detach(path))
     })
     .await
 }
@@ -266,7 +293,7 @@ mod tests {
     use std::{fs, os::unix::fs::MetadataExt};
 
     use super::*;
-    use crate::types::{IdMapping, IdMappings};
+    use crate::types::IdMapping;
 
     /// A directory that is unmounted and removed, also when the test fails.
     struct Scratch(tempfile::TempDir);

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use kuasar_tests::conformance::{Critest, Run, Verdict, compare, write_results};
+use kuasar_tests::conformance::{Critest, NOT_IN_MACHINES, Run, Verdict, compare, write_results};
 use kuasar_tests::image::recipes;
 use kuasar_tests::{Node, NodeOptions, program, skip, tools};
 
@@ -13,10 +13,10 @@ use kuasar_tests::{Node, NodeOptions, program, skip, tools};
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// The sandboxer to test; its name says its kind (kuasar-runc, kuasar-crun).
+    /// The sandboxer to test; its name says its kind (kuasar-runc, kuasar-crun, kuasar-qemu).
     #[arg(long, env = "SANDBOXER", default_value = "kuasar-runc")]
     sandboxer: String,
-    /// The OCI runtime behind both, runc or crun; by default what the sandboxer's name says.
+    /// The OCI runtime behind both, runc or crun; by default what the sandboxer's name says. Machines have their own: the shim's.
     #[arg(long, value_parser = ["runc", "crun"])]
     runtime: Option<String>,
     /// Only the shim, to check the suite itself.
@@ -42,7 +42,8 @@ fn main() -> ExitCode {
 }
 
 async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
-    let critest = match tools::critest() {
+    let machine = tools::hypervisor_of(&arguments.sandboxer).map_or(Ok(()), tools::machine);
+    let critest = match machine.and_then(|()| tools::critest()) {
         Ok(critest) => critest,
         // Whoever set the variable does not want to skip.
         Err(wrong @ tools::Missing::Variable { .. }) => return Err(wrong.into()),
@@ -54,14 +55,13 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
     let peer_only = arguments.peer_only;
     let sandboxer = arguments.sandboxer.clone();
     let mut options = NodeOptions::new("conformance").quiet().registry(recipes::for_critest()?).host_ports();
-    let runtime = match arguments.runtime.as_deref() {
+    let peer = match arguments.runtime.as_deref() {
         Some(runtime) => runtime,
         None if sandboxer.ends_with("crun") => "crun",
-        None if tools::is_machine(&sandboxer) => sandboxer.trim_start_matches("kuasar-"),
         None => "runc",
     };
     if !peer_only {
-        options = options.sandboxer(&sandboxer, runtime);
+        options = options.sandboxer(&sandboxer, tools::hypervisor_of(&sandboxer).unwrap_or(peer));
     }
     let node = slot.insert(Node::start(options).await?);
     let (major, minor, patch) = node.containerd.version();
@@ -75,7 +75,7 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
         focus: arguments.focus.clone(),
         nri_socket: arguments.nri.then(|| node.containerd.paths().nri_socket.clone()),
     };
-    let peer = suite(&critest, runtime).await?;
+    let peer = suite(&critest, peer).await?;
     let behind = if peer_only {
         0
     } else {
@@ -86,7 +86,9 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
 }
 
 async fn suite(critest: &Critest, handler: &str) -> Result<Run> {
-    println!("\n{handler}: running, about two minutes; log: {}/{handler}.log", critest.out.display());
+    let minutes =
+        if tools::is_machine(handler) { "up to fifteen minutes where machines are emulated" } else { "about two minutes" };
+    println!("\n{handler}: running, {minutes}; log: {}/{handler}.log", critest.out.display());
     let run = critest.run(handler).await?;
     println!("{handler}: {}", run.closing.replace('\n', "\n    "));
     let (passed, failed, _) = run.counts();
@@ -94,9 +96,10 @@ async fn suite(critest: &Critest, handler: &str) -> Result<Run> {
     Ok(run)
 }
 
-/// Prints the comparison; returns how many specs are behind the peer.
+/// Prints the comparison; returns how many specs are behind the peer, or listed as impossible when they are not.
 fn report(arguments: &Arguments, peer: &Run, ours: &Run) -> Result<usize> {
-    let verdicts = compare(peer, ours);
+    let impossible = if tools::is_machine(&ours.handler) { NOT_IN_MACHINES } else { &[] };
+    let verdicts = compare(peer, ours, impossible);
     if let Some(path) = &arguments.results {
         write_results(path, &verdicts)?;
     }
@@ -112,11 +115,13 @@ fn report(arguments: &Arguments, peer: &Run, ours: &Run) -> Result<usize> {
                 println!("  BEHIND {name}\n      {how}");
             }
             Verdict::Alike(how) if how.starts_with("fails") => println!("  alike  {name}\n      {how}"),
+            Verdict::Impossible(why) => println!("  SKIP {name}: {why}"),
             Verdict::Alike(_) | Verdict::Passed => {}
         }
     }
     if behind == 0 {
-        println!("{}: every spec that the shim passes passes, none is skipped that it runs", ours.handler);
+        let but = if impossible.is_empty() { "" } else { ", but for what cannot be in a virtual machine" };
+        println!("{}: every spec that the shim passes passes, none is skipped that it runs{but}", ours.handler);
     } else {
         println!("{}: {behind} specs behind the shim", ours.handler);
     }

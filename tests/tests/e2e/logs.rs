@@ -12,6 +12,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         both_streams_are_apart,
         long_lines_and_odd_bytes,
         what_was_printed_last_is_there,
+        a_burst_before_the_end_is_whole,
         a_rotated_log_goes_on_in_a_new_file,
         no_log_is_asked_for,
         a_terminal_is_logged_too,
@@ -71,6 +72,20 @@ async fn what_was_printed_last_is_there(case: &Case) -> Result<()> {
         container.wait_log(&format!("end of {round}")).await?;
         container.remove().await?;
     }
+    Ok(())
+}
+
+async fn a_burst_before_the_end_is_whole(case: &Case) -> Result<()> {
+    const BYTES: usize = 8 << 20;
+    // One write after the other, and none after the last.
+    let script = format!("head -c {BYTES} /dev/zero | tr '\\0' z; exit 3");
+    let container = case.container(ContainerSpec::new("c").sh(&script)).await?;
+    assert_eq!(container.wait_exit().await?.exit_code, 3);
+    eventually("the whole log", || async { Ok(container.logs()?.iter().map(|line| line.text.len()).sum::<usize>() >= BYTES) })
+        .await?;
+    let lines = container.logs()?;
+    assert_eq!(lines.iter().map(|line| line.text.len()).sum::<usize>(), BYTES);
+    assert!(lines.iter().all(|line| line.text.bytes().all(|byte| byte == b'z')));
     Ok(())
 }
 

@@ -15,6 +15,7 @@ pub(crate) fn cases() -> Vec<Entry> {
     let mut cases = cases![Stdio Shared:
         exec_carries_stdin_and_both_outputs,
         exec_carries_megabytes,
+        exec_waits_for_what_it_leaves_behind,
         exec_with_a_terminal,
         a_terminal_passes_control_characters,
         a_client_that_hangs_up_ends_stdin,
@@ -53,6 +54,18 @@ async fn exec_carries_megabytes(case: &Case) -> Result<()> {
     assert_eq!(session.wait().await?, 0);
     let digest: String = Sha256::digest(&data).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(String::from_utf8_lossy(&session.out), format!("{digest}  -\n"));
+    Ok(())
+}
+
+async fn exec_waits_for_what_it_leaves_behind(case: &Case) -> Result<()> {
+    let container = case.sleeper().await?;
+    // Longer than an agent waits before it tells of the end.
+    let script = "(sleep 4; echo late; echo 'late, too' >&2) & echo soon; exit 7";
+    let mut session = container.exec_session(&["sh", "-c", script], false, false).await?;
+    assert_eq!(session.wait().await?, 7);
+    assert_eq!((session.out.as_slice(), session.err.as_slice()), (b"soon\nlate\n".as_slice(), b"late, too\n".as_slice()));
+    let ran = container.sh(script).await?;
+    assert_eq!((ran.exit_code, ran.stdout().as_str(), ran.stderr().as_str()), (7, "soon\nlate\n", "late, too\n"));
     Ok(())
 }
 

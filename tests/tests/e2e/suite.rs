@@ -43,7 +43,6 @@ const NOT_IN_MACHINES: &[(&str, &str)] = &[
     ("devices::one_that_is_asked_for", "character devices of the node are not the guest's"),
     ("devices::all_of_them", "character devices of the node are not the guest's"),
     ("network::a_server_on_the_nodes_network", "a virtual machine is not on the node's network"),
-    ("users::what_the_runtime_can_do_is_offered", "the OCI runtime is in the guest, and is not asked before there is one"),
     ("gc::a_damaged_state_file", "it looks for the processes of containers"),
 ];
 

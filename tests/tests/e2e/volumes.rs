@@ -16,6 +16,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         files_nested_and_in_order,
         read_only_spares_mounts_below,
         recursively_read_only,
+        a_mount_below_can_be_taken_away_on_the_node,
         propagation_to_the_container,
         propagation_to_the_node,
         what_cannot_be_mounted_says_why,
@@ -90,6 +91,24 @@ async fn read_only_spares_mounts_below(case: &Case) -> Result<()> {
     assert_ne!(container.sh("echo x >/v/x").await?.exit_code, 0);
     // As CRI has it: read-only is that mount's matter alone.
     assert_eq!(container.sh("echo x >/v/below/x && cat /v/below/x").await?.stdout(), "x\n");
+    Ok(())
+}
+
+async fn a_mount_below_can_be_taken_away_on_the_node(case: &Case) -> Result<()> {
+    let dir = volume(case, "v")?;
+    let below = Tmpfs::at(&dir.join("below"))?;
+    fs::write(below.0.join("mark"), "mounted before")?;
+    let pod = case.quick_pod().await?;
+    let container = pod.run(ContainerSpec::new("c").sleep().mount(&dir, "/v", false)).await?;
+    assert_eq!(container.sh("cat /v/below/mark").await?.stdout(), "mounted before");
+    drop(below);
+    // It is the container's own by now.
+    assert_eq!(container.sh("cat /v/below/mark").await?.stdout(), "mounted before");
+    // A place that is mounted on in another namespace only is free.
+    fs::remove_dir(dir.join("below")).context("remove its place on the node")?;
+    container.remove().await?;
+    let again = pod.run(ContainerSpec::new("again").sleep().mount(&dir, "/v", false)).await?;
+    assert_eq!(again.sh("ls /v | wc -l").await?.stdout(), "0\n");
     Ok(())
 }
 

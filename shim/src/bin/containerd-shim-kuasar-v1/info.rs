@@ -1,4 +1,4 @@
-//! `-info`: what the OCI runtime can do, so that containerd offers it to Kubernetes (recursive read-only mounts, user namespaces).
+//! `-info`: what the OCI runtime, or a machine, can do, so that containerd offers it to Kubernetes (recursive read-only mounts, user namespaces).
 
 use std::{
     io::{IsTerminal, Read},
@@ -10,12 +10,13 @@ use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
-use kuasar_runc::Runtime;
+use kuasar_runc::{RuncConfig, Runtime};
 use kuasar_sandboxers::{Error, reaper::Reaper};
 use kuasar_shim::{
     config::{Config, DEFAULT_STATE, SandboxerConfig},
     options,
 };
+use serde_json::Value;
 
 /// The name under which Go's typeurl knows the runtime specification's `features` document (containerd `core/runtime/typeurl.go`).
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
@@ -32,10 +33,30 @@ pub(crate) fn answer(sandboxer: Option<&str>, input: impl Read + IsTerminal) -> 
     let config =
         Config::load(&path, Path::new(DEFAULT_STATE)).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))?;
     let (name, sandboxer) = choose(&config, sandboxer)?;
-    let SandboxerConfig::Runc(sandboxer) = sandboxer else {
-        bail!("sandboxer {name:?} runs no OCI runtime that could be asked")
+    let features = match sandboxer {
+        SandboxerConfig::Runc(sandboxer) => ask(sandboxer, options.as_ref())?,
+        // The runtime is in machines that there are none of yet.
+        SandboxerConfig::Vmm(_) => Some(kuasar_vmm::features()),
+        _ => bail!("sandboxer {name:?} runs no OCI runtime that could be asked"),
     };
-    let binary = match &options {
+    let features = features.map(|features| Any {
+        type_url: FEATURES.into(),
+        value: features.to_string().into_bytes(),
+        ..Default::default()
+    });
+    let info = RuntimeInfo {
+        name: format!("io.containerd.{name}.v1"),
+        version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() }).into(),
+        options: options.into(),
+        features: features.into(),
+        ..Default::default()
+    };
+    info.write_to_bytes().context("cannot serialise the answer")
+}
+
+/// Asks the OCI runtime. One too old to have `features` is no error: containerd then offers less.
+fn ask(sandboxer: &RuncConfig, options: Option<&Any>) -> Result<Option<Value>> {
+    let binary = match options {
         Some(options) => {
             let options = prost_types::Any { type_url: options.type_url.clone(), value: options.value.clone() };
             options::decode(Some(&options)).map_err(told)?.binary
@@ -50,21 +71,7 @@ pub(crate) fn answer(sandboxer: Option<&str>, input: impl Read + IsTerminal) -> 
             None => Runtime::find(&sandboxer.runtime, &reaper).await,
         }
     });
-    let runtime = runtime.map_err(told)?;
-    // A runtime too old to have `features` is no error: containerd then offers less.
-    let features = runtime.features().map(|features| Any {
-        type_url: FEATURES.into(),
-        value: features.to_string().into_bytes(),
-        ..Default::default()
-    });
-    let info = RuntimeInfo {
-        name: format!("io.containerd.{name}.v1"),
-        version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() }).into(),
-        options: options.into(),
-        features: features.into(),
-        ..Default::default()
-    };
-    info.write_to_bytes().context("cannot serialise the answer")
+    Ok(runtime.map_err(told)?.features().cloned())
 }
 
 fn told(error: Error) -> anyhow::Error {
