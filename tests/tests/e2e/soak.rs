@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
+use tonic::Code;
 
 use crate::suite::{Entry, Lone, cases};
 
@@ -109,7 +110,14 @@ async fn up(node: &Node, lone: &Lone, started: &AtomicUsize) -> Result<(Pod, Con
     if tools::is_machine(&lone.handler) {
         spec = spec.annotation("io.kuasar.vm.memory_mib", MACHINE_MIB);
     }
-    let pod = node.run_pod(spec).await?;
+    // A call about a pod fails once when the worker dies, and kubelet repeats it. All others are answered.
+    let pod = wait::until("a pod to run", NEXT, || async {
+        match node.run_pod(spec.clone()).await {
+            Err(status) if status.code() == Code::Unavailable => Ok(None),
+            ran => Ok(Some(ran?)),
+        }
+    })
+    .await?;
     let container = pod.run(ContainerSpec::new("c").sleep()).await?;
     started.fetch_add(1, Ordering::Relaxed);
     says(&container).await?;
