@@ -103,17 +103,11 @@ impl Kernel {
     }
 }
 
-/// The kernel to test with, and those beside it.
+/// The kernel to test with, for the sandboxer's own pods, and those beside it.
 fn kernels(sandboxer: &str) -> Result<Vec<Kernel>> {
-    let first = tools::guest_kernel()?;
-    let images = first.parent().and_then(|image| image.parent()).map(PathBuf::from);
-    let others = images.into_iter().flat_map(|images| ["cloud", "mini"].map(|name| images.join(name).join("vmlinuz")));
-    let others: Vec<PathBuf> = others.filter(|kernel| kernel.is_file() && *kernel != first).collect();
-    let mut kernels = vec![Kernel::at(first, Some(sandboxer))?];
-    for kernel in others {
-        kernels.push(Kernel::at(kernel, None)?);
-    }
-    Ok(kernels)
+    let paths = tools::guest_kernels()?;
+    let handlers = std::iter::once(Some(sandboxer)).chain(std::iter::repeat(None));
+    paths.into_iter().zip(handlers).map(|(path, handler)| Kernel::at(path, handler)).collect()
 }
 
 pub(crate) async fn run(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
