@@ -1,5 +1,5 @@
 //! A hypervisor whose guests are tasks of the test, and do what a test wants: above all what no guest should.
-#![allow(clippy::unwrap_used, reason = "a test may")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may")]
 
 use std::{
     collections::{BTreeSet, HashMap},
