@@ -67,6 +67,8 @@ pub(crate) enum Scope {
     Stdio,
     /// Each sandboxer of ours.
     Ours,
+    /// Each sandboxer of ours whose pods have a virtual machine each.
+    Machines,
 }
 
 type Outcome<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
@@ -435,7 +437,12 @@ pub(crate) fn run(entries: Vec<Entry>) -> ExitCode {
     for entry in entries {
         for handler in &all.handlers {
             let ours = handler.starts_with(OURS);
-            if entry.scope == Scope::Ours && !ours {
+            let fits = match entry.scope {
+                Scope::Handlers | Scope::Stdio => true,
+                Scope::Ours => ours,
+                Scope::Machines => tools::is_machine(handler),
+            };
+            if !fits {
                 continue;
             }
             let module = entry.name.0.rsplit("::").next().unwrap_or_default();
