@@ -219,7 +219,8 @@ impl Agent {
     }
 }
 
-fn unanswered(operation: &str, limit: Duration) -> Error {
+/// The error of a call that has had `limit` to be answered.
+pub(crate) fn unanswered(operation: &str, limit: Duration) -> Error {
     // What is left of a limit is a little less than its seconds.
     let seconds = (limit + Duration::from_millis(500)).as_secs();
     Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds }
