@@ -207,7 +207,8 @@ impl Agent {
     }
 }
 
-async fn within<T>(limit: Duration, operation: &str, call: impl Future<Output = T>) -> Result<T> {
+/// Waits for a call to be answered.
+pub(crate) async fn within<T>(limit: Duration, operation: &str, call: impl Future<Output = T>) -> Result<T> {
     // What is left of a limit is a little less than its seconds.
     let seconds = (limit + Duration::from_millis(500)).as_secs();
     let late = |_| Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds };

@@ -29,7 +29,7 @@ use tokio::{
 use tracing::{debug, warn};
 
 use crate::{
-    agent::{QUICK, SLOW, tame},
+    agent::{QUICK, SLOW, tame, within},
     container,
     dial::Connection,
     pod::{Guest, Pod},
@@ -114,8 +114,16 @@ pub(crate) async fn run(pod: &Pod, program: Program, io: ProgramIo) -> Result<u3
     let begun = guest.unless_ended(begun).await;
     *sessions += 1;
     drop(sessions);
+    let taker = io.output.clone();
     let ended = match begun {
-        Ok(_) => guest.unless_ended(carry(&guest, &process, &program, &streams, io)).await,
+        Ok(_) => tokio::select! {
+            biased;
+            () = taker.closed() => {
+                let why = "it has gone; the program is killed".into();
+                Err(Error::Unavailable { what: "whoever has asked for the program".into(), why })
+            }
+            ended = guest.unless_ended(carry(&guest, &process, &program, &streams, io)) => ended,
+        },
         Err(error) if error.code() == Code::Unimplemented => Err(Error::Unsupported {
             operation: "a program beside the containers",
             why: format!(
@@ -160,7 +168,7 @@ fn document(program: &Program) -> Value {
 async fn carry(guest: &Guest, process: &ProcessRequest, program: &Program, streams: &Streams, io: ProgramIo) -> Result<u32> {
     let ProgramIo { input, control, output } = io;
     if let Some(size) = program.terminal.as_ref().and_then(|terminal| terminal.size) {
-        container::resize(guest, process, size).await?;
+        do_with(guest, process, ProgramControl::Resize(size)).await;
     }
     let stdout = open(guest, process, StreamKind::Stdout).await?;
     let stderr = if streams.stderr { Some(open(guest, process, StreamKind::Stderr).await?) } else { None };
@@ -186,9 +194,6 @@ async fn carry(guest: &Guest, process: &ProcessRequest, program: &Program, strea
     };
     tokio::select! {
         biased;
-        () = output.closed() => {
-            Err(Error::Unavailable { what: "whoever has asked for the program".into(), why: "it has gone; the program is killed".into() })
-        }
         taken = taken => taken,
         never = feed(stdin, input, &output) => match never {},
         never = steer(guest, process, control) => match never {},
@@ -242,7 +247,7 @@ async fn take(
             };
         }
         moved += length as u64;
-        // A refusal means that nobody takes it any more, which whoever waits for this sees too.
+        // A refusal means that nobody takes it any more, which whoever waits for this sees, too.
         let _ = output.send(piece(buffer[..length].to_vec())).await;
     }
 }
@@ -267,22 +272,27 @@ async fn feed(
     std::future::pending().await
 }
 
-/// Passes on what else is done with a program. What fails, fails for a program that has just ended.
+/// Passes on what else is done with a program.
 async fn steer(
     guest: &Guest,
     process: &ProcessRequest,
     mut control: mpsc::Receiver<ProgramControl>,
 ) -> std::convert::Infallible {
     while let Some(control) = control.recv().await {
-        let done = match control {
-            ProgramControl::Resize(size) => container::resize(guest, process, size).await,
-            ProgramControl::Signal(signal) => container::signal(guest, process, signal, false).await,
-        };
-        if let Err(error) = done {
-            debug!(error = error.report(), ?control, "cannot be done with a program");
-        }
+        do_with(guest, process, control).await;
     }
     std::future::pending().await
+}
+
+/// What fails, fails for a program that has just ended.
+async fn do_with(guest: &Guest, process: &ProcessRequest, control: ProgramControl) {
+    let done = match control {
+        ProgramControl::Resize(size) => container::resize(guest, process, size).await,
+        ProgramControl::Signal(signal) => container::signal(guest, process, signal, false).await,
+    };
+    if let Err(error) = done {
+        debug!(error = error.report(), ?control, "cannot be done with a program");
+    }
 }
 
 /// What is known of a machine on the node and in its guest.
@@ -294,10 +304,12 @@ pub(crate) async fn account(guest: &Guest, described: &Value) -> Vec<Section> {
         let words = words.map_or_else(|| "it has said nothing".to_owned(), |words| tame(&words, TEXT));
         Section::new(format!("{name} (its last words)"), words)
     }));
-    let asked = guest.agent().call("tell what it knows", Some(DIAGNOSIS), |client, context| async move {
-        client.diagnose(context, &Empty::default()).await
-    });
-    match guest.unless_ended(asked).await {
+    let operation = "tell what it knows";
+    let asked =
+        guest.agent().call(operation, None, |client, context| async move { client.diagnose(context, &Empty::default()).await });
+    // A connection that has to be made first is in the limit, too.
+    let told = within(DIAGNOSIS, operation, guest.unless_ended(asked)).await;
+    match told.and_then(|told| told) {
         Ok(told) => sections.extend(told_sections(told)),
         Err(error) => sections.push(Section::new("guest", format!("it cannot be asked: {}", error.report()))),
     }

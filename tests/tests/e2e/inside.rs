@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use kuasar_tests::{ContainerSpec, Node, Pod, tools, wait};
+use kuasar_tests::{ContainerSpec, Node, Pod, wait};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -19,22 +19,19 @@ use crate::suite::{Case, Entry, Lone, cases};
 const SOON: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> Vec<Entry> {
-    let mut cases = cases![Ours Alone: programs, programs_end_with_whoever_asked, programs_with_a_terminal, consoles];
-    cases.extend(cases![Ours Shared: refusals, accounts]);
+    let mut cases = cases![Machines Alone: programs, programs_end_with_whoever_asked, programs_with_a_terminal, consoles];
+    cases.extend(cases![Machines Shared: accounts]);
+    cases.extend(cases![Ours Shared: refusals]);
     cases
 }
 
-/// A node whose guests may be looked into, and a pod on it; `None` for sandboxers without guests.
-async fn debugged(lone: &Lone) -> Result<Option<(Node, Pod)>> {
-    if !tools::is_machine(&lone.handler) {
-        lone.skip("a sandboxer whose pods have a kernel of their own")?;
-        return Ok(None);
-    }
+/// A node whose guests may be looked into, and a pod on it.
+async fn debugged(lone: &Lone) -> Result<(Node, Pod)> {
     let handler = lone.handler.clone();
     let node = Node::start(lone.options().patch_kuasard(move |config| config["sandboxer"][&handler]["debug"] = true.into()));
     let node = node.await?;
     let pod = node.run_pod(lone.pod()).await?;
-    Ok(Some((node, pod)))
+    Ok((node, pod))
 }
 
 /// kuasarctl exec, not started yet.
@@ -64,7 +61,7 @@ async fn ended(child: &mut Child) -> Result<ExitStatus> {
 }
 
 async fn programs(lone: &Lone) -> Result<()> {
-    let Some((node, pod)) = debugged(lone).await? else { return Ok(()) };
+    let (node, pod) = debugged(lone).await?;
     let container = pod.run(ContainerSpec::new("c").sleep()).await?;
 
     let output = ran(&node, &pod, "echo out; echo err >&2; exit 7")?;
@@ -106,7 +103,7 @@ async fn programs(lone: &Lone) -> Result<()> {
 }
 
 async fn programs_end_with_whoever_asked(lone: &Lone) -> Result<()> {
-    let Some((mut node, pod)) = debugged(lone).await? else { return Ok(()) };
+    let (mut node, pod) = debugged(lone).await?;
     let begin = |script: &str| {
         let mut command = exec(&node, &["-i"], &pod.id, &["sh", "-c", script])?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("run kuasarctl exec")
@@ -208,7 +205,7 @@ fn read_until(terminal: &mut File, said: &mut String, word: &str) -> Result<()> 
 }
 
 async fn programs_with_a_terminal(lone: &Lone) -> Result<()> {
-    let Some((node, pod)) = debugged(lone).await? else { return Ok(()) };
+    let (node, pod) = debugged(lone).await?;
     let (mut shell, mut terminal) = on_a_terminal(&node, &pod)?;
     let talk = std::thread::spawn(move || -> Result<()> {
         let mut said = String::new();
@@ -236,7 +233,7 @@ async fn programs_with_a_terminal(lone: &Lone) -> Result<()> {
 }
 
 async fn consoles(lone: &Lone) -> Result<()> {
-    let Some((node, pod)) = debugged(lone).await? else { return Ok(()) };
+    let (node, pod) = debugged(lone).await?;
     // A guest that hangs is waited for, and what there is without it is told.
     let hypervisor = inspected(&node, &pod)?["detail"]["processes"][0].as_i64().context("no pid")?;
     let hypervisor = Pid::from_raw(i32::try_from(hypervisor)?);
@@ -309,9 +306,6 @@ async fn refusals(case: &Case) -> Result<()> {
 }
 
 async fn accounts(case: &Case) -> Result<()> {
-    if !case.is_machine() {
-        return case.skip("a sandboxer whose pods have a kernel of their own");
-    }
     let pod = case.pod().await?;
     pod.run(ContainerSpec::new("c").command(&["sleep", "4247"])).await?;
     let account = kuasarctl::said(&case.node, &["logs", "--sandbox", &pod.id])?;

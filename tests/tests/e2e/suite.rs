@@ -436,12 +436,12 @@ pub(crate) fn run(entries: Vec<Entry>) -> ExitCode {
     for entry in entries {
         for handler in &all.handlers {
             let ours = handler.starts_with(OURS);
-            let excluded = match entry.scope {
-                Scope::Handlers | Scope::Stdio => false,
-                Scope::Ours => !ours,
-                Scope::Machines => !tools::is_machine(handler),
+            let fits = match entry.scope {
+                Scope::Handlers | Scope::Stdio => true,
+                Scope::Ours => ours,
+                Scope::Machines => tools::is_machine(handler),
             };
-            if excluded {
+            if !fits {
                 continue;
             }
             let module = entry.name.0.rsplit("::").next().unwrap_or_default();
