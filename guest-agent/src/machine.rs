@@ -19,6 +19,8 @@ use nix::{
 };
 use tracing::{debug, error};
 
+use crate::uevent;
+
 /// A clock that is wrong by less is left alone: setting it costs more than it mends.
 const TOLERANCE: Duration = Duration::from_millis(1);
 
@@ -50,31 +52,45 @@ pub(crate) fn set_time(time_ns: i64) -> Result<()> {
     clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(wanted)).map_err(failed("set the clock"))
 }
 
-/// Brings processors and memory into use that are there and are not.
-pub(crate) fn online(cpus: u32, memory: bool) -> Result<OnlineResponse> {
-    let system = Path::new(SYSTEM);
+/// Brings processors and memory into use, as soon as they are there: the kernel hears of added ones some time after the host has them.
+pub(crate) async fn online(cpus: u32, memory_bytes: u64) -> Result<OnlineResponse> {
+    let what = format!("{cpus} processors and {} MiB of memory", memory_bytes >> 20);
+    let used = uevent::appear(&what, || {
+        let used = online_cpus(cpus)?;
+        let enough = used >= cpus && (memory_bytes == 0 || online_memory()? >= memory_bytes);
+        Ok(enough.then_some(used))
+    });
+    Ok(OnlineResponse { cpus: used.await?, memory_bytes: memory_bytes_used()?, ..Default::default() })
+}
+
+/// Uses as many processors as there are, up to `wanted`; how many those are.
+fn online_cpus(wanted: u32) -> Result<u32> {
     let mut used = 0;
-    for cpu in numbered(&system.join("cpu"), "cpu")? {
+    for cpu in numbered(&Path::new(SYSTEM).join("cpu"), "cpu")? {
         let switch = cpu.join("online");
         // The first one often has no switch.
         let on = !switch.exists() || read(&switch)?.trim() == "1";
-        if on {
-            used += 1;
-        } else if cpus > used {
+        if !on && wanted > used {
             write(&switch, "1")?;
-            used += 1;
+        }
+        used += u32::from(on || wanted > used);
+    }
+    Ok(used)
+}
+
+/// Uses all memory that is there; how many bytes that may have at most, for the last block of the first memory need not be whole.
+fn online_memory() -> Result<u64> {
+    let memory = Path::new(SYSTEM).join("memory");
+    let size = read(&memory.join("block_size_bytes"))?;
+    let size = u64::from_str_radix(size.trim(), 16).map_err(Error::failed("read the size of memory blocks"))?;
+    let blocks = numbered(&memory, "memory")?;
+    for block in &blocks {
+        let state = block.join("state");
+        if read(&state)?.trim() == "offline" {
+            write(&state, "online")?;
         }
     }
-    let blocks = system.join("memory");
-    if memory && blocks.is_dir() {
-        for block in numbered(&blocks, "memory")? {
-            let state = block.join("state");
-            if read(&state)?.trim() == "offline" {
-                write(&state, "online")?;
-            }
-        }
-    }
-    Ok(OnlineResponse { cpus: used, memory_bytes: memory_bytes()?, ..Default::default() })
+    Ok(size * blocks.len() as u64)
 }
 
 /// Directories called by a word and a number, in the order of that.
@@ -97,7 +113,7 @@ fn write(file: &Path, value: &str) -> Result<()> {
     fs::write(file, value).map_err(Error::io("write", file))
 }
 
-fn memory_bytes() -> Result<u64> {
+fn memory_bytes_used() -> Result<u64> {
     let text = read(Path::new("/proc/meminfo"))?;
     let total =
         text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
@@ -192,9 +208,9 @@ mod tests {
         assert!(set_time(0).is_err() && set_time(i64::MIN).is_err());
     }
 
-    #[test]
-    fn what_is_in_use() {
-        let told = online(0, false).unwrap();
+    #[tokio::test]
+    async fn what_is_in_use() {
+        let told = online(0, 0).await.unwrap();
         assert!(told.cpus >= 1 && told.memory_bytes > 1 << 20);
     }
 

@@ -224,7 +224,9 @@ impl Agent for Service {
     }
 
     async fn online(&self, _: &Context, request: OnlineRequest) -> ttrpc::Result<OnlineResponse> {
-        let work = move || machine::online(request.cpus, request.memory);
+        // Much memory takes a while.
+        let runtime = tokio::runtime::Handle::current();
+        let work = move || runtime.block_on(machine::online(request.cpus, request.memory_bytes));
         self.run(|_| async move { tokio::task::spawn_blocking(work).await.map_err(Error::failed("use what was added"))? }).await
     }
 

@@ -336,7 +336,7 @@ async fn a_machine() {
     assert!(status == 0 && said.contains("kuasar"), "{said}");
     let told = timed!("diagnose", agent.client.diagnose(call(), &Empty::default()).await.unwrap());
     assert!(told.sections.iter().any(|section| section.text.contains("Linux version")), "no kernel log");
-    let online = agent.client.online(call(), &OnlineRequest { cpus: 1, memory: true, ..Default::default() }).await.unwrap();
+    let online = agent.client.online(call(), &OnlineRequest { cpus: 1, memory_bytes: 1, ..Default::default() }).await.unwrap();
     assert!(online.cpus == 1 && online.memory_bytes > 100 << 20);
     let request = ContainerRequest { container: String::new(), ..Default::default() };
     let stats = timed!("stats", agent.client.stats(call(), &request).await.unwrap());

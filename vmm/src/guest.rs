@@ -351,8 +351,8 @@ impl Guest {
     }
 
     /// Has the guest use what was added to its machine.
-    pub(crate) async fn online(&self, cpus: u32) -> Result<()> {
-        let request = OnlineRequest { cpus, memory: true, ..OnlineRequest::default() };
+    pub(crate) async fn online(&self, cpus: u32, memory_bytes: u64) -> Result<()> {
+        let request = OnlineRequest { cpus, memory_bytes, ..OnlineRequest::default() };
         let asked = self.agent.call("use added processors and memory", Some(QUICK), |client, context| async move {
             client.online(context, &request).await
         });

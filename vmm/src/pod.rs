@@ -595,16 +595,18 @@ impl Sandbox for VmSandbox {
         if wanted == now {
             return Ok(());
         }
+        let (mut cpus, mut memory_mib) = (0, 0);
         if wanted.cpus != now.cpus {
             guest.unless_ended(guest.vm().set_cpus(wanted.cpus.boot)).await?;
+            cpus = wanted.cpus.boot;
         }
         let mut wanted = wanted;
         if wanted.memory != now.memory {
+            memory_mib = guest.unless_ended(guest.vm().set_memory(wanted.memory.boot_mib)).await?;
             // It may have been given more, for memory comes in blocks.
-            let has = guest.unless_ended(guest.vm().set_memory(wanted.memory.boot_mib)).await?;
-            wanted.memory.boot_mib = has.min(wanted.memory.max_mib);
+            wanted.memory.boot_mib = memory_mib.min(wanted.memory.max_mib);
         }
-        guest.online(wanted.cpus.boot).await?;
+        guest.online(cpus, memory_mib << 20).await?;
         self.0.state().size = Some(wanted);
         Ok(())
     }

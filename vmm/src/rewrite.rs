@@ -224,10 +224,14 @@ fn block_device(device: &Value, spec: &OciSpec) -> Result<BlockDevice> {
     let invalid = |why: String| Error::invalid(format!("device {path}"), why);
     let number = |key: &str| device[key].as_u64().ok_or_else(|| invalid(format!("it has no {key} number")));
     let (wanted_major, wanted_minor) = (number("major")?, number("minor")?);
-    // By its number, which is what the container was promised, not by a path that may be anything by now.
-    let source = PathBuf::from(format!("/dev/block/{wanted_major}:{wanted_minor}"));
-    let found = fs::metadata(&source)
-        .map_err(|error| invalid(format!("the host has no block device {wanted_major}:{wanted_minor}: {error}")))?;
+    // By its number, which is what the container was promised, not by a path that may be anything by now. The kernel has named it; what has
+    // that name is looked at below.
+    let known = format!("/sys/dev/block/{wanted_major}:{wanted_minor}/uevent");
+    let absent = |error| invalid(format!("the host has no block device {wanted_major}:{wanted_minor}: {error}"));
+    let known = fs::read_to_string(known).map_err(absent)?;
+    let name = known.lines().find_map(|line| line.strip_prefix("DEVNAME=")).unwrap_or_default();
+    let source = Path::new("/dev").join(name);
+    let found = fs::metadata(&source).map_err(absent)?;
     if !found.file_type().is_block_device() || found.rdev() != makedev(wanted_major, wanted_minor) {
         return Err(invalid(format!("{} is device {}:{}", source.display(), major(found.rdev()), minor(found.rdev()))));
     }

@@ -28,6 +28,10 @@ pub(crate) const LEAST_MIB: u64 = 64;
 /// Memory comes in blocks of this size when it is added (x86), in MiB.
 const BLOCK_MIB: u64 = 128;
 
+/// How many times as large as it is at first a machine's memory can become: what is added is described in what is there already, with 64
+/// bytes for each page, and may come in a quarter of the whole way.
+const GROWTH: u64 = 16;
+
 /// What the host has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Host {
@@ -84,9 +88,10 @@ pub(crate) fn of(
     let max_cpus = if can_grow { config.max_cpus.min(host.cpus).max(cpus) } else { cpus };
     let max_mib = match (can_grow, config.max_memory_mib) {
         (false, _) => memory_mib,
-        (true, 0) => host.memory_mib.max(memory_mib),
-        (true, most) => most.min(host.memory_mib).max(memory_mib),
+        (true, 0) => host.memory_mib,
+        (true, most) => most.min(host.memory_mib),
     };
+    let max_mib = max_mib.min(GROWTH.saturating_mul(memory_mib)).max(memory_mib);
     Ok(Size {
         cpus: Cpus { boot: cpus, max: max_cpus },
         memory: Memory {
@@ -170,6 +175,16 @@ mod tests {
         assert_eq!(size(&pod(-1, 0), &[]).unwrap(), (1, 512));
         assert_eq!(size(&pod(150_000, (100 << 20) + 1), &[]).unwrap(), (2, 149));
         assert_eq!(size(&pod(150_000, 100 << 20), &[("cpus", "3"), ("memory_mib", "128")]).unwrap(), (3, 128));
+    }
+
+    #[test]
+    fn how_far_it_grows() {
+        let max = |host: u64, most| {
+            let config = VmmConfig { max_memory_mib: most, memory_mib: 256, ..config() };
+            let host = Host { memory_mib: host, ..HOST };
+            of(&config, host, &PodResources::default(), &BTreeMap::new(), true).unwrap().memory.max_mib
+        };
+        assert_eq!((max(1024, 0), max(8192, 0), max(8192, 512), max(8192, 8000)), (1024, 4096, 512, 4096));
     }
 
     #[test]

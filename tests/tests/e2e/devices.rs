@@ -1,9 +1,11 @@
 //! Devices of the node in a container.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Result, ensure};
-use kuasar_tests::ContainerSpec;
+use kuasar_tests::{ContainerSpec, process};
 
 use crate::suite::{Case, Entry, cases, refused};
 
@@ -14,6 +16,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         one_that_was_not_asked_for,
         one_that_does_not_exist,
         all_of_them,
+        a_block_device,
     ]
 }
 
@@ -55,7 +58,7 @@ async fn one_that_was_not_asked_for(case: &Case) -> Result<()> {
     ensure!(container.exec(["test", "-e", device]).await?.exit_code != 0);
     // It can make the node; the kernel does not let it in.
     use std::os::unix::fs::MetadataExt as _;
-    let number = std::fs::metadata(device)?.rdev();
+    let number = fs::metadata(device)?.rdev();
     let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
     let ran = container.sh(&format!("mknod /made c {major} {minor} && exec 3</made")).await?;
     assert!(ran.stderr().contains("not permitted"), "{ran:?}");
@@ -65,6 +68,66 @@ async fn one_that_was_not_asked_for(case: &Case) -> Result<()> {
 async fn one_that_does_not_exist(case: &Case) -> Result<()> {
     let pod = case.quick_pod().await?;
     refused(pod.create(ContainerSpec::new("c").sleep().device("/dev/no-such", "rwm")).await, &["/dev/no-such"])?;
+    Ok(())
+}
+
+/// A block device of the node over a file, gone on drop.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn over(file: &Path) -> Result<Self> {
+        let found = process::run(Command::new("losetup").args(["--find", "--show", "--direct-io=off"]).arg(file))?;
+        Ok(Self(found.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        if let Err(error) = process::run(Command::new("losetup").arg("--detach").arg(&self.0)) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Writes to the device, flushes it, and reads what is behind it.
+const WRITE: &str =
+    "dd if=/dev/zero bs=4096 count=1 2>/dev/null | tr '\\0' c | dd of=/dev/data seek=1 bs=4096 conv=fsync,notrunc 2>/dev/null";
+
+async fn a_block_device(case: &Case) -> Result<()> {
+    if process::run(Command::new("losetup").arg("--find")).is_err() {
+        return case.skip("no loop device is free, or no losetup");
+    }
+    let file = case.dir().join("disk");
+    fs::write(&file, vec![b'n'; 1 << 20])?;
+    let disk = LoopDevice::over(&file)?;
+    let pod = case.quick_pod().await?;
+    let with = |name: &str, permissions: &str| {
+        let mut spec = ContainerSpec::new(name).sleep().device(&disk.0.display().to_string(), permissions);
+        spec.config.devices[0].container_path = "/dev/data".to_owned();
+        spec
+    };
+    let writer = pod.run(with("writer", "rwm")).await?;
+    assert_eq!(writer.sh("head -c 4 /dev/data").await?.stdout(), "nnnn");
+    let ran = writer.sh(WRITE).await?;
+    assert_eq!(ran.exit_code, 0, "{ran:?}");
+    let on_node =
+        process::run(Command::new("dd").args(["bs=4096", "skip=1", "count=1", "iflag=direct", "status=none"]).arg({
+            let mut from = std::ffi::OsString::from("if=");
+            from.push(&disk.0);
+            from
+        }))?;
+    assert_eq!(on_node, "c".repeat(4096));
+    writer.remove().await?;
+    // Another container finds what the first has written, and cannot write when it may only read.
+    let reader = pod.run(with("reader", "r")).await?;
+    assert_eq!(reader.sh("dd if=/dev/data bs=4096 skip=1 count=1 2>/dev/null | head -c 4").await?.stdout(), "cccc");
+    assert_ne!(reader.sh(WRITE).await?.exit_code, 0);
+    reader.remove().await?;
+    if case.is_machine() {
+        // The machine has let go of it.
+        let bare = pod.run(ContainerSpec::new("bare").sleep()).await?;
+        assert_eq!(bare.sh("grep -c ' vd' /proc/partitions").await?.stdout(), "0\n");
+    }
     Ok(())
 }
 

@@ -24,6 +24,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         limits_that_cannot_be,
         paused_and_resumed,
         a_pods_resources_change,
+        a_machine_grows_with_its_pod,
         metrics_are_listed,
     ]
 }
@@ -208,6 +209,41 @@ async fn a_pods_resources_change(case: &Case) -> Result<()> {
     pod.update(resources, None).await?;
     // The pod's cgroup is kubelet's; a container keeps what is its own.
     assert_eq!(container.sh("echo on").await?.stdout(), "on\n");
+    Ok(())
+}
+
+async fn a_machine_grows_with_its_pod(case: &Case) -> Result<()> {
+    if !case.is_machine() {
+        return case.skip("only a virtual machine has a size");
+    }
+    if case.node.containerd.version() < (2, 3, 0) {
+        return case.skip("UpdatePodSandboxResources needs containerd 2.3");
+    }
+    if std::thread::available_parallelism()?.get() < 2 {
+        return case.skip("a node with one processor, so no machine can have two");
+    }
+    let limits = |cpus: i64, mib: i64| LinuxContainerResources {
+        cpu_quota: cpus * 100_000,
+        cpu_period: 100_000,
+        memory_limit_in_bytes: mib * MIB,
+        ..Default::default()
+    };
+    let pod = case.run(case.spec().resources(limits(1, 192))).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let size = || async {
+        let ran = container.sh("grep -c ^processor /proc/cpuinfo; awk '/^MemTotal/ { print $2 }' /proc/meminfo").await?;
+        let mut numbers = ran.stdout().lines().map(str::parse::<i64>).collect::<Result<Vec<_>, _>>()?.into_iter();
+        Ok::<_, anyhow::Error>((numbers.next().context("no processors")?, numbers.next().context("no memory")? >> 10))
+    };
+    let (cpus, before) = size().await?;
+    ensure!(cpus == 1 && before < 192 + 48, "{cpus} processors, {before} MiB");
+    pod.update(limits(2, 448), None).await?;
+    let (cpus, after) = size().await?;
+    ensure!(cpus == 2 && after >= before + 256, "{cpus} processors, {before} MiB, then {after} MiB");
+    assert_eq!(container.exec(["nproc"]).await?.stdout(), "2\n", "both may be used");
+    // It never shrinks.
+    pod.update(limits(1, 192), None).await?;
+    assert_eq!(size().await?, (cpus, after));
     Ok(())
 }
 
