@@ -32,8 +32,11 @@ use crate::host::Host;
 use crate::plan::Part;
 use crate::report::Report;
 
-/// The container runtime's own on the node, with the OCI runtime that is in the guest where there is one.
+/// The sandboxer for containers on the node, with the OCI runtime that is in the guest where there is one.
 const ON_NODE: &str = "kuasar-node";
+
+/// How long a guest may take to boot, with all others.
+const BOOT_LIMIT_SECS: u64 = 300;
 
 /// How much is measured.
 pub(crate) struct Amount {
@@ -153,6 +156,8 @@ async fn start(kernels: &[Kernel], storage: Storage) -> Result<Node> {
         let mut table = tools::machine_table("qemu");
         table["kernel"] = kernel.path.to_string_lossy().into();
         // Each sandboxer has its own users.
+        // Many that boot at once on few processors are slow, not stuck.
+        table["boot_limit_secs"] = BOOT_LIMIT_SECS.into();
         table["users_from"] = (2_000_000_000 + 65_536 * number).into();
         options = options.sandboxer_table(&kernel.handler, table);
     }
