@@ -262,6 +262,7 @@ async fn boots_that_come_to_nothing() {
         (Ill::Refusal("no\x1b[2J".into()), ["the guest failed to say hello: no\u{fffd}[2J", "nothing is on its console"]),
         (Ill::Answer(hello(99, "")), ["it speaks version 99 of the protocol", "install the guest image of the same release"]),
         (Ill::Death(0, "panicked at x\n"), ["it switched itself off; last on its console: panicked at x", "create a new pod"]),
+        (Ill::Death(0, ""), ["it was off before its kernel said a word", "nothing is on its console"]),
         (Ill::Death(137, "early\n"), ["its hypervisor ended with status 137", "; last on its console: early"]),
     ] {
         node.ways.ill("Hello", ill.clone());

@@ -205,9 +205,9 @@ async fn machine_talks(node: &Node, handler: &str) -> Result<()> {
     let dir = node.dir().join("run/kuasar/vmm").join(handler).join("k8s.io");
     eventually("the guest to say something", || async {
         // The pod's directory may come and go meanwhile.
-        let pods = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let mut pods = fs::read_dir(&dir).into_iter().flatten().flatten();
         let said = |pod: fs::DirEntry| fs::metadata(pod.path().join("console.log")).is_ok_and(|console| console.len() > 0);
-        Ok(pods.map(said).any(|said| said))
+        Ok(pods.any(said))
     })
     .await
 }
@@ -330,6 +330,7 @@ async fn kernels_that_do_not_get_far(lone: &Lone) -> Result<()> {
     let error = refused(node.run_pod(many).await, &["io.kuasar.vm.cpus", "it is not allowed here"])?;
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     let least = Some(("io.kuasar.vm.memory_mib", "64"));
-    failed(&lone.handler, least, &["failed to bring the guest up", "panicked"]).await?;
+    // The least that is accepted is for small kernels: it depends on the kernel how far it gets.
+    failed(&lone.handler, least, &["failed to bring the guest up", "the pod's virtual machine is unavailable"]).await?;
     node.stop().await
 }
