@@ -251,11 +251,11 @@ async fn boots_that_come_to_nothing() {
     let Some(node) = Node::new("boots_that_come_to_nothing").await else { return };
     let hears = "(it takes connections, but: the guest's agent is unavailable: ";
     for (ill, words) in [
-        (Ill::Silence, [LATE, "did not finish within 1 s"]),
-        (Ill::HalfFrame, [LATE, "did not finish within 1 s"]),
-        (Ill::Stray, [LATE, "did not finish within 1 s"]),
-        (Ill::Garbage, [LATE, "did not finish within 1 s"]),
-        (Ill::HugeFrame, [LATE, "did not finish within 1 s"]),
+        (Ill::Silence, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::HalfFrame, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::Stray, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::Garbage, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::HugeFrame, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
         (Ill::HangUp, [LATE, hears]),
         (Ill::WrongType, [LATE, hears]),
         (Ill::Flood, ["the guest's agent is unavailable: it has sent more than a guest has to say", "delete the pod"]),
@@ -492,6 +492,7 @@ async fn events_are_believed_of_own_containers_and_not_faster_than_they_can_be()
     let names: Vec<&str> = ["c", "another", "../c", ""].into_iter().cycle().take(10_000).collect();
     node.ways.ill("Events", Ill::Answer(out_of_memory(&names)));
     let _ = node.running(Stdio::default()).await;
+    // What is measured is how many come in that time.
     tokio::time::sleep(Duration::from_millis(500)).await;
     node.remove().await;
     let mut told = 0;
