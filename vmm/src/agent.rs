@@ -98,20 +98,20 @@ impl Agent {
                 Err(_) => return Err(late(limit, None)),
             }
         }
-        let mut last = None;
+        let mut last: Option<String> = None;
         loop {
             // A connection that is made too early may be neither taken nor refused, so none is waited for to the end.
             let attempt = deadline.min(Instant::now() + ATTEMPT);
             if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT)).await {
                 match self.greet(connection, attempt).await {
-                    Err(error @ (Error::Unavailable { .. } | Error::TimedOut { .. })) if !self.budget.is_exceeded() => {
-                        last = Some(error);
-                    }
+                    // The last of many attempts may only have begun too late.
+                    Err(Error::TimedOut { .. }) => drop(last.get_or_insert_with(|| "it does not answer".to_owned())),
+                    Err(error @ Error::Unavailable { .. }) if !self.budget.is_exceeded() => last = Some(error.report()),
                     greeted => return greeted,
                 }
             }
             if Instant::now() >= deadline {
-                return Err(late(limit, last.as_ref()));
+                return Err(late(limit, last.as_deref()));
             }
             sleep(TRY).await;
         }
@@ -216,8 +216,8 @@ pub(crate) async fn within<T>(limit: Duration, operation: &str, call: impl Futur
 }
 
 /// `last` is what came of the last connection that the guest took.
-fn late(limit: Duration, last: Option<&Error>) -> Error {
-    let last = last.map(|error| format!(" (it takes connections, but: {})", error.report())).unwrap_or_default();
+fn late(limit: Duration, last: Option<&str>) -> Error {
+    let last = last.map(|why| format!(" (it takes connections, but: {why})")).unwrap_or_default();
     let operation = format!("the boot of the guest up to its agent's first answer{last}");
     Error::TimedOut { operation, seconds: limit.as_secs() }
 }

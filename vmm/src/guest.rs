@@ -127,6 +127,9 @@ impl Guest {
             (None, said) if exit.status == 0 && !said.is_empty() => {
                 format!("it switched itself off; last on its console: {said}")
             }
+            (None, _) if exit.status == 0 => {
+                "it was off before its kernel said a word, as with too little memory or a kernel that is not for it".into()
+            }
             (None, _) => format!("its hypervisor ended with status {}", exit.status),
         }
     }

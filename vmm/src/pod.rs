@@ -463,10 +463,11 @@ impl Pod {
     }
 }
 
-/// A VMM cannot connect to a helper that has ended: that is the reason then.
+/// A VMM does not start when one of its helpers has ended: that is the reason then. One that ends because the VMM has is not killed.
 async fn blame(error: Error, helpers: &[Launched]) -> Error {
     let is_refused = matches!(&error, Error::Io { source, .. } if source.kind() == ErrorKind::ConnectionRefused);
-    match helpers.iter().find(|helper| is_refused && helper.exit().is_some()) {
+    let is_to_blame = |helper: &&Launched| helper.exit().is_some_and(|exit| is_refused || exit.status > 128);
+    match helpers.iter().find(is_to_blame) {
         Some(helper) => helper.failure("serve the machine", Duration::ZERO).await,
         None => error,
     }

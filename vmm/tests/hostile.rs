@@ -251,17 +251,18 @@ async fn boots_that_come_to_nothing() {
     let Some(node) = Node::new("boots_that_come_to_nothing").await else { return };
     let hears = "(it takes connections, but: the guest's agent is unavailable: ";
     for (ill, words) in [
-        (Ill::Silence, [LATE, "did not finish within 1 s"]),
-        (Ill::HalfFrame, [LATE, "did not finish within 1 s"]),
-        (Ill::Stray, [LATE, "did not finish within 1 s"]),
-        (Ill::Garbage, [LATE, "did not finish within 1 s"]),
-        (Ill::HugeFrame, [LATE, "did not finish within 1 s"]),
+        (Ill::Silence, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::HalfFrame, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::Stray, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::Garbage, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
+        (Ill::HugeFrame, [LATE, "(it takes connections, but: it does not answer) did not finish within 1 s"]),
         (Ill::HangUp, [LATE, hears]),
         (Ill::WrongType, [LATE, hears]),
         (Ill::Flood, ["the guest's agent is unavailable: it has sent more than a guest has to say", "delete the pod"]),
         (Ill::Refusal("no\x1b[2J".into()), ["the guest failed to say hello: no\u{fffd}[2J", "nothing is on its console"]),
         (Ill::Answer(hello(99, "")), ["it speaks version 99 of the protocol", "install the guest image of the same release"]),
         (Ill::Death(0, "panicked at x\n"), ["it switched itself off; last on its console: panicked at x", "create a new pod"]),
+        (Ill::Death(0, ""), ["it was off before its kernel said a word", "nothing is on its console"]),
         (Ill::Death(137, "early\n"), ["its hypervisor ended with status 137", "; last on its console: early"]),
     ] {
         node.ways.ill("Hello", ill.clone());
@@ -491,6 +492,7 @@ async fn events_are_believed_of_own_containers_and_not_faster_than_they_can_be()
     let names: Vec<&str> = ["c", "another", "../c", ""].into_iter().cycle().take(10_000).collect();
     node.ways.ill("Events", Ill::Answer(out_of_memory(&names)));
     let _ = node.running(Stdio::default()).await;
+    // What is measured is how many come in that time.
     tokio::time::sleep(Duration::from_millis(500)).await;
     node.remove().await;
     let mut told = 0;

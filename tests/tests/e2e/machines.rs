@@ -330,6 +330,7 @@ async fn kernels_that_do_not_get_far(lone: &Lone) -> Result<()> {
     let error = refused(node.run_pod(many).await, &["io.kuasar.vm.cpus", "it is not allowed here"])?;
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     let least = Some(("io.kuasar.vm.memory_mib", "64"));
-    failed(&lone.handler, least, &["failed to bring the guest up", "panicked"]).await?;
+    // The least that is accepted is for small kernels: it depends on the kernel how far it gets.
+    failed(&lone.handler, least, &["failed to bring the guest up", "the pod's virtual machine is unavailable"]).await?;
     node.stop().await
 }
