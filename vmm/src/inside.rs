@@ -309,7 +309,7 @@ pub(crate) async fn account(guest: &Guest, described: &Value) -> Vec<Section> {
         guest.agent().call(operation, None, |client, context| async move { client.diagnose(context, &Empty::default()).await });
     // A connection that has to be made first is in the limit, too.
     let told = within(DIAGNOSIS, operation, guest.unless_ended(asked)).await;
-    match told.flatten() {
+    match told.and_then(|told| told) {
         Ok(told) => sections.extend(told_sections(told)),
         Err(error) => sections.push(Section::new("guest", format!("it cannot be asked: {}", error.report()))),
     }
