@@ -118,6 +118,29 @@ pub fn guest_kernel() -> Result<PathBuf, Missing> {
     if kernel.is_file() { Ok(kernel) } else { Err(Missing::Tool { name: "guest kernel".into(), variable }) }
 }
 
+/// The guest's kernel to test with, and those of the images beside it.
+///
+/// # Errors
+/// [`Missing`] when there is none.
+pub fn guest_kernels() -> Result<Vec<PathBuf>, Missing> {
+    let mut kernels = vec![guest_kernel()?];
+    let images = kernels[0].parent().and_then(Path::parent).map(Path::to_path_buf);
+    let beside = images.into_iter().flat_map(|images| ["cloud", "mini"].map(|name| images.join(name).join("vmlinuz")));
+    let beside: Vec<PathBuf> = beside.filter(|kernel| kernel.is_file() && *kernel != kernels[0]).collect();
+    kernels.extend(beside);
+    Ok(kernels)
+}
+
+/// The kernel for many machines at once: the small one, where there is one.
+///
+/// # Errors
+/// [`Missing`] when there is none at all.
+pub fn smallest_guest_kernel() -> Result<PathBuf, Missing> {
+    let kernels = guest_kernels()?;
+    let is_mini = |kernel: &&PathBuf| kernel.parent().and_then(Path::file_name).is_some_and(|image| image == "mini");
+    Ok(kernels.iter().find(is_mini).unwrap_or(&kernels[0]).clone())
+}
+
 /// A hypervisor's program.
 ///
 /// # Errors

@@ -12,7 +12,7 @@
 //! containers is left on the machine; after the last one the shared node has what it had before the first.
 //!
 //! `KUASAR_E2E_HANDLERS` chooses the handlers (`runc`, `kuasar-runc`, `kuasar-crun`, separated by commas), `KUASAR_E2E_TIMES=1`
-//! shows how long each case took; the arguments are libtest's.
+//! shows how long each case took, `KUASAR_E2E_MACHINES` says how many virtual machines there are at once; the arguments are libtest's.
 #![allow(clippy::unwrap_used)] // it is all test code, though not in test functions
 
 mod bad;

@@ -1,15 +1,19 @@
-//! Many pods, one after the other: nothing may grow.
+//! Many pods, one after the other: nothing may grow. And many at once.
 
+use std::env;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use futures::future::try_join_all;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use kuasar_tests::{ContainerSpec, Node, wait};
+use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
+use tonic::Code;
 
 use crate::suite::{Entry, Lone, cases};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![Ours Alone: two_hundred_pods]
+    cases![Ours Alone: two_hundred_pods, pods_at_once_and_a_killed_worker]
 }
 
 const PODS: usize = 200;
@@ -17,6 +21,15 @@ const AT_A_TIME: usize = 8;
 /// By how much the memory of kuasard may be above that at the start.
 const MEMORY_KIB: u64 = 2 << 10;
 const SETTLE: Duration = Duration::from_secs(15);
+
+/// Pods at once.
+const AT_ONCE: usize = 20;
+/// How many where each is a machine: that depends on the node, where they may have to be emulated, beside those of other cases.
+const MACHINES_VARIABLE: &str = "KUASAR_E2E_MACHINES";
+/// How large such a machine is, in MiB.
+const MACHINE_MIB: &str = "128";
+/// How long it may take until one more pod is up.
+const NEXT: Duration = Duration::from_secs(100);
 
 /// All that some processes hold in memory. Not the proportional share: a case beside this one may begin or cease to run the
 /// same program, which would change the share of its pages.
@@ -79,5 +92,73 @@ async fn two_hundred_pods(lone: &Lone) -> Result<()> {
     let settled =
         wait::until("kuasard to be as small as before", SETTLE, || async { Ok(grown()?.is_empty().then_some(())) }).await;
     settled.with_context(|| format!("{:?}", grown()))?;
+    node.stop().await
+}
+
+/// `None` where nobody says how many machines there may be.
+fn at_once(lone: &Lone) -> Result<Option<usize>> {
+    match env::var(MACHINES_VARIABLE) {
+        _ if !tools::is_machine(&lone.handler) => Ok(Some(AT_ONCE)),
+        Ok(number) => number.parse().map(Some).with_context(|| format!("{MACHINES_VARIABLE}={number} is no number")),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Runs a pod, counts it, and has it run something.
+async fn up(node: &Node, lone: &Lone, started: &AtomicUsize) -> Result<(Pod, Container)> {
+    let mut spec = lone.pod();
+    if tools::is_machine(&lone.handler) {
+        spec = spec.annotation("io.kuasar.vm.memory_mib", MACHINE_MIB);
+    }
+    // A call about a pod fails once when the worker dies, and kubelet repeats it. All others are answered.
+    let pod = wait::until("a pod to run", NEXT, || async {
+        match node.run_pod(spec.clone()).await {
+            Err(status) if status.code() == Code::Unavailable => Ok(None),
+            ran => Ok(Some(ran?)),
+        }
+    })
+    .await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    started.fetch_add(1, Ordering::Relaxed);
+    says(&container).await?;
+    Ok((pod, container))
+}
+
+async fn says(container: &Container) -> Result<()> {
+    let said = container.sh("echo it runs; exit 3").await?;
+    ensure!((said.exit_code, said.stdout().as_str()) == (3, "it runs\n"), "{} says {said:?}", container.id);
+    Ok(())
+}
+
+async fn pods_at_once_and_a_killed_worker(lone: &Lone) -> Result<()> {
+    let Some(count) = at_once(lone)? else { return lone.skip(&format!("a number of machines in {MACHINES_VARIABLE}")) };
+    let handler = lone.handler.clone();
+    let small = if tools::is_machine(&handler) { Some(tools::smallest_guest_kernel()?) } else { None };
+    let options = lone.options().patch_kuasard(move |config| {
+        if let Some(kernel) = &small {
+            config["sandboxer"][&handler]["kernel"] = kernel.to_string_lossy().into();
+            // Many that boot at once on few processors are slow, not stuck.
+            config["sandboxer"][&handler]["boot_limit_secs"] = NEXT.as_secs().into();
+        }
+    });
+    let node = Node::start(options).await?;
+    let before = lone.baseline(&node).await?;
+    let kuasard = node.kuasard.as_ref().context("there is no kuasard")?;
+    let started = AtomicUsize::new(0);
+    let killing = async {
+        // While none is up yet, when the first is, and when half of them are.
+        for number in [0, 1, count / 2] {
+            wait::until(&format!("{number} pods"), NEXT, || async {
+                Ok((started.load(Ordering::Relaxed) >= number).then_some(()))
+            })
+            .await?;
+            kuasard.kill_worker().await?;
+        }
+        Ok(())
+    };
+    let (pods, ()) = tokio::try_join!(try_join_all((0..count).map(|_| up(&node, lone, &started))), killing)?;
+    try_join_all(pods.iter().map(|(_, container)| says(container))).await?;
+    try_join_all(pods.iter().map(|(pod, _)| pod.remove_all())).await?;
+    node.assert_no_leak(&before).await?;
     node.stop().await
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
 use kuasar_tests::screen::Screen;
-use kuasar_tests::{ContainerSpec, Node, Pod};
+use kuasar_tests::{ContainerSpec, Node, Pod, tools};
 
 use super::{Amount, Kernel};
 use crate::plan::timed;
@@ -20,7 +20,10 @@ pub(crate) async fn measure(
     screen: &mut Screen,
     report: &mut Report,
 ) -> Result<()> {
-    let small = kernels.iter().find(|kernel| kernel.name == "mini").or(kernels.first()).context("there is no kernel")?;
+    let smallest = tools::smallest_guest_kernel()?;
+    let small = kernels.iter().find(|kernel| kernel.path == smallest).context("there is no kernel")?;
+    // Directories and connections are made when they are first needed.
+    run(node, small).await?.remove_all().await?;
     let before = node.snapshot()?;
     screen.status(&format!("{} machines at once with {}", amount.many, small.name))?;
     let (up, pods) = timed(try_join_all((0..amount.many).map(|_| run(node, small)))).await?;

@@ -32,8 +32,11 @@ use crate::host::Host;
 use crate::plan::Part;
 use crate::report::Report;
 
-/// The container runtime's own on the node, with the OCI runtime that is in the guest where there is one.
+/// The sandboxer for containers on the node, with the OCI runtime that is in the guest where there is one.
 const ON_NODE: &str = "kuasar-node";
+
+/// How long a guest may take to boot, with all others.
+const BOOT_LIMIT_SECS: u64 = 300;
 
 /// How much is measured.
 pub(crate) struct Amount {
@@ -103,17 +106,11 @@ impl Kernel {
     }
 }
 
-/// The kernel to test with, and those beside it.
+/// The kernel to test with, for the sandboxer's own pods, and those beside it.
 fn kernels(sandboxer: &str) -> Result<Vec<Kernel>> {
-    let first = tools::guest_kernel()?;
-    let images = first.parent().and_then(|image| image.parent()).map(PathBuf::from);
-    let others = images.into_iter().flat_map(|images| ["cloud", "mini"].map(|name| images.join(name).join("vmlinuz")));
-    let others: Vec<PathBuf> = others.filter(|kernel| kernel.is_file() && *kernel != first).collect();
-    let mut kernels = vec![Kernel::at(first, Some(sandboxer))?];
-    for kernel in others {
-        kernels.push(Kernel::at(kernel, None)?);
-    }
-    Ok(kernels)
+    let paths = tools::guest_kernels()?;
+    let handlers = std::iter::once(Some(sandboxer)).chain(std::iter::repeat(None));
+    paths.into_iter().zip(handlers).map(|(path, handler)| Kernel::at(path, handler)).collect()
 }
 
 pub(crate) async fn run(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
@@ -159,6 +156,8 @@ async fn start(kernels: &[Kernel], storage: Storage) -> Result<Node> {
         let mut table = tools::machine_table("qemu");
         table["kernel"] = kernel.path.to_string_lossy().into();
         // Each sandboxer has its own users.
+        // Many that boot at once on few processors are slow, not stuck.
+        table["boot_limit_secs"] = BOOT_LIMIT_SECS.into();
         table["users_from"] = (2_000_000_000 + 65_536 * number).into();
         options = options.sandboxer_table(&kernel.handler, table);
     }
