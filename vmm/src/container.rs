@@ -284,7 +284,7 @@ impl VmContainer {
         let agent = guest.as_ref().map(|guest| guest.agent());
         let relay = Relay::adopt(&head.stdio, &context, agent, &request).await?;
         let process = Running::begin(pod, guest, request, record.pid, relay);
-        Ok(Self(Arc::new(Contained { process, head, disks: record.disks })))
+        Ok(Self(Contained { process, head, disks: record.disks }.known()))
     }
 }
 
@@ -294,20 +294,19 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("rewrite the specification");
     let (volumes, devices) = rewrite::prepare(&mut oci)?;
     let request = request(&id, None);
-    // What an attempt that was cut off has left, here and in the guest.
+    // One attempt at a time. What an earlier one has left goes: here when this has its place, in the guest when it makes the container.
     let _claim = pod.claim(&id).await;
-    pod.shared.remove_container(&id).await?;
 
     stages::enter("share the rootfs");
     let (shared, named) = (pod.shared.clone(), id.clone());
     undo.push(format!("take container {id} out of the share"), async move { shared.remove_container(&named).await });
-    pod.shared.add_container(&id)?;
+    let place = pod.shared.add_container(&id).await?;
     let mut disks = Vec::new();
     let mut storages = Vec::new();
     let root = match &rootfs[..] {
         [] => {
             let source = bundle.join(oci.root_path().unwrap_or("rootfs"));
-            pod.shared.bind_rootfs(&id, &source, oci.root_readonly()).await?
+            place.bind_rootfs(&source, oci.root_readonly()).await?
         }
         [only] if pod.can_be_disk(only) => {
             let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
@@ -317,14 +316,14 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             disks.push(serial);
             target.into()
         }
-        mounts => pod.shared.add_rootfs(&id, mounts).await?,
+        mounts => place.add_rootfs(mounts).await?,
     };
     failpoint::reach(Failpoint::Mounted);
     oci.set_root_path(&root);
     stages::enter("share the volumes");
     for volume in &volumes {
         let place = match &volume.kind {
-            VolumeKind::Shared(binding) => pod.shared.add_volume(&id, volume.index, &volume.source, binding.clone()).await?,
+            VolumeKind::Shared(binding) => place.add_volume(volume.index, &volume.source, binding.clone()).await?,
             VolumeKind::HugePages { options } => {
                 let target = pod.memory_volume(&volume.source);
                 storages.push(huge_pages(options, &target));
@@ -365,7 +364,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("connect its input and output");
     let relay = guest.unless_ended(Relay::open(io, &stdio, &context, guest.agent(), &request)).await?;
     let process = Running::begin(pod, Some(guest), request, pid, relay);
-    Ok(Arc::new(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }))
+    Ok(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }.known())
 }
 
 fn document(spec: &OciSpec) -> Result<Vec<u8>> {
@@ -412,6 +411,17 @@ fn huge_pages(options: &[String], target: &str) -> Storage {
 }
 
 impl Contained {
+    /// Lets the pod know that it is made.
+    fn known(self) -> Arc<Self> {
+        let container = Arc::new(self);
+        container.process.pod.add_container(&container);
+        container
+    }
+
+    pub(crate) fn id(&self) -> &ContainerId {
+        &self.head.id
+    }
+
     fn named(&self) -> ContainerRequest {
         ContainerRequest { container: self.head.id.to_string(), ..ContainerRequest::default() }
     }

@@ -22,7 +22,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, FileTypeExt, symlink},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -58,7 +58,7 @@ pub(crate) use crate::guest::Guest;
 use crate::{
     agent::SLOW,
     console::Console,
-    container::{self, VmContainer},
+    container::{self, Contained, VmContainer},
     guest::GuestRecord,
     hypervisor::Place,
     inside::{self, Sessions},
@@ -100,6 +100,8 @@ struct State {
     forwarding: Option<AbortOnDropHandle<()>>,
     /// Names of containers that are being made or removed.
     claims: HashMap<String, Arc<tokio::sync::Mutex<()>>>,
+    /// Containers that are made, as long as somebody has them.
+    containers: HashMap<ContainerId, Weak<Contained>>,
 }
 
 /// What is saved of a pod.
@@ -180,6 +182,17 @@ impl Pod {
             claims.entry(id.to_string()).or_default().clone()
         };
         claim.lock_owned().await
+    }
+
+    /// Notes a container that is made.
+    pub(crate) fn add_container(&self, container: &Arc<Contained>) {
+        let containers = &mut self.state().containers;
+        containers.retain(|_, container| container.strong_count() > 0);
+        containers.insert(container.id().clone(), Arc::downgrade(container));
+    }
+
+    fn has_container(&self, id: &ContainerId) -> bool {
+        self.state().containers.get(id).is_some_and(|container| container.strong_count() > 0)
     }
 
     /// A serial number that no disk of the machine has had.
@@ -668,6 +681,10 @@ impl Sandbox for VmSandbox {
 /// Removes a container of a known sandbox whose creation was cut off.
 pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId) -> Result<()> {
     let _claim = pod.claim(id).await;
+    // Whoever asked for it has asked again meanwhile, and has it.
+    if pod.has_container(id) {
+        return Ok(());
+    }
     let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
     container::delete(pod, &request).await?;
     pod.shared.remove_container(id).await

@@ -112,8 +112,10 @@ impl Shared {
         let mut words = vec!["quiet".into(), "cryptomgr.notests".into(), "panic=-1".into(), format!("{LOG_WORD}{level}")];
         words.extend(self.vsock.word().map(str::to_owned));
         if self.hypervisor.capabilities().emulated {
-            // On a busy host the kernel's test of its timer fails, and it gives up.
-            words.push("no_timer_check".into());
+            // On a busy host the kernel's test of its timer fails, and it gives up. What virtiofsd writes into the guest's memory the
+            // hypervisor does not see: a page that had a program's code would go on as that. The guest clears pages before it uses
+            // them anew, which the hypervisor does see.
+            words.extend(["no_timer_check".into(), "init_on_alloc=1".into()]);
         }
         if self.config.debug {
             words.push(DEBUG_WORD.into());

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //!  <sandbox>/shared/                         a mount of its own, shared with virtiofsd's namespace
-//!      containers/<id>/rootfs                the snapshot, mounted
-//!      containers/<id>/mounts/<number>       each volume, bound
+//!      containers/<id>/<attempt>/rootfs      the snapshot, mounted
+//!      containers/<id>/<attempt>/mounts/<n>  each volume, bound
 //! ```
+//!
+//! Each attempt at making a container has a name of its own: a guest remembers for a second where a name led to, and would look for a
+//! second attempt in the place of the first.
 //!
 //! Read-only is a property of the mounts made here, so no guest can undo it. What the guest is told are these names and nothing else: it
 //! never learns a path of the host, and none comes from it.
@@ -49,19 +52,11 @@ impl SharedDir {
 
     /// Takes everything out of it and away. One that is not there is fine.
     pub(crate) async fn remove(&self) -> Result<()> {
-        mount::unmount_all(&self.0).await?;
-        match fs::remove_dir_all(&self.0) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", &self.0)(error)),
-            _ => Ok(()),
-        }
+        remove_tree(&self.0).await
     }
 
     fn container(&self, id: &ContainerId) -> PathBuf {
         self.0.join(SHARED_CONTAINERS).join(id.as_str())
-    }
-
-    fn in_guest(id: &ContainerId) -> PathBuf {
-        Path::new(SHARE_TARGET).join(SHARED_CONTAINERS).join(id.as_str())
     }
 
     /// Whether a container has a place here.
@@ -69,35 +64,73 @@ impl SharedDir {
         self.container(id).exists()
     }
 
-    /// Makes a container's place.
-    pub(crate) fn add_container(&self, id: &ContainerId) -> Result<()> {
-        make_dir(&self.container(id).join("mounts"))
+    /// Makes a container's place, in which nothing of an earlier attempt is.
+    pub(crate) async fn add_container(&self, id: &ContainerId) -> Result<ContainerDir> {
+        let dir = self.container(id);
+        let earlier: Vec<u32> = names(&dir)?.iter().filter_map(|name| name.parse().ok()).collect();
+        let attempt = earlier.iter().max().map_or(0, |last| last.wrapping_add(1)).to_string();
+        let place = ContainerDir {
+            host: dir.join(&attempt),
+            guest: [SHARE_TARGET, SHARED_CONTAINERS, id.as_str(), &attempt].iter().collect(),
+            staging: self.staging(id),
+        };
+        make_dir(&place.host.join("mounts"))?;
+        unstage(&place.staging).await?;
+        for attempt in earlier {
+            remove_tree(&dir.join(attempt.to_string())).await?;
+        }
+        Ok(place)
     }
 
-    /// Shows a container's root filesystem; returns its path in the guest.
-    pub(crate) async fn add_rootfs(&self, id: &ContainerId, mounts: &[Mount]) -> Result<PathBuf> {
+    /// Where a root filesystem is put together.
+    fn staging(&self, id: &ContainerId) -> PathBuf {
+        self.0.with_file_name(format!("{id}.rootfs"))
+    }
+
+    /// Takes a container's filesystems away.
+    pub(crate) async fn remove_container(&self, id: &ContainerId) -> Result<()> {
+        unstage(&self.staging(id)).await?;
+        remove_tree(&self.container(id)).await
+    }
+
+    /// The containers that have a place here.
+    pub(crate) fn containers(&self) -> Result<Vec<String>> {
+        names(&self.0.join(SHARED_CONTAINERS))
+    }
+}
+
+/// The place of one container.
+#[derive(Debug)]
+pub(crate) struct ContainerDir {
+    host: PathBuf,
+    guest: PathBuf,
+    staging: PathBuf,
+}
+
+impl ContainerDir {
+    /// Shows a root filesystem; returns its path in the guest.
+    pub(crate) async fn add_rootfs(&self, mounts: &[Mount]) -> Result<PathBuf> {
         // Elsewhere first: some take several steps, of which the guest must not see the first.
-        let staging = self.0.with_file_name(format!("{id}.rootfs"));
-        make_dir(&staging)?;
-        mount::mount_all(mounts, &staging).await?;
-        let shown = self.bind_rootfs(id, &staging, false).await;
-        let unmounted = unstage(&staging).await;
+        make_dir(&self.staging)?;
+        mount::mount_all(mounts, &self.staging).await?;
+        let shown = self.bind_rootfs(&self.staging, false).await;
+        let unmounted = unstage(&self.staging).await;
         let shown = shown?;
         unmounted.map(|()| shown)
     }
 
-    /// Shows a directory as a container's root filesystem; returns its path in the guest.
-    pub(crate) async fn bind_rootfs(&self, id: &ContainerId, source: &Path, readonly: bool) -> Result<PathBuf> {
-        let target = self.container(id).join("rootfs");
+    /// Shows a directory as the root filesystem; returns its path in the guest.
+    pub(crate) async fn bind_rootfs(&self, source: &Path, readonly: bool) -> Result<PathBuf> {
+        let target = self.host.join("rootfs");
         make_dir(&target)?;
         mount::bind(source, &target, Binding { readonly, recursive: true, ..Binding::default() }).await?;
-        Ok(Self::in_guest(id).join("rootfs"))
+        Ok(self.guest.join("rootfs"))
     }
 
-    /// Shows a file or directory of the host's as a container's volume; returns its path in the guest.
-    pub(crate) async fn add_volume(&self, id: &ContainerId, number: usize, source: &Path, binding: Binding) -> Result<PathBuf> {
+    /// Shows a file or directory of the host's as a volume; returns its path in the guest.
+    pub(crate) async fn add_volume(&self, number: usize, source: &Path, binding: Binding) -> Result<PathBuf> {
         let name = format!("mounts/{number}");
-        let target = self.container(id).join(&name);
+        let target = self.host.join(&name);
         let found = fs::metadata(source).map_err(Error::io("find the volume", source))?;
         if found.is_dir() {
             make_dir(&target)?;
@@ -110,28 +143,25 @@ impl SharedDir {
             // virtiofsd has them. Here they would keep the node from removing the directories that they are on.
             mount::leave_below_to_others(&target).await?;
         }
-        Ok(Self::in_guest(id).join(name))
+        Ok(self.guest.join(name))
     }
+}
 
-    /// Takes a container's filesystems away.
-    pub(crate) async fn remove_container(&self, id: &ContainerId) -> Result<()> {
-        unstage(&self.0.with_file_name(format!("{id}.rootfs"))).await?;
-        let dir = self.container(id);
-        mount::unmount_all(&dir).await?;
-        match fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", &dir)(error)),
-            _ => Ok(()),
-        }
-    }
+/// What is in a directory; nothing if it is not there.
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(Error::io("list", dir))?,
+    };
+    Ok(entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+}
 
-    /// The containers that have a place here.
-    pub(crate) fn containers(&self) -> Result<Vec<String>> {
-        let dir = self.0.join(SHARED_CONTAINERS);
-        let entries = match fs::read_dir(&dir) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(Error::io("list", &dir))?,
-        };
-        Ok(entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+/// Removes a directory and what is mounted in it. One that is not there is fine.
+async fn remove_tree(dir: &Path) -> Result<()> {
+    mount::unmount_all(dir).await?;
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", dir)(error)),
+        _ => Ok(()),
     }
 }
 
