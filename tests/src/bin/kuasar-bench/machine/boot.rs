@@ -9,7 +9,7 @@ use kuasar_tests::screen::Screen;
 use kuasar_tests::{Container, ContainerSpec, Node, PodSpec};
 
 use super::by_hand::{self, Recipe};
-use super::{Amount, Kernel, ON_NODE, stages};
+use super::{Amount, Kernel, ON_NODE, Subject, stages};
 use crate::plan::timed;
 use crate::report::{Line, Report, Target};
 use crate::samples::{Figure, Samples};
@@ -41,13 +41,8 @@ type Table = BTreeMap<(What, String), Samples>;
 const NODE: &str = "node";
 const BY_HAND: &str = "by hand";
 
-pub(crate) async fn measure(
-    node: &Node,
-    kernels: &[Kernel],
-    amount: &Amount,
-    screen: &mut Screen,
-    report: &mut Report,
-) -> Result<()> {
+pub(crate) async fn measure(subject: Subject<'_>, screen: &mut Screen, report: &mut Report) -> Result<()> {
+    let Subject { node, kernels, amount } = subject;
     let mut table = Table::new();
     let begun = Instant::now();
     let mut recipes = Vec::new();

@@ -5,7 +5,7 @@ use futures::future::try_join_all;
 use kuasar_tests::screen::Screen;
 use kuasar_tests::{ContainerSpec, Node, Pod, tools};
 
-use super::{Amount, Kernel};
+use super::{Kernel, Subject};
 use crate::plan::timed;
 use crate::report::{Line, Report};
 use crate::samples::Figure;
@@ -13,13 +13,8 @@ use crate::samples::Figure;
 /// Each machine's memory, in MiB.
 const MEMORY_MIB: &str = "128";
 
-pub(crate) async fn measure(
-    node: &Node,
-    kernels: &[Kernel],
-    amount: &Amount,
-    screen: &mut Screen,
-    report: &mut Report,
-) -> Result<()> {
+pub(crate) async fn measure(subject: Subject<'_>, screen: &mut Screen, report: &mut Report) -> Result<()> {
+    let Subject { node, kernels, amount } = subject;
     let smallest = tools::smallest_guest_kernel()?;
     let small = kernels.iter().find(|kernel| kernel.path == smallest).context("there is no kernel")?;
     // Directories and connections are made when they are first needed.

@@ -7,7 +7,7 @@ use kuasar_tests::screen::Screen;
 use kuasar_tests::{ContainerSpec, Node, Pod};
 
 use super::processes::{self, Process};
-use super::{Amount, Kernel};
+use super::{Kernel, Subject};
 use crate::report::{Line, Report, Target};
 use crate::samples::{Figure, Samples};
 
@@ -26,13 +26,8 @@ struct Taken {
     beyond: u64,
 }
 
-pub(crate) async fn measure(
-    node: &Node,
-    kernels: &[Kernel],
-    amount: &Amount,
-    screen: &mut Screen,
-    report: &mut Report,
-) -> Result<()> {
+pub(crate) async fn measure(subject: Subject<'_>, screen: &mut Screen, report: &mut Report) -> Result<()> {
+    let Subject { node, kernels, amount } = subject;
     for kernel in kernels {
         screen.status(&format!("memory of {} pods with {}", amount.memory_pods, kernel.name))?;
         // What is made once is made with the first.

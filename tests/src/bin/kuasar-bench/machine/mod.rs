@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use kuasar_tests::scratch::Storage;
 use kuasar_tests::screen::{Screen, Style};
 use kuasar_tests::{Node, NodeOptions, PodSpec, tools};
@@ -88,6 +89,14 @@ pub(crate) struct Kernel {
     path: PathBuf,
 }
 
+/// What is measured, and how much.
+#[derive(Clone, Copy)]
+pub(crate) struct Subject<'a> {
+    node: &'a Node,
+    kernels: &'a [Kernel],
+    amount: &'a Amount,
+}
+
 impl Kernel {
     fn at(path: PathBuf, handler: Option<&str>) -> Result<Self> {
         let name = path.parent().and_then(|dir| dir.file_name()).context("the guest's kernel is in no directory")?;
@@ -129,23 +138,30 @@ pub(crate) async fn run(arguments: &Arguments, slot: &mut Option<Node>) -> Resul
     for kernel in &kernels {
         image::measure(kernel, &mut report).with_context(|| format!("look at {}", kernel.path.display()))?;
     }
-    if arguments.wants(Part::Calls) {
-        boot::measure(node, &kernels, &amount, &mut screen, &mut report).await.context("measure boots")?;
-    }
-    if arguments.wants(Part::Parallel) {
-        many::measure(node, &kernels, &amount, &mut screen, &mut report).await.context("measure pods in parallel")?;
-    }
-    if arguments.wants(Part::Memory) {
-        memory::measure(node, &kernels, &amount, &mut screen, &mut report).await.context("measure memory")?;
-    }
-    if arguments.wants(Part::Output) {
-        transfer::measure(node, &kernels, &amount, &mut screen, &mut report).await.context("measure transfers")?;
+    let subject = Subject { node, kernels: &kernels, amount: &amount };
+    let mut failed = None;
+    for part in Part::value_variants().iter().filter(|part| arguments.wants(**part)) {
+        let (screen, report) = (&mut screen, &mut report);
+        let measured = match part {
+            Part::Calls => boot::measure(subject, screen, report).await.context("measure boots"),
+            Part::Parallel => many::measure(subject, screen, report).await.context("measure pods in parallel"),
+            Part::Memory => memory::measure(subject, screen, report).await.context("measure memory"),
+            Part::Output => transfer::measure(subject, screen, report).await.context("measure transfers"),
+        };
+        // What the other parts find is told all the same.
+        if let Err(error) = measured {
+            screen.line(&format!("FAILED: {error:#}"))?;
+            failed.get_or_insert(error);
+        }
     }
     let missed = report.print(&mut screen)?;
     let path = arguments.out.join("vmm.json");
     report.write(&path)?;
     screen.line(&screen.paint(Style::Dim, &format!("written to {}", path.display())))?;
     screen.status("removing everything")?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
     Ok(if arguments.strict && missed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

@@ -9,7 +9,7 @@ use kuasar_tests::cri::Executed;
 use kuasar_tests::screen::Screen;
 use kuasar_tests::{ContainerSpec, Node, PodSpec, process, wait};
 
-use super::{Amount, Kernel, ON_NODE};
+use super::{ON_NODE, Subject};
 use crate::report::{Line, Report};
 use crate::samples::Samples;
 
@@ -21,13 +21,8 @@ const LAST: &str = "the end";
 /// What is measured, in MB/s.
 const KINDS: [&str; 3] = ["stdout into the log", "virtiofs, read", "virtiofs, write"];
 
-pub(crate) async fn measure(
-    node: &Node,
-    kernels: &[Kernel],
-    amount: &Amount,
-    screen: &mut Screen,
-    report: &mut Report,
-) -> Result<()> {
+pub(crate) async fn measure(subject: Subject<'_>, screen: &mut Screen, report: &mut Report) -> Result<()> {
+    let Subject { node, kernels, amount } = subject;
     let dir = node.dir().join("run/transfer");
     fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
     let kernel = kernels.first().context("there is no kernel")?;
