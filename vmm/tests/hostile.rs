@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "what fails fails the test")]
 
 mod guests;
+mod machines;
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -27,13 +28,13 @@ use kuasar_sandboxers::{
     handle::{ContainerHandle, SandboxHandle},
     id::ExecId,
     lifecycle::SandboxPhase,
-    reaper::Reaper,
     registry::Registry,
     spec::OciSpec,
     stdio::{Stdio, StreamHub},
     types::{ContainerSpec, ExecSpec, SandboxSpec},
 };
 use kuasar_vmm::{HypervisorConfig, VmmConfig, VmmSandboxer, qemu::QemuConfig};
+use machines::reaper;
 use serde_json::json;
 use tokio::{sync::mpsc::UnboundedReceiver, time::timeout};
 
@@ -42,18 +43,6 @@ const SOON: Duration = Duration::from_secs(20);
 
 /// How long guests may take to boot here.
 const BOOT: Duration = Duration::from_secs(1);
-
-/// One for all tests of this process, for there must be only one.
-fn reaper() -> Reaper {
-    static RUNTIME: OnceLock<(tokio::runtime::Runtime, Reaper)> = OnceLock::new();
-    let start = || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let reaper = runtime.block_on(async { Reaper::install().unwrap() });
-        (runtime, reaper)
-    };
-    // Not on the test's own thread, which is in a runtime already.
-    RUNTIME.get_or_init(|| std::thread::spawn(start).join().unwrap()).1.clone()
-}
 
 /// By the reaper, which takes every exit.
 async fn run(words: &[&str]) -> String {
@@ -132,10 +121,15 @@ impl Node {
         self.dir.path().join("root")
     }
 
+    /// Where the pod's control group is.
+    fn group(&self) -> String {
+        format!("/kuasar-hostile-{}", self.name)
+    }
+
     fn spec(&self) -> SandboxSpec {
         let mut spec = fake::spec(&self.name);
         spec.netns = Some(Path::new("/run/netns").join(&self.netns.0));
-        spec.cgroup_parent = "/kuasar-hostile".into();
+        spec.cgroup_parent = self.group();
         spec
     }
 
@@ -199,6 +193,7 @@ impl Node {
         let entries = |dir: &Path| fs::read_dir(dir).map_or(0, Iterator::count);
         assert_eq!((entries(&self.root().join("test")), entries(&self.root().join(".machines"))), (0, 0));
         assert!(Cgroup::named(&format!("kuasar-vm-{}", self.name)).unwrap().is_empty());
+        Cgroup::at(Path::new(&self.group())).unwrap().remove().await.unwrap();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(self.dir.path().to_str().unwrap()), "{mounts}");
         assert_eq!(self.netns.contents().await, self.untouched);
