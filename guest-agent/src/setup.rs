@@ -65,11 +65,24 @@ pub(crate) async fn machine(request: &SetUpRequest) -> Result<()> {
     for (name, value) in &request.sysctls {
         set_parameter(Path::new(PARAMETERS), name, value)?;
     }
-    for (size, count) in &request.huge_pages {
-        let file = Path::new(HUGE_PAGES).join(format!("hugepages-{}kB/nr_hugepages", size >> 10));
-        fs::write(&file, count.to_string()).map_err(Error::io("reserve huge pages with", file))?;
+    request.huge_pages.iter().try_for_each(|(size, count)| set_huge_pages_apart(Path::new(HUGE_PAGES), *size, *count))
+}
+
+/// Sets memory apart for so many pages of a size in bytes.
+fn set_huge_pages_apart(root: &Path, size: u64, count: u64) -> Result<()> {
+    let what = || format!("{count} huge pages of {} KiB", size >> 10);
+    let file = root.join(format!("hugepages-{}kB/nr_hugepages", size >> 10));
+    if !file.exists() {
+        return Err(Error::invalid(what(), "the guest's kernel has none of this size; ask for another"));
     }
-    Ok(())
+    fs::write(&file, count.to_string()).map_err(Error::io("set huge pages apart with", &file))?;
+    // The kernel takes what it finds, and says no more.
+    let found = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+    if found.trim().parse() == Ok(count) {
+        return Ok(());
+    }
+    let why = format!("the guest's memory had room for {}; give the pod more (io.kuasar.vm.memory_mib)", found.trim());
+    Err(Error::Unavailable { what: what(), why })
 }
 
 async fn shares_and_files(request: &SetUpRequest) -> Result<()> {
@@ -142,6 +155,18 @@ mod tests {
             assert_eq!(fs::read_to_string(&beside).unwrap(), "untouched");
         });
         assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn huge_pages() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("hugepages-2048kB")).unwrap();
+        let file = dir.path().join("hugepages-2048kB/nr_hugepages");
+        fs::write(&file, "0").unwrap();
+        set_huge_pages_apart(dir.path(), 2 << 20, 16).unwrap();
+        assert_eq!(fs::read_to_string(file).unwrap(), "16");
+        let error = set_huge_pages_apart(dir.path(), 1 << 30, 1).unwrap_err().report();
+        assert!(error.contains("1 huge pages of 1048576 KiB") && error.contains("none of this size"), "{error}");
     }
 
     #[test]

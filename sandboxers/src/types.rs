@@ -153,6 +153,8 @@ pub struct Resources {
     pub cpuset_mems: String,
     /// cgroup v2 files and their values.
     pub unified: BTreeMap<String, String>,
+    /// Limits of huge pages in bytes, by the size of a page in bytes.
+    pub huge_page_limits: BTreeMap<u64, u64>,
 }
 
 /// Options from containerd's runtime table that apply to an OCI runtime.

@@ -51,7 +51,10 @@ pub fn spec(namespace: Namespace, request: ControllerCreateRequest) -> Result<Sa
         labels: config.labels.into_iter().collect(),
         annotations,
         log_directory: config.log_directory,
-        resources: PodResources { overhead: linux.overhead.map(resources), containers: linux.resources.map(resources) },
+        resources: PodResources {
+            overhead: linux.overhead.map(resources).transpose()?,
+            containers: linux.resources.map(resources).transpose()?,
+        },
         options,
     })
 }
@@ -151,8 +154,10 @@ fn one_line(field: &str, text: String) -> Result<String> {
     Ok(text)
 }
 
-fn resources(resources: cri::LinuxContainerResources) -> Resources {
-    Resources {
+fn resources(resources: cri::LinuxContainerResources) -> Result<Resources> {
+    // kubelet names all sizes that the node has, most with a limit of nothing.
+    let huge_pages = resources.hugepage_limits.into_iter().filter(|huge_pages| huge_pages.limit > 0);
+    Ok(Resources {
         cpu_period: resources.cpu_period,
         cpu_quota: resources.cpu_quota,
         cpu_shares: resources.cpu_shares,
@@ -162,7 +167,18 @@ fn resources(resources: cri::LinuxContainerResources) -> Resources {
         cpuset_cpus: resources.cpuset_cpus,
         cpuset_mems: resources.cpuset_mems,
         unified: resources.unified.into_iter().collect(),
-    }
+        huge_page_limits: huge_pages.map(|limit| Ok((page_size(&limit.page_size)?, limit.limit))).collect::<Result<_>>()?,
+    })
+}
+
+/// A size of huge pages as CRI writes it (`2MB`, in powers of 1024), in bytes.
+fn page_size(text: &str) -> Result<u64> {
+    let units = [("KB", 10), ("MB", 20), ("GB", 30)];
+    let bytes = units.iter().find_map(|(unit, shift)| {
+        let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+        number.checked_mul(1 << shift).filter(|bytes| bytes.is_power_of_two())
+    });
+    bytes.ok_or_else(|| Error::invalid("hugepage_limits.page_size", format!("{text:?} is no size of pages; one is 2MB, 1GB …")))
 }
 
 /// The `updated-resources` extension: a Go struct as `encoding/json` writes it, its inner messages with protobuf's own field names.
@@ -199,6 +215,8 @@ impl From<LinuxContainerResources> for Resources {
             cpuset_cpus: wire.cpuset_cpus,
             cpuset_mems: wire.cpuset_mems,
             unified: wire.unified.unwrap_or_default(),
+            // They are set apart when a pod begins, and not changed.
+            huge_page_limits: BTreeMap::new(),
         }
     }
 }
@@ -377,6 +395,20 @@ mod tests {
         let empty = cri::IdMapping { length: 0, ..mapping };
         assert!(refusal(userns(0, vec![empty], vec![mapping])).contains("length"));
         assert_eq!(spec(namespace(), userns(2, vec![], vec![])).unwrap().namespaces.user, None);
+    }
+
+    #[test]
+    fn huge_pages_have_sizes() {
+        for (text, bytes) in [("64KB", 64 << 10), ("2MB", 2 << 20), ("1GB", 1 << 30)] {
+            assert_eq!(page_size(text).unwrap(), bytes);
+        }
+        for bad in ["", "MB", "2", "3MB", "-2MB", "2mb", "99999999999999GB"] {
+            assert!(page_size(bad).unwrap_err().report().contains("hugepage_limits.page_size"), "{bad}");
+        }
+        let limit = |page_size: &str, limit| cri::HugepageLimit { page_size: page_size.into(), limit };
+        let limits = vec![limit("1GB", 0), limit("2MB", 4 << 20)];
+        let read = resources(cri::LinuxContainerResources { hugepage_limits: limits, ..Default::default() }).unwrap();
+        assert_eq!(read.huge_page_limits, BTreeMap::from([(2 << 20, 4 << 20)]));
     }
 
     #[test]

@@ -446,6 +446,9 @@ impl Pod {
         for (name, value) in [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")] {
             sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
         }
+        let containers = spec.resources.containers.iter();
+        let huge_pages =
+            containers.flat_map(|resources| &resources.huge_page_limits).map(|(size, bytes)| (*size, bytes / size));
         let share = GuestShare { tag: SHARE_TAG.into(), target: SHARE_TARGET.into(), ..GuestShare::default() };
         Ok(SetUpRequest {
             sandbox: spec.id.to_string(),
@@ -460,6 +463,7 @@ impl Pod {
             interfaces: network.interfaces.clone(),
             routes: network.routes.clone(),
             neighbours: network.neighbours.clone(),
+            huge_pages: huge_pages.collect(),
             ..SetUpRequest::default()
         })
     }

@@ -5,6 +5,8 @@
 //! | processors | `cpus` | the limit, rounded up |
 //! | memory | `memory_mib` | the limit and `guest_overhead_mib`, which the guest's kernel and agent take |
 //!
+//! Huge pages come on top of that.
+//!
 //! An annotation, where allowed, says it outright. A container's own limits hold inside, by control groups of the guest. The host's control
 //! group of the pod, which kubelet makes of the containers' limits and the RuntimeClass's overhead, holds the machine as a whole.
 
@@ -52,6 +54,9 @@ impl Host {
 pub(crate) struct Size {
     pub(crate) cpus: Cpus,
     pub(crate) memory: Memory,
+    /// How much of the memory is set apart for huge pages, in MiB.
+    #[serde(default)]
+    pub(crate) huge_pages_mib: u64,
 }
 
 /// The size of a pod's machine.
@@ -76,8 +81,11 @@ pub(crate) fn of(
         return Err(Error::invalid("size of the pod", why));
     }
     let limit = containers.and_then(memory_limit_mib);
-    let memory_mib = number(Annotation::MemoryMib)
-        .unwrap_or_else(|| limit.map_or(config.memory_mib, |limit| limit.saturating_add(config.guest_overhead_mib)));
+    let huge_pages_mib = containers.map_or(0, huge_pages_mib);
+    let memory_mib = number(Annotation::MemoryMib).unwrap_or_else(|| {
+        let memory = limit.map_or(config.memory_mib, |limit| limit.saturating_add(config.guest_overhead_mib));
+        memory.saturating_add(huge_pages_mib)
+    });
     if memory_mib < LEAST_MIB || memory_mib > host.memory_mib {
         let why = format!(
             "a machine with {memory_mib} MiB of memory; accepted: {LEAST_MIB} MiB, which a guest needs to boot, to {} MiB, which this host has",
@@ -99,6 +107,7 @@ pub(crate) fn of(
             max_mib: memory_mib + (max_mib - memory_mib) / BLOCK_MIB * BLOCK_MIB,
             huge_page_kib: None,
         },
+        huge_pages_mib,
     })
 }
 
@@ -106,11 +115,13 @@ pub(crate) fn of(
 pub(crate) fn grown(config: &VmmConfig, now: Size, resources: &PodResources) -> Size {
     let containers = resources.containers.as_ref();
     let cpus = containers.and_then(cpu_limit).and_then(|count| u32::try_from(count).ok()).unwrap_or(now.cpus.boot);
-    let limit = containers.and_then(memory_limit_mib).map(|limit| limit.saturating_add(config.guest_overhead_mib));
+    let beside = config.guest_overhead_mib.saturating_add(now.huge_pages_mib);
+    let limit = containers.and_then(memory_limit_mib).map(|limit| limit.saturating_add(beside));
     let missing = limit.unwrap_or(0).saturating_sub(now.memory.boot_mib).next_multiple_of(BLOCK_MIB);
     Size {
         cpus: Cpus { boot: cpus.clamp(now.cpus.boot, now.cpus.max), ..now.cpus },
         memory: Memory { boot_mib: (now.memory.boot_mib + missing).min(now.memory.max_mib), ..now.memory },
+        ..now
     }
 }
 
@@ -123,6 +134,11 @@ fn cpu_limit(resources: &Resources) -> Option<u64> {
 fn memory_limit_mib(resources: &Resources) -> Option<u64> {
     let bytes = u64::try_from(resources.memory_limit_bytes).ok().filter(|bytes| *bytes > 0)?;
     Some(bytes.div_ceil(1 << 20))
+}
+
+/// Huge pages are not counted as memory by control groups, so they come beside its limit.
+fn huge_pages_mib(resources: &Resources) -> u64 {
+    resources.huge_page_limits.values().fold(0, |sum: u64, bytes| sum.saturating_add(bytes.div_ceil(1 << 20)))
 }
 
 /// The pod's annotations that are for us.
@@ -175,6 +191,10 @@ mod tests {
         assert_eq!(size(&pod(-1, 0), &[]).unwrap(), (1, 512));
         assert_eq!(size(&pod(150_000, (100 << 20) + 1), &[]).unwrap(), (2, 149));
         assert_eq!(size(&pod(150_000, 100 << 20), &[("cpus", "3"), ("memory_mib", "128")]).unwrap(), (3, 128));
+        let mut huge = pod(-1, 100 << 20);
+        huge.containers.as_mut().unwrap().huge_page_limits = BTreeMap::from([(2 << 20, 64 << 20), (1 << 30, 1 << 30)]);
+        assert_eq!(size(&huge, &[]).unwrap(), (1, 148 + 64 + 1024));
+        assert_eq!(size(&huge, &[("memory_mib", "512")]).unwrap(), (1, 512));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use kuasar_tests::ContainerSpec;
-use kuasar_tests::cri::k8s_cri::v1::{Mount, MountPropagation};
+use kuasar_tests::cri::k8s_cri::v1::{HugepageLimit, LinuxContainerResources, Mount, MountPropagation};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::suite::{Case, Entry, cases, eventually, refused};
@@ -19,24 +19,29 @@ pub(crate) fn cases() -> Vec<Entry> {
         a_mount_below_can_be_taken_away_on_the_node,
         propagation_to_the_container,
         propagation_to_the_node,
+        huge_pages_of_the_guest,
         what_cannot_be_mounted_says_why,
         containers_share_a_volume,
     ]
 }
 
-/// A tmpfs of the node, unmounted on drop.
-struct Tmpfs(PathBuf);
+/// A filesystem in the node's memory, unmounted on drop.
+struct Memory(PathBuf);
 
-impl Tmpfs {
-    fn at(path: &Path) -> Result<Self> {
+impl Memory {
+    fn tmpfs(path: &Path) -> Result<Self> {
+        Self::at(path, "tmpfs", "size=1m")
+    }
+
+    fn at(path: &Path, kind: &str, options: &str) -> Result<Self> {
         fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
-        mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))
-            .with_context(|| format!("mount a tmpfs on {}", path.display()))?;
+        mount(Some(kind), path, Some(kind), MsFlags::empty(), Some(options))
+            .with_context(|| format!("mount a {kind} on {}", path.display()))?;
         Ok(Self(path.to_path_buf()))
     }
 }
 
-impl Drop for Tmpfs {
+impl Drop for Memory {
     fn drop(&mut self) {
         if let Err(errno) = umount2(&self.0, MntFlags::MNT_DETACH) {
             eprintln!("unmount {}: {errno}", self.0.display());
@@ -86,7 +91,7 @@ async fn files_nested_and_in_order(case: &Case) -> Result<()> {
 
 async fn read_only_spares_mounts_below(case: &Case) -> Result<()> {
     let dir = volume(case, "v")?;
-    let _below = Tmpfs::at(&dir.join("below"))?;
+    let _below = Memory::tmpfs(&dir.join("below"))?;
     let container = case.container(ContainerSpec::new("c").sleep().mount(&dir, "/v", true)).await?;
     assert_ne!(container.sh("echo x >/v/x").await?.exit_code, 0);
     // As CRI has it: read-only is that mount's matter alone.
@@ -96,7 +101,7 @@ async fn read_only_spares_mounts_below(case: &Case) -> Result<()> {
 
 async fn a_mount_below_can_be_taken_away_on_the_node(case: &Case) -> Result<()> {
     let dir = volume(case, "v")?;
-    let below = Tmpfs::at(&dir.join("below"))?;
+    let below = Memory::tmpfs(&dir.join("below"))?;
     fs::write(below.0.join("mark"), "mounted before")?;
     let pod = case.quick_pod().await?;
     let container = pod.run(ContainerSpec::new("c").sleep().mount(&dir, "/v", false)).await?;
@@ -117,7 +122,7 @@ async fn recursively_read_only(case: &Case) -> Result<()> {
         return case.skip("CRI does not offer recursive read-only mounts with this handler");
     }
     let dir = volume(case, "v")?;
-    let _below = Tmpfs::at(&dir.join("below"))?;
+    let _below = Memory::tmpfs(&dir.join("below"))?;
     let mut spec = ContainerSpec::new("c").sleep().mount(&dir, "/v", true);
     spec.config.mounts[0].recursive_read_only = true;
     let container = case.container(spec).await?;
@@ -145,7 +150,7 @@ async fn propagation_to_the_container(case: &Case) -> Result<()> {
         with_propagation(&dir, "/follows", MountPropagation::PropagationHostToContainer),
     ];
     let container = case.container(spec).await?;
-    let later = Tmpfs::at(&dir.join("later"))?;
+    let later = Memory::tmpfs(&dir.join("later"))?;
     fs::write(later.0.join("mark"), "mounted later")?;
     assert_eq!(container.sh("cat /follows/later/mark").await?.stdout(), "mounted later");
     assert_ne!(container.sh("cat /private/later/mark").await?.exit_code, 0);
@@ -171,6 +176,29 @@ async fn propagation_to_the_node(case: &Case) -> Result<()> {
     ensure!(!dir.join("follows/mark").exists(), "nothing comes out of this one");
     assert_eq!(container.sh("umount /both/both").await?.exit_code, 0);
     eventually("it to be gone on the node", || async { Ok(!dir.join("both/mark").exists()) }).await
+}
+
+async fn huge_pages_of_the_guest(case: &Case) -> Result<()> {
+    if !case.is_machine() {
+        return case.skip("huge pages are the node's");
+    }
+    let dir = volume(case, "huge")?;
+    // kubelet's emptyDir with `medium: HugePages`: the node need not have a page of it.
+    let Ok(_node) = Memory::at(&dir, "hugetlbfs", "pagesize=2M") else {
+        return case.skip("a node whose kernel has huge pages of 2 MiB");
+    };
+    let limit = |page_size: &str, limit| HugepageLimit { page_size: page_size.to_owned(), limit };
+    let limits = vec![limit("1GB", 0), limit("2MB", 8 << 20)];
+    let resources = LinuxContainerResources { hugepage_limits: limits, ..Default::default() };
+    let pod = case.run(case.spec().quick().resources(resources)).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep().mount(&dir, "/huge", false)).await?;
+    let told =
+        "awk '/^HugePages_Total|^Hugepagesize/ { print $2 }' /proc/meminfo; awk '$2 == \"/huge\" { print $3 }' /proc/mounts";
+    assert_eq!(container.sh(told).await?.stdout(), "4\n2048\nhugetlbfs\n");
+    let limits = vec![limit("3MB", 3 << 20)];
+    let resources = LinuxContainerResources { hugepage_limits: limits, ..Default::default() };
+    refused(case.run(case.spec().quick().resources(resources)).await, &["hugepage_limits", "3MB"])?;
+    Ok(())
 }
 
 async fn what_cannot_be_mounted_says_why(case: &Case) -> Result<()> {
