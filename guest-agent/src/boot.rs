@@ -43,6 +43,9 @@ const OPEN_FILES: u64 = 1 << 20;
 /// How long the host may take to hear the knock.
 const KNOCK: Duration = Duration::from_secs(1);
 
+/// How often it is tried.
+const KNOCKS: usize = 10;
+
 /// What the kernel's command line says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Words {
@@ -232,12 +235,17 @@ pub async fn open_ports(words: &Words) -> Result<(Ports, watch::Receiver<bool>)>
 
 /// Tells the host that somebody listens; false when there is no way to the host yet.
 async fn knock() -> bool {
-    match timeout(KNOCK, VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, KNOCK_PORT))).await {
-        Ok(Ok(_stream)) => true,
-        Ok(Err(error)) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENETUNREACH)) => false,
-        // The host does not wait for it, and need not.
-        Ok(Err(_)) | Err(_) => true,
+    for _ in 0..KNOCKS {
+        match timeout(KNOCK, VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, KNOCK_PORT))).await {
+            Ok(Ok(_stream)) => return true,
+            Ok(Err(error)) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENETUNREACH)) => return false,
+            // The host does not wait for it, and need not.
+            Ok(Err(_)) => return true,
+            // On a busy host it may have got lost.
+            Err(_) => {}
+        }
     }
+    true
 }
 
 #[cfg(test)]

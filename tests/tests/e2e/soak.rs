@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
-use tonic::Code;
+use tonic::{Code, Status};
 
 use crate::suite::{Entry, Lone, cases};
 
@@ -110,18 +110,25 @@ async fn up(node: &Node, lone: &Lone, started: &AtomicUsize) -> Result<(Pod, Con
     if tools::is_machine(&lone.handler) {
         spec = spec.annotation("io.kuasar.vm.memory_mib", MACHINE_MIB);
     }
-    // A call about a pod fails once when the worker dies, and kubelet repeats it. All others are answered.
-    let pod = wait::until("a pod to run", NEXT, || async {
-        match node.run_pod(spec.clone()).await {
-            Err(status) if status.code() == Code::Unavailable => Ok(None),
-            ran => Ok(Some(ran?)),
-        }
-    })
-    .await?;
-    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    // Calls about a pod, of which one is in the making of each container, fail once when the worker dies, and kubelet repeats them. All
+    // others are answered.
+    let pod = repeated("a pod to run", || node.run_pod(spec.clone())).await?;
+    let container = repeated("a container to be made", || pod.create(ContainerSpec::new("c").sleep())).await?;
+    container.start().await?;
     started.fetch_add(1, Ordering::Relaxed);
     says(&container).await?;
     Ok((pod, container))
+}
+
+/// Makes a call again as long as the daemon is not there.
+async fn repeated<T, F: Future<Output = Result<T, Status>>>(what: &str, call: impl Fn() -> F) -> Result<T> {
+    wait::until(what, NEXT, || async {
+        match call().await {
+            Err(status) if status.code() == Code::Unavailable => Ok(None),
+            done => Ok(Some(done?)),
+        }
+    })
+    .await
 }
 
 async fn says(container: &Container) -> Result<()> {
