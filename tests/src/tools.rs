@@ -137,14 +137,26 @@ pub fn guest_kernels() -> Result<Vec<PathBuf>, Missing> {
     Ok(kernels)
 }
 
-/// The kernel for many machines at once: the small one, where there is one.
+/// What machines have of which there are many at once.
+#[derive(Clone, Debug)]
+pub struct SmallMachine {
+    /// The guest's kernel: the small one, where there is one.
+    pub kernel: PathBuf,
+    /// As much memory, in MiB, as that needs, and no more: the annotation's value.
+    pub memory_mib: &'static str,
+}
+
+/// The smallest machine there is here.
 ///
 /// # Errors
-/// [`Missing`] when there is none at all.
-pub fn smallest_guest_kernel() -> Result<PathBuf, Missing> {
-    let kernels = guest_kernels()?;
-    let is_mini = |kernel: &&PathBuf| kernel.parent().and_then(Path::file_name).is_some_and(|image| image == "mini");
-    Ok(kernels.iter().find(is_mini).unwrap_or(&kernels[0]).clone())
+/// [`Missing`] when there is no kernel at all.
+pub fn small_machine() -> Result<SmallMachine, Missing> {
+    let mut kernels = guest_kernels()?;
+    let is_mini = |kernel: &PathBuf| kernel.parent().and_then(Path::file_name).is_some_and(|image| image == "mini");
+    Ok(match kernels.iter().position(is_mini) {
+        Some(mini) => SmallMachine { kernel: kernels.swap_remove(mini), memory_mib: "128" },
+        None => SmallMachine { kernel: kernels.swap_remove(0), memory_mib: "256" },
+    })
 }
 
 /// A hypervisor's program.

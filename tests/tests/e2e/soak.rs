@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
+use kuasar_tests::tools::{self, SmallMachine};
+use kuasar_tests::{Container, ContainerSpec, Node, Pod, wait};
 use tonic::{Code, Status};
 
 use crate::suite::{Entry, Lone, cases};
@@ -27,8 +28,6 @@ const AT_ONCE: usize = 20;
 const MACHINES_AT_ONCE: usize = 6;
 /// Another number of those.
 const MACHINES_VARIABLE: &str = "KUASAR_E2E_MACHINES";
-/// How large such a machine is, in MiB.
-const MACHINE_MIB: &str = "128";
 /// How long it may take until one more pod is up.
 const NEXT: Duration = Duration::from_secs(100);
 
@@ -105,10 +104,10 @@ fn at_once(lone: &Lone) -> Result<usize> {
 }
 
 /// Runs a pod, counts it, and has it run something.
-async fn up(node: &Node, lone: &Lone, started: &AtomicUsize) -> Result<(Pod, Container)> {
+async fn up(node: &Node, lone: &Lone, machine: Option<&SmallMachine>, started: &AtomicUsize) -> Result<(Pod, Container)> {
     let mut spec = lone.pod();
-    if tools::is_machine(&lone.handler) {
-        spec = spec.annotation("io.kuasar.vm.memory_mib", MACHINE_MIB);
+    if let Some(machine) = machine {
+        spec = spec.annotation("io.kuasar.vm.memory_mib", machine.memory_mib);
     }
     // Calls about a pod, of which one is in the making of each container, fail once when the worker dies, and kubelet repeats them. All
     // others are answered.
@@ -139,9 +138,10 @@ async fn says(container: &Container) -> Result<()> {
 
 async fn pods_at_once_and_a_killed_worker(lone: &Lone) -> Result<()> {
     let (count, handler) = (at_once(lone)?, lone.handler.clone());
-    let small = if tools::is_machine(&handler) { Some(tools::smallest_guest_kernel()?) } else { None };
+    let machine = if tools::is_machine(&handler) { Some(tools::small_machine()?) } else { None };
+    let kernel = machine.as_ref().map(|machine| machine.kernel.clone());
     let options = lone.options().patch_kuasard(move |config| {
-        if let Some(kernel) = &small {
+        if let Some(kernel) = &kernel {
             config["sandboxer"][&handler]["kernel"] = kernel.to_string_lossy().into();
             // Many that boot at once on few processors are slow, not stuck.
             config["sandboxer"][&handler]["boot_limit_secs"] = NEXT.as_secs().into();
@@ -162,7 +162,7 @@ async fn pods_at_once_and_a_killed_worker(lone: &Lone) -> Result<()> {
         }
         Ok(())
     };
-    let (pods, ()) = tokio::try_join!(try_join_all((0..count).map(|_| up(&node, lone, &started))), killing)?;
+    let (pods, ()) = tokio::try_join!(try_join_all((0..count).map(|_| up(&node, lone, machine.as_ref(), &started))), killing)?;
     try_join_all(pods.iter().map(|(_, container)| says(container))).await?;
     try_join_all(pods.iter().map(|(pod, _)| pod.remove_all())).await?;
     node.assert_no_leak(&before).await?;

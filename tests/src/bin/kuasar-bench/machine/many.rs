@@ -10,29 +10,27 @@ use crate::plan::timed;
 use crate::report::{Line, Report};
 use crate::samples::Figure;
 
-/// Each machine's memory, in MiB.
-const MEMORY_MIB: &str = "128";
-
 pub(crate) async fn measure(subject: Subject<'_>, screen: &mut Screen, report: &mut Report) -> Result<()> {
     let Subject { node, kernels, amount } = subject;
-    let smallest = tools::smallest_guest_kernel()?;
-    let small = kernels.iter().find(|kernel| kernel.path == smallest).context("there is no kernel")?;
+    let machine = tools::small_machine()?;
+    let small = kernels.iter().find(|kernel| kernel.path == machine.kernel).context("there is no kernel")?;
+    let mib = machine.memory_mib;
     // Directories and connections are made when they are first needed.
-    run(node, small).await?.remove_all().await?;
+    run(node, small, mib).await?.remove_all().await?;
     let before = node.snapshot()?;
     screen.status(&format!("{} machines at once with {}", amount.many, small.name))?;
-    let (up, pods) = timed(try_join_all((0..amount.many).map(|_| run(node, small)))).await?;
+    let (up, pods) = timed(try_join_all((0..amount.many).map(|_| run(node, small, mib)))).await?;
     let (down, _) = timed(try_join_all(pods.iter().map(Pod::remove_all))).await?;
     node.assert_no_leak(&before).await?;
-    report.note("pods at once", amount.many.to_string());
+    report.note("pods at once", format!("{}, of {mib} MiB each", amount.many));
     for (name, time) in [("up, each exec'd", up), ("down", down)] {
-        report.add(Line::new("pods at once, 128 MiB", name, "ms", Figure::once(time)).of(&small.label()));
+        report.add(Line::new("pods at once", name, "ms", Figure::once(time)).of(&small.label()));
     }
     Ok(())
 }
 
-async fn run(node: &Node, kernel: &Kernel) -> Result<Pod> {
-    let pod = node.run_pod(kernel.pod().annotation("io.kuasar.vm.memory_mib", MEMORY_MIB)).await?;
+async fn run(node: &Node, kernel: &Kernel, mib: &str) -> Result<Pod> {
+    let pod = node.run_pod(kernel.pod().annotation("io.kuasar.vm.memory_mib", mib)).await?;
     let container = pod.run(ContainerSpec::new("c").sleep()).await?;
     let ran = container.exec(["true"]).await?;
     ensure!(ran.exit_code == 0, "`true` exits with {}: {}", ran.exit_code, ran.stderr());
