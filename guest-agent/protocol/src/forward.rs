@@ -136,7 +136,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         bolero::check!().for_each(|sent: &[u8]| {
             let (plain, other) = duplex(100);
-            let (mut carrier, mut peer) = duplex(100);
+            let (carrier, mut peer) = duplex(100);
             let feeding = async {
                 // It may have been given up before the end.
                 let _ = peer.write_all(sent).await;
@@ -149,7 +149,8 @@ mod tests {
                 came.read_to_end(&mut seen).await.unwrap();
                 seen
             };
-            let relaying = async { relay(&mut { plain }, &mut carrier).await };
+            // It lets go of the carrier, of which the rest is not read.
+            let relaying = async move { relay(&mut { plain }, &mut { carrier }).await };
             let (seen, ended, ()) = runtime.block_on(async { tokio::join!(reading, relaying, feeding) });
             // What comes through are the frames' contents, up to the frame that ends it or the place where it breaks.
             let (mut rest, mut expected, mut whole) = (sent, Vec::new(), false);
