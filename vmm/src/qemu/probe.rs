@@ -88,14 +88,31 @@ fn kvm(modules: &Path, device: &Path) -> Result<(), String> {
     if !MODULES.iter().any(|module| modules.join(module).is_dir()) {
         return Err(format!("neither {} is loaded", MODULES.join(" nor ")));
     }
-    fs::File::options().read(true).write(true).open(device).map(drop).map_err(|error| format!("{}: {error}", device.display()))
+    let open = fs::File::options().read(true).write(true).open(device).and_then(|device| device.metadata());
+    let mode = open.map_err(|error| format!("{}: {error}", device.display()))?.permissions().mode();
+    // QEMU opens it, as a user of its own.
+    if !allows(mode, OTHERS) && !allows(mode, GROUP) {
+        let (device, mode) = (device.display(), mode & 0o777);
+        return Err(format!(
+            "only its owner may open {device} (mode {mode:o}), and QEMU runs as another user; chmod 666 {device}"
+        ));
+    }
+    Ok(())
+}
+
+/// Reading and writing, in a file's mode, by its group and by all others.
+const GROUP: u32 = 0o060;
+const OTHERS: u32 = 0o006;
+
+fn allows(mode: u32, all: u32) -> bool {
+    mode & all == all
 }
 
 /// The groups a user must be in to open `/dev/kvm`, as which QEMU opens it itself.
 pub(super) fn kvm_groups() -> Result<Vec<u32>> {
     let found = fs::metadata(KVM).map_err(Error::io("look at", KVM))?;
     let mode = found.permissions().mode();
-    Ok(if mode & 0o006 != 0o006 && mode & 0o060 == 0o060 { vec![found.gid()] } else { Vec::new() })
+    Ok(if !allows(mode, OTHERS) && allows(mode, GROUP) { vec![found.gid()] } else { Vec::new() })
 }
 
 /// How fast the processor's time stamp counter runs, in kHz; `None` when it cannot be told.
@@ -149,7 +166,11 @@ mod tests {
         assert!(kvm(dir.path(), &device).unwrap_err().contains("kvm_intel"));
         assert_eq!(opened(), before);
         fs::create_dir(dir.path().join("kvm_amd")).unwrap();
-        assert!(kvm(dir.path(), &device).is_ok());
+        for (mode, is_open) in [(0o600, false), (0o640, false), (0o660, true), (0o666, true)] {
+            fs::set_permissions(&device, fs::Permissions::from_mode(mode)).unwrap();
+            let found = kvm(dir.path(), &device);
+            assert_eq!(found.is_ok(), is_open, "{mode:o}: {found:?}");
+        }
         assert!(kvm(dir.path(), &dir.path().join("none")).unwrap_err().contains("none"));
     }
 }
