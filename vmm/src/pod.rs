@@ -483,9 +483,11 @@ impl Pod {
 /// A VMM does not start when one of its helpers has ended: that is the reason then. One that ends because the VMM has is not killed.
 async fn blame(error: Error, helpers: &[Launched]) -> Error {
     let is_refused = matches!(&error, Error::Io { source, .. } if source.kind() == ErrorKind::ConnectionRefused);
-    let is_to_blame = |helper: &&Launched| helper.exit().is_some_and(|exit| is_refused || exit.status > 128);
-    match helpers.iter().find(is_to_blame) {
-        Some(helper) => helper.failure("serve the machine", Duration::ZERO).await,
+    // The helpers of a VMM that was refused by one of them have lost it, too, and end with status 0.
+    let ended = helpers.iter().filter_map(|helper| Some((helper.exit()?.status, helper)));
+    let to_blame = ended.filter(|(status, _)| is_refused || *status > 128).max_by_key(|(status, _)| *status);
+    match to_blame {
+        Some((_, helper)) => helper.failure("serve the machine", Duration::ZERO).await,
         None => error,
     }
 }
