@@ -26,8 +26,8 @@ const CALLS: usize = 16;
 const STREAMS: usize = 2048;
 const FORWARDS: usize = 512;
 
-/// How long the header of a stream may take.
-const HEADER: Duration = Duration::from_secs(10);
+/// How long the header of a stream may take: the host connects while it has the process made, for which it waits two minutes.
+const HEADER: Duration = Duration::from_secs(150);
 
 /// The ports of [`kuasar_guest_protocol`].
 #[derive(Debug)]

@@ -359,11 +359,10 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     let made = guest.agent().call("create the container", Some(SLOW), |client, context| async move {
         client.create_container(context, &asked).await
     });
-    let pid = guest.unless_ended(made).await?.pid;
+    let (made, connections) = guest.unless_ended(relay::make(guest.agent(), &stdio, made)).await?;
     failpoint::reach(Failpoint::ContainerMade);
-    stages::enter("connect its input and output");
-    let relay = guest.unless_ended(Relay::open(io, &stdio, &context, guest.agent(), &request)).await?;
-    let process = Running::begin(pod, Some(guest), request, pid, relay);
+    let relay = Relay::open(io, connections?, &context, &request)?;
+    let process = Running::begin(pod, Some(guest), request, made.pid, relay);
     Ok(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }.known())
 }
 
@@ -630,15 +629,16 @@ impl Process for VmExec {
         };
         let started =
             guest.agent().call("exec", Some(SLOW), |client, context| async move { client.exec(context, &request).await });
-        let pid = guest.unless_ended(started).await?.pid;
+        let (started, connections) = guest.unless_ended(relay::make(guest.agent(), &self.stdio, started)).await?;
         failpoint::reach(Failpoint::ExecStarted);
-        let relay = match guest.unless_ended(Relay::open(io, &self.stdio, &context, guest.agent(), &self.request)).await {
+        let relay = match connections.and_then(|connections| Relay::open(io, connections, &context, &self.request)) {
             Ok(relay) => relay,
             Err(error) => {
                 delete(&self.pod, &self.request).await?;
                 return Err(error);
             }
         };
+        let pid = started.pid;
         // Once: by the one start, or by the recovery.
         self.running.get_or_init(|| Running::begin(self.pod.clone(), Some(guest), self.request.clone(), pid, relay));
         *self.document() = Value::Null;

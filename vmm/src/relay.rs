@@ -26,6 +26,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::try_join_all;
 use kuasar_guest_protocol::{
     STREAM_PORT,
     agent::{ProcessRequest, Streams, WaitResponse},
@@ -156,6 +157,26 @@ struct Left {
 }
 
 impl Left {
+    /// Nothing but the counts, which the keeper has from now on.
+    fn new(context: &IoContext) -> Result<Self> {
+        let counts = Arc::new(Counts::new()?);
+        let held = vec![context.fds.leave(name(context, "counts"), &[counts.0.as_fd()])?];
+        Ok(Self { ends: Vec::new(), counts, held })
+    }
+
+    /// Adds streams, each with its end on this side.
+    fn connect(&mut self, io: &ProcessIo, connections: Vec<(StreamKind, OwnedFd)>, context: &IoContext) -> Result<()> {
+        let ChildFds { stdin, stdout, stderr } = io.child_fds()?;
+        let mut ours: Vec<_> = KINDS.into_iter().zip([stdin, stdout, stderr]).collect();
+        for (kind, guest) in connections {
+            let Some(at) = ours.iter().position(|(of, _)| *of == kind) else { continue };
+            let (_, ours) = ours.swap_remove(at);
+            self.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
+            self.ends.push(Ends { kind, ours, guest });
+        }
+        Ok(())
+    }
+
     /// What an earlier daemon has left.
     fn take(context: &IoContext) -> Result<Self> {
         let (mut held, mut ends) = (Vec::new(), Vec::new());
@@ -178,22 +199,47 @@ impl Left {
     }
 }
 
+/// A connection to the agent for each of these streams. They may be made before there is the process, which is named over them later.
+async fn dial(agent: &Agent, kinds: impl Iterator<Item = StreamKind>) -> Result<Vec<(StreamKind, OwnedFd)>> {
+    let dialled = kinds.map(|kind| async move {
+        let connection = timeout(QUICK, agent.address().dial(STREAM_PORT)).await;
+        let connection = connection.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let connection = connection.map_err(Error::failed(format!("open {} of the process in the guest", kind.name())))?;
+        Ok((kind, connection.into_fd()))
+    });
+    try_join_all(dialled).await
+}
+
+/// Makes a process in the guest, and meanwhile the connections for its stdio. Returns what the guest answers, and the connections, if
+/// they could be made.
+///
+/// # Errors
+/// When the guest does not make the process.
+pub(crate) async fn make<T>(
+    agent: &Agent,
+    stdio: &Stdio,
+    made: impl Future<Output = Result<T>>,
+) -> Result<(T, Result<Vec<(StreamKind, OwnedFd)>>)> {
+    let asked = streams(stdio);
+    let kinds = KINDS.into_iter().filter(|kind| wanted(&asked, *kind));
+    let (made, connections) = tokio::join!(made, dial(agent, kinds));
+    Ok((made?, connections))
+}
+
 impl Relay {
-    /// Opens the stdio of a process that exists in the guest, and connects it.
+    /// Connects the stdio of a process that exists in the guest.
     ///
     /// # Errors
-    /// As [`ProcessIo::open`]; [`Error::Unavailable`] when the guest does not take the streams.
-    pub(crate) async fn open(
+    /// When the keeper does not take the descriptors.
+    pub(crate) fn open(
         io: ProcessIo,
-        stdio: &Stdio,
+        connections: Vec<(StreamKind, OwnedFd)>,
         context: &IoContext,
-        agent: &Agent,
         process: &ProcessRequest,
     ) -> Result<Self> {
-        let counts = Arc::new(Counts::new()?);
-        let held = vec![context.fds.leave(name(context, "counts"), &[counts.0.as_fd()])?];
-        let left = Left { ends: Vec::new(), counts, held };
-        Self::connect(io, left, stdio, context, agent, process, false).await
+        let mut left = Left::new(context)?;
+        left.connect(&io, connections, context)?;
+        Self::begin(io, left, process, false)
     }
 
     /// Goes on with the stdio of a process that an earlier daemon has started, and connects what that had not come to.
@@ -207,44 +253,21 @@ impl Relay {
         process: &ProcessRequest,
     ) -> Result<Self> {
         let mut left = Left::take(context)?;
-        let complete =
-            KINDS.iter().all(|kind| !wanted(&streams(stdio), *kind) || left.ends.iter().any(|ends| ends.kind == *kind));
+        let asked = streams(stdio);
+        let missing = |kind: &StreamKind| wanted(&asked, *kind) && !left.ends.iter().any(|ends| ends.kind == *kind);
+        let missing: Vec<_> = KINDS.into_iter().filter(missing).collect();
         match agent {
-            Some(agent) if !complete => {
+            Some(agent) if !missing.is_empty() => {
                 let io = ProcessIo::open(stdio, context).await?;
                 if left.held.is_empty() {
-                    left.held.push(context.fds.leave(name(context, "counts"), &[left.counts.0.as_fd()])?);
+                    left = Left::new(context)?;
                 }
-                Self::connect(io, left, stdio, context, agent, process, true).await
+                let connections = dial(agent, missing.into_iter()).await?;
+                left.connect(&io, connections, context)?;
+                Self::begin(io, left, process, true)
             }
             _ => Self::begin(ProcessIo::adopt(stdio, context)?, left, process, true),
         }
-    }
-
-    /// Connects the streams that are not connected yet.
-    async fn connect(
-        io: ProcessIo,
-        mut left: Left,
-        stdio: &Stdio,
-        context: &IoContext,
-        agent: &Agent,
-        process: &ProcessRequest,
-        adopted: bool,
-    ) -> Result<Self> {
-        let ChildFds { stdin, stdout, stderr } = io.child_fds()?;
-        let asked = streams(stdio);
-        for (kind, ours) in KINDS.into_iter().zip([stdin, stdout, stderr]).filter(|(kind, _)| wanted(&asked, *kind)) {
-            if left.ends.iter().any(|ends| ends.kind == kind) {
-                continue;
-            }
-            let connection = timeout(QUICK, agent.address().dial(STREAM_PORT)).await;
-            let connection = connection.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            let connection = connection.map_err(Error::failed(format!("open {} of the process in the guest", kind.name())))?;
-            let guest = connection.into_fd();
-            left.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
-            left.ends.push(Ends { kind, ours, guest });
-        }
-        Self::begin(io, left, process, adopted)
     }
 
     fn begin(io: ProcessIo, left: Left, process: &ProcessRequest, adopted: bool) -> Result<Self> {

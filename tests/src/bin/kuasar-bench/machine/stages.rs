@@ -10,8 +10,6 @@ const FIELD: &str = "stages=";
 
 /// In stages that begin like this the guest works, or boots: all others are work on the node.
 const GUEST: [&str; 4] = ["start QEMU", "boot the guest", "set up the guest", "create the container in the guest"];
-/// The container's input and output are connected when the guest has answered.
-const CONNECT: &str = "connect its input and output";
 
 /// What kuasard did on the node for a pod and its container, in milliseconds, without the machine's boot and the guest's own work. CNI is
 /// containerd's.
@@ -33,10 +31,7 @@ pub(crate) fn on_node(log: &str, ids: [&str; 2]) -> Result<f64> {
     }
     // The sandbox is created and started; of a container's start nothing is the node's.
     anyhow::ensure!(accounts.len() >= 3, "kuasard's log tells of {:?} only", accounts.keys());
-    let ours = accounts
-        .values()
-        .flatten()
-        .filter(|stage| stage.name != CONNECT && !GUEST.iter().any(|guest| stage.name.starts_with(guest)));
+    let ours = accounts.values().flatten().filter(|stage| !GUEST.iter().any(|guest| stage.name.starts_with(guest)));
     Ok(ours.map(|stage| stage.milliseconds as f64).sum())
 }
 
