@@ -56,34 +56,34 @@ kernel_cloud() {
 
 unpack_cloud() {
     say "unpacking $1 $2"
-    local tree=$scratch/tree name file
+    local tree=$scratch/tree name file alias
     apt_unpack "$1" "$2" "$tree"
     cp "$tree"/boot/vmlinuz-* "$scratch/vmlinuz"
     mkdir "$scratch/modules"
     depmod -b "$tree" "$(ls "$tree/lib/modules")"
     module_order "$tree" >"$scratch/order"
-    while read -r file; do
+    while read -r file alias; do
         name=$(basename "$file")
         cp "$file" "$scratch/modules/$name"
-        say "/lib/modules/$name" >>"$scratch/modules.list"
+        say "/lib/modules/$name${alias:+ $alias}" >>"$scratch/modules.list"
     done <"$scratch/order"
     rm -rf "$tree" "$scratch/order"
 }
 
-# Files of the modules that guest/modules names, each after those it depends on.
+# Files of the modules that guest/modules names, each after those it depends on, with the alias that loads them if boot does not.
 module_order() {
     local dir
     dir=$(echo "$1"/lib/modules/*)
     awk -v dir="$dir" '
         function name_of(path) { sub(/.*\//, "", path); sub(/\.ko.*/, "", path); gsub(/-/, "_", path); return path }
-        function load(path) { if (!loaded[path]++) print dir "/" path }
+        function load(path, alias) { if (!loaded[path, ""] && !loaded[path, alias]++) print dir "/" path, alias }
         FILENAME ~ /modules.builtin$/ { builtin[name_of($1)] = 1; next }
         FILENAME ~ /modules.dep$/ { path = $1; sub(/:$/, "", path); line[name_of(path)] = $0; file[name_of(path)] = path; next }
         { sub(/#.*/, "") }
         NF == 0 || $1 in builtin { next }
         !($1 in file) { print "error: the kernel has no module " $1 ", which guest/modules names" > "/dev/stderr"; exit 1 }
         # What has to come first is listed last.
-        { n = split(line[$1], parts, " "); for (i = n; i > 1; i--) load(parts[i]); load(file[$1]) }
+        { n = split(line[$1], parts, " "); for (i = n; i > 1; i--) load(parts[i], $2); load(file[$1], $2) }
     ' "$dir/modules.builtin" "$dir/modules.dep" guest/modules
 }
 

@@ -31,7 +31,8 @@ use tracing::{debug, error, info, warn};
 
 use crate::{connection::Listener, machine, serve::Ports, storage::make_dir};
 
-/// Names the modules to load, a path a line, in order. A kernel that has everything built in has none.
+/// Names the modules to load, a path a line, in order. A kernel that has everything built in has none. A second word in a line is what the
+/// kernel calls the module when it first wants it, and it is loaded then.
 const MODULES: &str = "/etc/modules";
 
 /// Where control groups are.
@@ -115,6 +116,7 @@ pub fn mount_all() -> Result<Words> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>)
         .map_err(|errno| Error::io("make mounts private below", "/")(errno.into()))?;
     enable_controllers()?;
+    load_on_demand()?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
         .map_err(|errno| Error::failed("raise the limit of open files")(io::Error::from(errno)))?;
     let cmdline = fs::read_to_string("/proc/cmdline").map_err(Error::io("read", "/proc/cmdline"))?;
@@ -166,7 +168,7 @@ fn load_modules() -> mpsc::UnboundedReceiver<()> {
             Err(error) => return error!(%error, "cannot read {MODULES}"),
             Ok(list) => list,
         };
-        for path in list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        for path in listed(&list, None) {
             let start = machine::uptime_us();
             match load_module(Path::new(path)) {
                 Ok(()) => debug!(path, took_us = machine::uptime_us() - start, "module loaded"),
@@ -178,6 +180,47 @@ fn load_modules() -> mpsc::UnboundedReceiver<()> {
         }
     });
     told
+}
+
+/// Has the kernel ask this program for modules. Not at boot: there it wants many that it can do without.
+fn load_on_demand() -> Result<()> {
+    let file = "/proc/sys/kernel/modprobe";
+    match fs::write(file, "/init") {
+        // A kernel without modules.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written.map_err(Error::io("write", file)),
+    }
+}
+
+/// The modules of a list, each with the alias that it is loaded for, if boot does not load it.
+fn entries(list: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
+    list.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?, words.next()))
+    })
+}
+
+/// The modules of a list that boot loads, or that one alias does.
+fn listed<'a>(list: &'a str, alias: Option<&'a str>) -> impl Iterator<Item = &'a str> {
+    entries(list).filter(move |entry| entry.1 == alias).map(|entry| entry.0)
+}
+
+/// The alias in a list that `name` stands for: itself, or that of the module of this name, by which the kernel asks for some.
+fn alias_of<'a>(list: &'a str, name: &str) -> Option<&'a str> {
+    entries(list).find_map(|(path, alias)| {
+        let module = Path::new(path).file_stem()?.to_str()?.replace('-', "_");
+        alias.filter(|alias| *alias == name || module == name)
+    })
+}
+
+/// Loads what the kernel asks for by this name.
+///
+/// # Errors
+/// There is no such module, or it cannot be loaded.
+pub fn load_for(name: &str) -> Result<()> {
+    let list = fs::read_to_string(MODULES).map_err(Error::io("read", MODULES))?;
+    let alias = alias_of(&list, name).ok_or_else(|| Error::NotFound { kind: "module", id: name.to_owned() })?;
+    listed(&list, Some(alias)).try_for_each(|path| load_module(Path::new(path)))
 }
 
 fn load_module(path: &Path) -> Result<()> {
@@ -251,6 +294,18 @@ async fn knock() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_are_for_boot_or_for_a_name() {
+        let list = "/lib/a.ko\n/lib/b.ko fs-c\n\n/lib/c.ko fs-c\n/lib/d.ko fs-d\n";
+        assert_eq!(listed(list, None).collect::<Vec<_>>(), ["/lib/a.ko"]);
+        assert_eq!(listed(list, Some("fs-c")).collect::<Vec<_>>(), ["/lib/b.ko", "/lib/c.ko"]);
+        assert_eq!(listed(list, Some("")).count(), 0);
+        assert_eq!(
+            ["fs-c", "c", "d", "a", "", "fs"].map(|name| alias_of(list, name)),
+            [Some("fs-c"), Some("fs-c"), Some("fs-d"), None, None, None]
+        );
+    }
 
     #[test]
     fn words_of_the_command_line() {

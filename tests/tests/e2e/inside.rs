@@ -71,6 +71,11 @@ async fn programs(lone: &Lone) -> Result<()> {
     let beside =
         text(&ran(&node, &pod, "id -u; readlink /proc/1/exe; mkdir /tmp/m && mount -t tmpfs m /tmp/m && echo ok")?.stdout);
     assert_eq!(beside, "0\n/init\nok\n");
+    // What the kernel has no driver for until somebody wants it.
+    let wanted = "mkdir -p /tmp/a /tmp/b /tmp/c && mount -t overlay -o lowerdir=/tmp/a:/tmp/b o /tmp/c && umount /tmp/c && \
+                  brctl addbr br9 && brctl delbr br9";
+    let output = ran(&node, &pod, wanted)?;
+    assert!(output.status.success(), "{output:?}");
     // By the id of a container, or the beginning of the pod's.
     for id in [container.id.as_str(), &pod.id[..20]] {
         let output = exec(&node, &["-n", "k8s.io"], id, &["true"])?.output()?;
