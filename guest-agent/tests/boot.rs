@@ -9,14 +9,14 @@ mod host;
 
 use std::{
     env, fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use host::{Agent, LIMIT, Place, call, exactly, process, spec};
 use kuasar_guest_protocol::{
-    KNOCK_PORT, SHARE_TAG, SHARE_TARGET,
+    KNOCK_PORT,
     agent::{
         ContainerRequest, CreateContainerRequest, Disk, Empty, HelloRequest, OnlineRequest, SetUpRequest, Share,
         ShutDownRequest, Storage, Streams, Tmpfs, storage::Kind,
@@ -25,6 +25,9 @@ use kuasar_guest_protocol::{
 };
 use kuasar_sandboxers::busybox;
 use tokio::{io::AsyncWriteExt, net::UnixListener};
+
+/// The share: its tag, and where it is mounted.
+const SHARE: (&str, &str) = ("share", "/run/kuasar/share");
 
 /// A program that ends with the test.
 struct Program(Child);
@@ -147,7 +150,7 @@ impl Machine {
             "-chardev",
             &format!("socket,id=c0,path={}", path("fs")),
             "-device",
-            &format!("vhost-user-fs-pci,chardev=c0,tag={SHARE_TAG}"),
+            &format!("vhost-user-fs-pci,chardev=c0,tag={}", SHARE.0),
             "-chardev",
             &format!("socket,id=cv,path={}", path("vh")),
             "-device",
@@ -203,7 +206,7 @@ fn set_up() -> SetUpRequest {
         hosts: b"127.0.0.1 localhost\n".to_vec(),
         resolv_conf: b"nameserver 192.0.2.1\n".to_vec(),
         sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
-        shares: vec![Share { tag: SHARE_TAG.into(), target: SHARE_TARGET.into(), ..Default::default() }],
+        shares: vec![Share { tag: SHARE.0.into(), target: SHARE.1.into(), ..Default::default() }],
         ..Default::default()
     }
 }
@@ -236,7 +239,7 @@ async fn a_machine() {
     timed!("set up", agent.client.set_up(call(), &set_up()).await.unwrap());
     timed!("set up again", agent.client.set_up(call(), &set_up()).await.unwrap());
 
-    let rootfs = PathBuf::from(format!("{SHARE_TARGET}/containers/c/rootfs"));
+    let rootfs = Path::new(SHARE.1).join("containers/c/rootfs");
     let mut document = spec(&rootfs, process(&["sleep", "1000"]));
     document["linux"]["seccomp"] = serde_json::json!({
         "defaultAction": "SCMP_ACT_ALLOW",

@@ -30,7 +30,7 @@ use std::{
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::{
-    FORWARD_PORT, SHARE_TAG, SHARE_TARGET, STORAGE_TARGET,
+    FORWARD_PORT, STORAGE_TARGET,
     agent::{IdMapping, ProcessRequest, SetUpRequest, Share as GuestShare},
 };
 use kuasar_sandboxers::{
@@ -65,7 +65,7 @@ use crate::{
     launch::Launched,
     net::{self, PodNetwork, forward::Forwarder},
     sandboxer::Shared,
-    share::SharedDir,
+    share::{Half, SharedDir},
     sizing::{self, Host, Size},
     spec::{Share, VmSpec},
 };
@@ -344,17 +344,17 @@ impl Pod {
 
         stages::enter("connect the network, and start virtiofsd and the vsock device");
         let (mut net_undo, mut share_undo) = (Undo::new("connect the network"), Undo::new("share files"));
-        let (network, filesystem, vsock) = tokio::join!(
+        let (network, filesystems, vsock) = tokio::join!(
             net::connect(&netns, &mut net_undo),
-            self.start_share(&place, &mut share_undo),
+            self.start_shares(&place, &mut share_undo),
             sandboxer.vsock.start(self.number, &place),
         );
         for part in [net_undo, share_undo] {
             undo.append(part);
         }
-        let (PodNetwork { nics, setup }, (filesystem, socket), vsock) = (network?, filesystem?, vsock?);
+        let (PodNetwork { nics, setup }, (filesystems, shares), vsock) = (network?, filesystems?, vsock?);
         failpoint::reach(Failpoint::HelpersStarted);
-        let helpers: Vec<_> = std::iter::once(filesystem).chain(vsock.device).collect();
+        let helpers: Vec<_> = filesystems.into_iter().chain(vsock.device).collect();
 
         stages::enter(format!("start {}", sandboxer.hypervisor.capabilities().name));
         let spec = VmSpec {
@@ -365,7 +365,7 @@ impl Pod {
             initrd: sandboxer.initrd(),
             cmdline: sandboxer.command_line(),
             disks: Vec::new(),
-            shares: vec![Share { tag: SHARE_TAG.into(), socket }],
+            shares,
             nics,
             vsock: vsock.vsock,
             console: console.path().to_owned(),
@@ -408,13 +408,21 @@ impl Pod {
         Ok(())
     }
 
-    async fn start_share(&self, place: &Place, undo: &mut Undo) -> Result<(Launched, PathBuf)> {
+    async fn start_shares(&self, place: &Place, undo: &mut Undo) -> Result<(Vec<Launched>, Vec<Share>)> {
         let shared = self.shared.clone();
         undo.push("take the shared directory away", async move { shared.remove().await });
         self.shared.create().await?;
-        let socket = place.dir.join("virtiofsd.sock");
-        let launched = self.sandboxer.virtiofsd.start("virtiofsd", self.shared.path(), &socket, place).await?;
-        Ok((launched, socket))
+        let start = async |half: Half| {
+            let name = format!("virtiofsd-{}", half.name());
+            let socket = place.dir.join(format!("{name}.sock"));
+            let virtiofsd = &self.sandboxer.virtiofsd;
+            let launched = virtiofsd.start(&name, &self.shared.half(half), half.cache(), &socket, place).await?;
+            Ok::<_, Error>((launched, Share { tag: half.name().into(), socket }))
+        };
+        let [roots, volumes] = Half::ALL.map(start);
+        // Both to their ends, so that none is cut off by the other's failure.
+        let (roots, volumes) = tokio::join!(roots, volumes);
+        Ok([roots?, volumes?].into_iter().unzip())
     }
 
     async fn boot(&self, guest: &Guest, ready: Option<UnixListener>, network: &net::GuestNetwork) -> Result<()> {
@@ -449,14 +457,18 @@ impl Pod {
         let containers = spec.resources.containers.iter();
         let huge_pages =
             containers.flat_map(|resources| &resources.huge_page_limits).map(|(size, bytes)| (*size, bytes / size));
-        let share = GuestShare { tag: SHARE_TAG.into(), target: SHARE_TARGET.into(), ..GuestShare::default() };
+        let shares = Half::ALL.map(|half| GuestShare {
+            tag: half.name().into(),
+            target: half.target().to_string_lossy().into_owned(),
+            ..GuestShare::default()
+        });
         Ok(SetUpRequest {
             sandbox: spec.id.to_string(),
             hostname,
             hosts,
             resolv_conf,
             sysctls,
-            shares: vec![share],
+            shares: shares.into(),
             shared_pids: spec.namespaces.pid == NamespaceMode::Pod,
             uids: mappings(|map| &map.uids),
             gids: mappings(|map| &map.gids),

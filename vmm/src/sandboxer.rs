@@ -28,7 +28,7 @@ use crate::{
     launch::{LaunchRecord, Launched},
     pod::{self, GROUP, Pod, Record, VmSandbox},
     qemu::Qemu,
-    virtiofsd::{Virtiofsd, VirtiofsdConfig},
+    virtiofsd::Virtiofsd,
     vsock::{Trial, VsockWay},
 };
 
@@ -221,8 +221,7 @@ async fn find_helpers(
     reaper: &Reaper,
     trial: Trial,
 ) -> Result<(Virtiofsd, VsockWay)> {
-    let virtiofsd = VirtiofsdConfig { path: config.virtiofsd.clone(), ..VirtiofsdConfig::default() };
-    let virtiofsd = Virtiofsd::open(virtiofsd, reaper).await?;
+    let virtiofsd = Virtiofsd::open(config.virtiofsd.as_deref(), reaper).await?;
     let vsock = VsockWay::find(hypervisor.capabilities(), config.vsock_device.as_deref(), trial)?;
     Ok((virtiofsd, vsock))
 }

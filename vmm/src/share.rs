@@ -1,32 +1,72 @@
-//! What a pod's containers see of the host's filesystems: one directory that virtiofsd shares.
+//! What a pod's containers see of the host's filesystems: two directories that virtiofsd shares.
 //!
 //! ```text
-//!  <sandbox>/shared/                         a mount of its own, shared with virtiofsd's namespace
-//!      containers/<id>/<attempt>/rootfs      the snapshot, mounted
-//!      containers/<id>/<attempt>/mounts/<n>  each volume, bound
+//!  <sandbox>/shared/                       a mount of its own, shared with the namespaces of both virtiofsd
+//!      roots/<id>.<attempt>                the snapshot, mounted
+//!      volumes/<id>.<attempt>/<n>          each volume, bound
 //! ```
 //!
-//! Each attempt at making a container has a name of its own: a guest remembers for a second where a name led to, and would look for a
-//! second attempt in the place of the first.
+//! Two of them ([`Half`]), because what a guest remembers of a file is virtiofsd's to say, for all that it shows. A snapshot belongs to the
+//! container alone: the guest reads each file once. Volumes are changed by others.
+//!
+//! Each attempt at making a container has a name that was never there before: a guest remembers where a name led to.
 //!
 //! Read-only is a property of the mounts made here, so no guest can undo it. What the guest is told are these names and nothing else: it
 //! never learns a path of the host, and none comes from it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io::ErrorKind,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
-use kuasar_guest_protocol::{SHARE_TARGET, SHARED_CONTAINERS};
 use kuasar_sandboxers::{
     Error, Result,
     id::ContainerId,
     mount::{self, Binding},
     types::Mount,
 };
-use nix::mount::MsFlags;
+use nix::{
+    mount::MsFlags,
+    time::{ClockId, clock_gettime},
+};
+
+use crate::virtiofsd::Cache;
+
+/// What is shared, by who else changes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Half {
+    /// Root filesystems that were mounted for one container.
+    Roots,
+    /// All else.
+    Volumes,
+}
+
+impl Half {
+    pub(crate) const ALL: [Self; 2] = [Self::Roots, Self::Volumes];
+
+    /// Its directory, and its tag as a device.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Roots => "roots",
+            Self::Volumes => "volumes",
+        }
+    }
+
+    pub(crate) fn cache(self) -> Cache {
+        match self {
+            Self::Roots => Cache::Always,
+            Self::Volumes => Cache::Auto,
+        }
+    }
+
+    /// Where the guest mounts it.
+    pub(crate) fn target(self) -> PathBuf {
+        Path::new("/run/kuasar").join(self.name())
+    }
+}
 
 /// The shared directory of one sandbox.
 #[derive(Clone, Debug)]
@@ -37,17 +77,16 @@ impl SharedDir {
         Self(sandbox.join("shared"))
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
+    pub(crate) fn half(&self, half: Half) -> PathBuf {
+        self.0.join(half.name())
     }
 
     /// Makes it: a mount whose own mounts propagate, so that virtiofsd's namespace follows.
     pub(crate) async fn create(&self) -> Result<()> {
-        let containers = self.0.join(SHARED_CONTAINERS);
         make_dir(&self.0)?;
         mount::bind(&self.0, &self.0, Binding::default()).await?;
         mount::propagate(&self.0, MsFlags::MS_SHARED).await?;
-        make_dir(&containers)
+        Half::ALL.iter().try_for_each(|half| make_dir(&self.half(*half)))
     }
 
     /// Takes everything out of it and away. One that is not there is fine.
@@ -55,30 +94,31 @@ impl SharedDir {
         remove_tree(&self.0).await
     }
 
-    fn container(&self, id: &ContainerId) -> PathBuf {
-        self.0.join(SHARED_CONTAINERS).join(id.as_str())
+    /// What containers have here, as directories, each with whose it is.
+    fn places(&self) -> Result<Vec<(String, PathBuf)>> {
+        let mut places = Vec::new();
+        for dir in Half::ALL.map(|half| self.half(half)) {
+            for name in names(&dir)? {
+                if let Some((id, _)) = name.rsplit_once('.') {
+                    places.push((id.to_owned(), dir.join(&name)));
+                }
+            }
+        }
+        Ok(places)
     }
 
     /// Whether a container has a place here.
     pub(crate) fn has(&self, id: &ContainerId) -> bool {
-        self.container(id).exists()
+        self.containers().is_ok_and(|all| all.contains(id.as_str()))
     }
 
     /// Makes a container's place, in which nothing of an earlier attempt is.
     pub(crate) async fn add_container(&self, id: &ContainerId) -> Result<ContainerDir> {
-        let dir = self.container(id);
-        let earlier: Vec<u32> = names(&dir)?.iter().filter_map(|name| name.parse().ok()).collect();
-        let attempt = earlier.iter().max().map_or(0, |last| last.wrapping_add(1)).to_string();
-        let place = ContainerDir {
-            host: dir.join(&attempt),
-            guest: [SHARE_TARGET, SHARED_CONTAINERS, id.as_str(), &attempt].iter().collect(),
-            staging: self.staging(id),
-        };
-        make_dir(&place.host.join("mounts"))?;
-        unstage(&place.staging).await?;
-        for attempt in earlier {
-            remove_tree(&dir.join(attempt.to_string())).await?;
-        }
+        self.remove_container(id).await?;
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(Error::failed("read the clock"))?;
+        let name = format!("{id}.{}-{}", now.tv_sec(), now.tv_nsec());
+        let place = ContainerDir { shared: self.clone(), name, staging: self.staging(id) };
+        make_dir(&place.host(Half::Volumes))?;
         Ok(place)
     }
 
@@ -90,47 +130,58 @@ impl SharedDir {
     /// Takes a container's filesystems away.
     pub(crate) async fn remove_container(&self, id: &ContainerId) -> Result<()> {
         unstage(&self.staging(id)).await?;
-        remove_tree(&self.container(id)).await
+        for (_, place) in self.places()?.into_iter().filter(|(of, _)| of == id.as_str()) {
+            remove_tree(&place).await?;
+        }
+        Ok(())
     }
 
     /// The containers that have a place here.
-    pub(crate) fn containers(&self) -> Result<Vec<String>> {
-        names(&self.0.join(SHARED_CONTAINERS))
+    pub(crate) fn containers(&self) -> Result<BTreeSet<String>> {
+        Ok(self.places()?.into_iter().map(|(id, _)| id).collect())
     }
 }
 
 /// The place of one container.
 #[derive(Debug)]
 pub(crate) struct ContainerDir {
-    host: PathBuf,
-    guest: PathBuf,
+    shared: SharedDir,
+    name: String,
     staging: PathBuf,
 }
 
 impl ContainerDir {
-    /// Shows a root filesystem; returns its path in the guest.
+    fn host(&self, half: Half) -> PathBuf {
+        self.shared.half(half).join(&self.name)
+    }
+
+    fn guest(&self, half: Half) -> PathBuf {
+        half.target().join(&self.name)
+    }
+
+    /// Shows a root filesystem that is the container's alone; returns its path in the guest.
     pub(crate) async fn add_rootfs(&self, mounts: &[Mount]) -> Result<PathBuf> {
         // Elsewhere first: some take several steps, of which the guest must not see the first.
         make_dir(&self.staging)?;
         mount::mount_all(mounts, &self.staging).await?;
-        let shown = self.bind_rootfs(&self.staging, false).await;
+        let target = self.host(Half::Roots);
+        let shown = bind_dir(&self.staging, &target, false).await;
         let unmounted = unstage(&self.staging).await;
-        let shown = shown?;
-        unmounted.map(|()| shown)
+        shown.and(unmounted)?;
+        Ok(self.guest(Half::Roots))
     }
 
-    /// Shows a directory as the root filesystem; returns its path in the guest.
+    /// Shows a directory as the root filesystem; returns its path in the guest. It may be anybody's.
     pub(crate) async fn bind_rootfs(&self, source: &Path, readonly: bool) -> Result<PathBuf> {
-        let target = self.host.join("rootfs");
-        make_dir(&target)?;
-        mount::bind(source, &target, Binding { readonly, recursive: true, ..Binding::default() }).await?;
-        Ok(self.guest.join("rootfs"))
+        let name = "rootfs";
+        bind_dir(source, &self.host(Half::Volumes).join(name), readonly).await?;
+        Ok(self.guest(Half::Volumes).join(name))
     }
 
     /// Shows a file or directory of the host's as a volume; returns its path in the guest.
     pub(crate) async fn add_volume(&self, number: usize, source: &Path, binding: Binding) -> Result<PathBuf> {
-        let name = format!("mounts/{number}");
-        let target = self.host.join(&name);
+        let name = number.to_string();
+        let target = self.host(Half::Volumes).join(&name);
         let found = fs::metadata(source).map_err(Error::io("find the volume", source))?;
         if found.is_dir() {
             make_dir(&target)?;
@@ -143,8 +194,13 @@ impl ContainerDir {
             // virtiofsd has them. Here they would keep the node from removing the directories that they are on.
             mount::leave_below_to_others(&target).await?;
         }
-        Ok(self.guest.join(name))
+        Ok(self.guest(Half::Volumes).join(name))
     }
+}
+
+async fn bind_dir(source: &Path, target: &Path, readonly: bool) -> Result<()> {
+    make_dir(target)?;
+    mount::bind(source, target, Binding { readonly, recursive: true, ..Binding::default() }).await
 }
 
 /// What is in a directory; nothing if it is not there.

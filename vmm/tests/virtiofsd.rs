@@ -15,7 +15,7 @@ use kuasar_vmm::{
     hypervisor::Hypervisor,
     qemu::{Machine, Qemu},
     spec::Share,
-    virtiofsd::{Cache, Virtiofsd, VirtiofsdConfig},
+    virtiofsd::{Cache, Virtiofsd},
 };
 use machines::{bench, config, reaper};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -56,12 +56,14 @@ while [ -e /mnt/share/sub/one/name ]; do sleep 0.1; done
 say unmounted
 ";
 
-async fn shares(test: &str, cache: Cache) {
+#[tokio::test]
+async fn a_guest_sees_later_mounts_and_changes() {
+    let test = "a_guest_sees_later_mounts_and_changes";
     let Some(bench) = bench(test, SCRIPT).await else { return };
     let pods = bench.path("mounts");
     tmpfs(&pods);
     let _unmount = Unmount(&pods);
-    let virtiofsd = match Virtiofsd::open(VirtiofsdConfig { cache, path: None }, &reaper()).await {
+    let virtiofsd = match Virtiofsd::open(None, &reaper()).await {
         Ok(virtiofsd) => virtiofsd,
         Err(error) => return eprintln!("SKIP {test}: {}", error.report()),
     };
@@ -80,7 +82,7 @@ async fn shares(test: &str, cache: Cache) {
     std::os::unix::fs::chown(shared.join("secret"), Some(1234), Some(1234)).unwrap();
 
     let socket = bench.path("fs.sock");
-    let daemon = virtiofsd.start("virtiofsd", &shared, &socket, &bench.place()).await.unwrap();
+    let daemon = virtiofsd.start("virtiofsd", &shared, Cache::Auto, &socket, &bench.place()).await.unwrap();
     let qemu = Qemu::open(config(Machine::Q35), &reaper()).await.unwrap();
     let (device, vsock) = bench.vsock().await;
     let mut spec = bench.spec(vsock);
@@ -152,24 +154,13 @@ async fn shares(test: &str, cache: Cache) {
 }
 
 #[tokio::test]
-async fn a_guest_sees_later_mounts_and_changes() {
-    shares("a_guest_sees_later_mounts_and_changes", Cache::Auto).await;
-}
-
-#[tokio::test]
-async fn a_guest_without_cache_sees_the_same() {
-    shares("a_guest_without_cache_sees_the_same", Cache::Never).await;
-}
-
-#[tokio::test]
 async fn a_virtiofsd_that_will_not_do_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("old");
     fs::write(&path, "#!/bin/sh\necho virtiofsd version 7.2.22 >&2\n").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     for (path, why) in [(path, "in C"), (dir.path().join("none"), "install virtiofsd")] {
-        let config = VirtiofsdConfig { path: Some(path), ..VirtiofsdConfig::default() };
-        let error = Virtiofsd::open(config, &reaper()).await.unwrap_err();
+        let error = Virtiofsd::open(Some(&path), &reaper()).await.unwrap_err();
         assert!(error.code() == Code::Unavailable && error.report().contains(why), "{}", error.report());
     }
 }

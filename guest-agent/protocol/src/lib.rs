@@ -64,15 +64,6 @@ pub const MESSAGE_MAX: usize = 4 << 20;
 /// The longest id of a container or an exec, in bytes.
 pub const ID_MAX: usize = 128;
 
-/// The tag of the share that holds everything of the pod that comes from the host's filesystems.
-pub const SHARE_TAG: &str = "kuasar";
-
-/// Where the agent mounts that share.
-pub const SHARE_TARGET: &str = "/run/kuasar/share";
-
-/// Below it, and the same on the host below the shared directory: `containers/<id>/rootfs` and `containers/<id>/mounts/<number>`.
-pub const SHARED_CONTAINERS: &str = "containers";
-
 /// Where storages that are not shared are mounted in the guest.
 pub const STORAGE_TARGET: &str = "/run/kuasar/storage";
 

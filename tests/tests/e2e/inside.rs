@@ -322,7 +322,7 @@ async fn accounts(case: &Case) -> Result<()> {
     assert!(section("machine")?.contains("\"hypervisor\"") && section("console")?.contains("set up"));
     assert!(section("guest: kernel log")?.contains("Linux version") && section("guest: processes")?.contains("sleep 4247"));
     assert!(section("guest: mounts")?.contains(" / ") && section("guest: interfaces")?.contains("eth0"));
-    for title in ["hypervisor (its last words)", "virtiofsd (its last words)"] {
+    for title in ["hypervisor (its last words)", "virtiofsd-roots (its last words)", "virtiofsd-volumes (its last words)"] {
         section(title)?;
     }
     let json: Value = serde_json::from_str(&kuasarctl::said(&case.node, &["logs", "--sandbox", "--json", &pod.id])?)?;

@@ -1,6 +1,7 @@
 //! The machine of a pod, booted without kuasar: the same QEMU with the same kernel, initrd, words and devices, as the command line of a
 //! running pod has them. What differs is what a file descriptor of the daemon's was: sockets have paths, and network cards no tap.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -26,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How to boot it.
 pub(crate) struct Recipe {
     vmm: Vec<String>,
-    virtiofsd: Vec<String>,
+    /// By the tag of what it shares.
+    virtiofsd: BTreeMap<String, Vec<String>>,
     vsock: String,
 }
 
@@ -43,7 +45,9 @@ impl Recipe {
         let vsock = processes::running(&all, "vhost-device-vsock").context("name it in KUASAR_VHOST_DEVICE_VSOCK")?;
         Ok(Self {
             vmm: processes::running(&all, "qemu-system-x86_64")?.words.clone(),
-            virtiofsd: processes::running(&all, "virtiofsd")?.words.clone(),
+            virtiofsd: processes::all_running(&all, "virtiofsd")
+                .filter_map(|process| Some((shared(&process.words)?.to_owned(), process.words.clone())))
+                .collect(),
             vsock: vsock.words.first().cloned().unwrap_or_default(),
         })
     }
@@ -65,22 +69,37 @@ impl Recipe {
         Ok(said)
     }
 
-    /// The same for virtiofsd.
-    fn virtiofsd_words(&self, dir: &Path) -> Vec<String> {
-        let mut said: Vec<String> = Vec::new();
-        for word in &self.virtiofsd {
-            let is_directory = said.last().is_some_and(|last| last == "--shared-dir");
-            said.push(match word {
-                _ if is_directory => dir.join("shared").display().to_string(),
-                word if word.starts_with("--fd=") => format!("--socket-path={}", dir.join(VIRTIOFSD).display()),
-                word => word.clone(),
-            });
-        }
-        said
+    /// The same for each virtiofsd.
+    fn virtiofsd_words(&self, dir: &Path) -> Vec<Vec<String>> {
+        let said = self.virtiofsd.iter().map(|(tag, words)| {
+            let mut said: Vec<String> = Vec::new();
+            for word in words {
+                let is_directory = said.last().is_some_and(|last| last == SHARED_DIR);
+                said.push(match word {
+                    _ if is_directory => dir.join("shared").display().to_string(),
+                    word if word.starts_with("--fd=") => format!("--socket-path={}", dir.join(share_socket(tag)).display()),
+                    word => word.clone(),
+                });
+            }
+            said
+        });
+        said.collect()
     }
 }
 
-const VIRTIOFSD: &str = "virtiofsd.sock";
+/// The option of virtiofsd's before what it shares.
+const SHARED_DIR: &str = "--shared-dir";
+
+/// The tag of what a virtiofsd shares, which its directory is named by.
+fn shared(words: &[String]) -> Option<&str> {
+    let at = words.iter().position(|word| word == SHARED_DIR)?;
+    words.get(at + 1)?.rsplit('/').next()
+}
+
+fn share_socket(tag: &str) -> String {
+    format!("fs-{tag}.sock")
+}
+
 const VSOCK: &str = "vsock.sock";
 const HYBRID: &str = "hybrid.sock";
 
@@ -94,7 +113,7 @@ fn by_path(option: &str, value: &str, dir: &Path) -> Result<Option<String>> {
         "-chardev" if id == "qmp" => None,
         "-chardev" if id == "console" => Some(format!("file,id=console,path={}", dir.join("console").display())),
         "-chardev" if id == "vsock" => Some(socket(VSOCK)),
-        "-chardev" if id.starts_with("fs-") => Some(socket(VIRTIOFSD)),
+        "-chardev" if id.starts_with("fs-") => Some(socket(&format!("{id}.sock"))),
         // The card is the same; nothing is plugged into it.
         "-netdev" => Some(format!("hubport,id={id},hubid=0")),
         "-name" => Some("guest=by-hand".to_owned()),
@@ -119,10 +138,13 @@ pub(crate) async fn boot(recipe: &Recipe, dir: &Path) -> Result<f64> {
 async fn booted(recipe: &Recipe, dir: &Path) -> Result<f64> {
     let hybrid = dir.join(HYBRID);
     let vsock = format!("guest-cid=3,socket={},uds-path={}", dir.join(VSOCK).display(), hybrid.display());
-    let mut helpers =
-        vec![spawn(&recipe.virtiofsd_words(dir), dir)?, spawn(&[recipe.vsock.clone(), "--vm".to_owned(), vsock], dir)?];
+    let mut helpers = vec![spawn(&[recipe.vsock.clone(), "--vm".to_owned(), vsock], dir)?];
+    for words in recipe.virtiofsd_words(dir) {
+        helpers.push(spawn(&words, dir)?);
+    }
+    let sockets: Vec<_> = recipe.virtiofsd.keys().map(|tag| share_socket(tag)).chain([VSOCK.into(), HYBRID.into()]).collect();
     wait::until("the machine's helpers to listen", PATIENCE, || async {
-        Ok([VIRTIOFSD, VSOCK, HYBRID].iter().all(|name| dir.join(name).exists()).then_some(()))
+        Ok(sockets.iter().all(|name| dir.join(name).exists()).then_some(()))
     })
     .await?;
     let knock = UnixListener::bind(format!("{}_{KNOCK_PORT}", hybrid.display())).context("listen for the guest's knock")?;
@@ -185,7 +207,7 @@ mod tests {
     fn descriptors_become_paths() {
         let with = |option: &str, value: &str| by_path(option, value, Path::new("/d")).unwrap();
         assert_eq!(with("-chardev", "socket,id=qmp,fd=10,server=on,wait=off"), None);
-        assert_eq!(with("-chardev", "socket,id=fs-share,fd=12").as_deref(), Some("socket,id=fs-share,path=/d/virtiofsd.sock"));
+        assert_eq!(with("-chardev", "socket,id=fs-share,fd=12").as_deref(), Some("socket,id=fs-share,path=/d/fs-share.sock"));
         assert_eq!(with("-chardev", "socket,id=vsock,fd=12").as_deref(), Some("socket,id=vsock,path=/d/vsock.sock"));
         assert_eq!(with("-netdev", "tap,id=nic0,fd=13,vhost=on,vhostfd=14").as_deref(), Some("hubport,id=nic0,hubid=0"));
         assert_eq!(with("-cpu", "max,erms=off").as_deref(), Some("max,erms=off"));

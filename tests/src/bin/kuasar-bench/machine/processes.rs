@@ -34,11 +34,16 @@ pub(crate) fn of_pod(id: &str) -> Result<Vec<Process>> {
         .collect()
 }
 
+/// Those of them that run this program.
+pub(crate) fn all_running<'a>(processes: &'a [Process], program: &str) -> impl Iterator<Item = &'a Process> {
+    let runs = move |process: &&Process| process.words.first().is_some_and(|path| path.rsplit('/').next() == Some(program));
+    processes.iter().filter(runs)
+}
+
 /// The first of them that runs this program.
 ///
 /// # Errors
 /// There is none.
 pub(crate) fn running<'a>(processes: &'a [Process], program: &str) -> Result<&'a Process> {
-    let runs = |process: &&Process| process.words.first().is_some_and(|path| path.rsplit('/').next() == Some(program));
-    processes.iter().find(runs).with_context(|| format!("the machine has no {program}"))
+    all_running(processes, program).next().with_context(|| format!("the machine has no {program}"))
 }
