@@ -41,6 +41,7 @@ use crate::{
     process::{Fifos, Live, remove_dir},
     setup,
     storage::{Held, Storages},
+    submounts,
 };
 
 /// Containers at a time.
@@ -89,6 +90,8 @@ struct Inner {
 /// The pod that this machine is.
 pub(crate) struct Pod {
     pub(crate) sandbox: Arc<dyn Sandbox>,
+    /// Where the host's shares are.
+    shares: Vec<PathBuf>,
 }
 
 /// A container that exists.
@@ -97,6 +100,7 @@ pub(crate) struct Contained {
     pub(crate) first: Live,
     pub(crate) execs: Lanes<ExecId, Live>,
     storages: Vec<Held>,
+    submounts: Vec<PathBuf>,
     dir: PathBuf,
 }
 
@@ -178,7 +182,8 @@ impl Guest {
             sandbox.delete().await?;
             return Err(error);
         }
-        let made = Arc::new(Pod { sandbox });
+        let shares = request.shares.iter().map(|share| share.target.clone().into()).collect();
+        let made = Arc::new(Pod { sandbox, shares });
         *pod = Some(made.clone());
         self.0.made.send_replace(Some(made));
         Ok(())
@@ -251,6 +256,12 @@ impl Guest {
             undo.push(format!("take {} away", target.display()), async move { all.remove(&target).await });
             held.push(added);
         }
+        let submounts = submounts::hold(&spec, &pod.shares)?;
+        let taken = submounts.clone();
+        undo.push("let go of the host's shares", async move {
+            submounts::let_go(taken);
+            Ok(())
+        });
         adapt(&mut spec, &self.0.place.cgroup.join(id), &held);
         let fifos = Fifos::make(dir.join("io"), streams)?;
         let container = ContainerSpec { id: id.clone(), bundle, spec, rootfs: Vec::new(), stdio: fifos.stdio() };
@@ -258,7 +269,7 @@ impl Guest {
         let made = container.clone();
         undo.push("remove the container", async move { made.delete().await });
         let first = Live::begin(id.to_string(), container.clone(), fifos, false)?;
-        Ok(Contained { container, first, execs: Lanes::new("exec", EXECS), storages: held, dir })
+        Ok(Contained { container, first, execs: Lanes::new("exec", EXECS), storages: held, submounts, dir })
     }
 
     /// Lets a container run.
@@ -373,6 +384,7 @@ impl Guest {
             release_exec(container, &id).await?;
         }
         container.first.delete().await?;
+        submounts::let_go(container.submounts.clone());
         for storage in container.storages.iter().rev() {
             self.0.storages.remove(storage.target()).await?;
         }

@@ -30,6 +30,7 @@ mod service;
 mod setup;
 mod status;
 mod storage;
+mod submounts;
 mod uevent;
 
 pub use connection::{Connection, Listener};

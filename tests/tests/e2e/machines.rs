@@ -31,6 +31,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         machines_that_end_before_a_start,
         machines_that_end_during_a_stop,
         sizes_that_cannot_be,
+        containers_that_come_and_go,
     ]);
     cases
 }
@@ -50,6 +51,12 @@ fn processes(named: &str, program: &str) -> Result<Vec<i32>> {
     let runs = |command: &str| Path::new(command.split(' ').next().unwrap_or_default()).ends_with(program);
     let found = census::processes(&owner)?.into_iter().filter(|process| runs(&process.command));
     Ok(found.map(|process| process.pid).collect())
+}
+
+/// Files that the pod's virtiofsd have open: one for each that the guest remembers.
+fn remembered(pod: &Pod) -> Result<usize> {
+    let pids = processes(&format!("kuasar-vm-{}", pod.id), "virtiofsd")?;
+    pids.into_iter().map(|pid| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())).sum()
 }
 
 /// A program of a pod's machine.
@@ -101,9 +108,14 @@ async fn what_a_machine_cannot_do_without(case: &Case) -> Result<()> {
         };
         let mut session = container.exec_session(&["sh", "-c", "echo on; sleep 1000"], false, false).await?;
         session.wait_for("on\n").await?;
+        // There are two of them, by what they share.
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
         send(pid, Signal::SIGKILL)?;
         let why = match program {
-            "virtiofsd" => "virtiofsd, which it cannot do without, ended with status 137",
+            "virtiofsd" if line.contains("/shared/roots") => {
+                "virtiofsd-roots, which it cannot do without, ended with status 137"
+            }
+            "virtiofsd" => "virtiofsd-volumes, which it cannot do without, ended with status 137",
             "vhost-device-vsock" => "vsock, which it cannot do without, ended with status 137",
             _ => "its hypervisor ended with status 137",
         };
@@ -112,6 +124,22 @@ async fn what_a_machine_cannot_do_without(case: &Case) -> Result<()> {
         has_ended(case, &pod, &container, why).await.with_context(|| format!("after the end of {program}"))
     });
     try_join_all(each.map(Box::pin)).await.map(drop)
+}
+
+/// What a container has had is let go of, or a pod whose containers fail again and again would fill the node. Of each only the root
+/// directory is remembered, until the guest wants the memory.
+async fn containers_that_come_and_go(case: &Case) -> Result<()> {
+    let pod = case.pod().await?;
+    let before = remembered(&pod)?;
+    for gone in 1..=3 {
+        let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+        assert_eq!(container.sh("ls -lR /bin /etc > /dev/null; echo looked").await?.stdout(), "looked\n");
+        ensure!(remembered(&pod)? > before + gone, "the guest has opened no file");
+        container.stop(0).await?;
+        container.remove().await?;
+        eventually("the guest to forget its container's files", async || Ok(remembered(&pod)? <= before + gone)).await?;
+    }
+    Ok(())
 }
 
 async fn a_guest_that_panics(case: &Case) -> Result<()> {
