@@ -7,17 +7,21 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use kuasar_tests::{ContainerSpec, process};
 
+use crate::direct::a_root_file_system_on_a_disk;
 use crate::suite::{Case, Entry, cases, refused};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![Handlers Shared:
+    // It speaks with kuasard as those of `direct` do, of which no other is for machines.
+    let mut cases = cases![Machines Shared: a_root_file_system_on_a_disk];
+    cases.extend(cases![Handlers Shared:
         the_usual_ones,
         one_that_is_asked_for,
         one_that_was_not_asked_for,
         one_that_does_not_exist,
         all_of_them,
         a_block_device,
-    ]
+    ]);
+    cases
 }
 
 /// A device that no container has unless it asks for it, and that bears to be opened.
@@ -72,10 +76,10 @@ async fn one_that_does_not_exist(case: &Case) -> Result<()> {
 }
 
 /// A block device of the node over a file, gone on drop.
-struct LoopDevice(PathBuf);
+pub(crate) struct LoopDevice(pub(crate) PathBuf);
 
 impl LoopDevice {
-    fn over(file: &Path) -> Result<Self> {
+    pub(crate) fn over(file: &Path) -> Result<Self> {
         let found = process::run(Command::new("losetup").args(["--find", "--show", "--direct-io=off"]).arg(file))?;
         Ok(Self(found.trim().into()))
     }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use kuasar_shim::proto::sandbox::{
 };
 use kuasar_shim::server::{CONTROL_SOCKET, TASK_SOCKET};
 use kuasar_tests::cri::k8s_cri::v1::PodSandboxConfig;
-use kuasar_tests::{Node, PodSpec, tools};
+use kuasar_tests::{Node, PodSpec, process, tools};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
@@ -30,6 +31,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use ttrpc::r#async::Client;
 use ttrpc::asynchronous::transport::Socket;
 
+use crate::devices::LoopDevice;
 use crate::suite::{Case, Entry, cases, eventually};
 
 pub(crate) fn cases() -> Vec<Entry> {
@@ -76,8 +78,12 @@ fn request<T>(message: T) -> tonic::Request<T> {
 }
 
 fn context() -> ttrpc::context::Context {
+    context_in(NAMESPACE)
+}
+
+fn context_in(namespace: &str) -> ttrpc::context::Context {
     let mut context = ttrpc::context::with_duration(LIMIT);
-    context.add("containerd-namespace-ttrpc".to_owned(), NAMESPACE.to_owned());
+    context.add("containerd-namespace-ttrpc".to_owned(), namespace.to_owned());
     context
 }
 
@@ -409,6 +415,43 @@ async fn a_root_file_system_that_cannot_be_mounted(case: &Case) -> Result<()> {
         .boxed()
     })
     .await
+}
+
+/// As a snapshotter with block devices gives it, in a pod of CRI's, for a machine wants a network.
+pub(crate) async fn a_root_file_system_on_a_disk(case: &Case) -> Result<()> {
+    if process::run(Command::new("losetup").arg("--find")).is_err() {
+        return case.skip("no loop device is free, or no losetup");
+    }
+    let pod = case.pod().await?;
+    let direct = Direct::new(case).await?;
+    let cri = || context_in("k8s.io");
+    let id = direct.id("on-disk");
+    let mut wanted = direct.container(
+        &pod.id,
+        &id,
+        "while read -r a b c d; do [ $b = / ] && echo $a $c; done < /proc/mounts; echo on >/left; exit 4",
+    )?;
+    let log = case.dir().join("log");
+    wanted.stdout = format!("file://{}", log.display());
+    wanted.stderr.clone_from(&wanted.stdout);
+    let image = case.dir().join("image");
+    let tree = Path::new(&wanted.bundle).join("rootfs");
+    process::run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("16M"))?;
+    fs::remove_dir_all(&tree)?;
+    let disk = LoopDevice::over(&image)?;
+    wanted.rootfs = vec![mount("ext4", &disk.0.display().to_string(), &[])];
+
+    direct.task.create(cri(), &wanted).await?;
+    direct.task.start(cri(), &StartRequest { id: id.clone(), ..Default::default() }).await?;
+    let ended = direct.task.wait(cri(), &WaitRequest { id: id.clone(), ..Default::default() }).await?;
+    direct.task.delete(cri(), &DeleteRequest { id: id.clone(), ..Default::default() }).await?;
+    let said = fs::read_to_string(&log)?;
+    assert_eq!((ended.exit_status, said.as_str()), (4, "/dev/vda ext4\n"));
+    // The guest has let go of it, with all that was written.
+    drop(disk);
+    let left = process::run(Command::new("debugfs").args(["-R", "cat /left"]).arg(&image))?;
+    assert_eq!(left, "on\n");
+    Ok(())
 }
 
 async fn the_task_services_codes(case: &Case) -> Result<()> {
