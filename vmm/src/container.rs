@@ -9,8 +9,8 @@ use std::sync::{
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
-    self, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, StateResponse,
-    Storage, Tmpfs, UpdateRequest, WaitResponse, state_response::State,
+    self, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, Storage, Tmpfs,
+    UpdateRequest, WaitResponse, state_response::State,
 };
 use kuasar_sandboxers::{
     Code, Container, Error, Process, Result,
@@ -96,6 +96,8 @@ pub(crate) struct VmExec {
     stdio: Stdio,
     /// What to run; null once it runs.
     document: Mutex<Value>,
+    /// An earlier daemon has added it, and may have started it.
+    recovered: bool,
     running: OnceLock<Arc<Running>>,
 }
 
@@ -181,10 +183,6 @@ impl Running {
         Ok(())
     }
 
-    async fn state(&self) -> Result<StateResponse> {
-        state(&*self.pod.guest()?, &self.request).await
-    }
-
     /// Has the guest remove it, if there still is a guest.
     async fn delete(&self) -> Result<()> {
         self.deleted.notify_one();
@@ -241,16 +239,24 @@ pub(crate) async fn resize(guest: &Guest, process: &ProcessRequest, size: Window
     resized.await.map(drop)
 }
 
-async fn state(guest: &Guest, request: &ProcessRequest) -> Result<StateResponse> {
-    let request = request.clone();
+/// The pid of a process that an earlier daemon may have started without saving that. When the guest does not say, it is taken for one that was
+/// not: starting it, which somebody still waits for if it was, is done once by the guest, however often it is asked.
+async fn known_to_run(pod: &Pod, request: &ProcessRequest) -> Option<u32> {
+    let guest = pod.guest().ok()?;
+    let asked = request.clone();
     let asked = guest
         .agent()
-        .call("ask for a process", Some(QUICK), |client, context| async move { client.state(context, &request).await });
-    asked.await
-}
-
-fn has_started(state: &StateResponse) -> bool {
-    matches!(state.state.enum_value(), Ok(State::RUNNING | State::ENDED))
+        .call("ask for a process", Some(QUICK), |client, context| async move { client.state(context, &asked).await });
+    match asked.await {
+        Ok(state) => matches!(state.state.enum_value(), Ok(State::RUNNING | State::ENDED)).then_some(state.pid),
+        Err(error) => {
+            if error.code() != Code::NotFound {
+                let (container, exec) = (&request.container, &request.exec);
+                warn!(container, exec, error = error.report(), "the guest does not say whether a process was started");
+            }
+            None
+        }
+    }
 }
 
 pub(crate) async fn delete(pod: &Pod, request: &ProcessRequest) -> Result<()> {
@@ -444,11 +450,8 @@ impl Process for VmContainer {
     }
 
     async fn started(&self) -> Result<Option<u32>> {
-        match self.0.process.state().await {
-            Ok(state) => Ok(has_started(&state).then_some(self.0.process.pid)),
-            Err(error) if error.code() == Code::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let process = &self.0.process;
+        Ok(known_to_run(&process.pod, &process.request).await.map(|_| process.pid))
     }
 
     async fn kill(&self, signal: i32, all: bool) -> Result<()> {
@@ -505,19 +508,13 @@ impl Container for VmContainer {
             ExecRecord::Added { document } => (document, None),
             ExecRecord::Started { pid } => (Value::Null, Some(pid)),
         };
-        let exec = self.add(id, stdio, document);
-        let guest = exec.pod.guest().ok();
-        let pid = match (pid, &guest) {
-            (Some(pid), _) => Some(pid),
-            // Perhaps the daemon before this one has started it and could not save that.
-            (None, Some(guest)) => match state(guest, &exec.request).await {
-                Ok(state) => has_started(&state).then_some(state.pid),
-                Err(error) if error.code() == Code::NotFound => None,
-                Err(error) => return Err(error),
-            },
-            (None, None) => None,
+        let exec = VmExec { recovered: true, ..self.add(id, stdio, document) };
+        let pid = match pid {
+            None => known_to_run(&exec.pod, &exec.request).await,
+            known => known,
         };
         if let Some(pid) = pid {
+            let guest = exec.pod.guest().ok();
             let agent = guest.as_ref().map(|guest| guest.agent());
             let relay = Relay::adopt(&exec.stdio, &exec.io_context(), agent, &exec.request).await?;
             exec.running.get_or_init(|| Running::begin(exec.pod.clone(), guest, exec.request.clone(), pid, relay));
@@ -594,6 +591,7 @@ impl VmContainer {
             container,
             stdio,
             document: Mutex::new(document),
+            recovered: false,
             running: OnceLock::new(),
         }
     }
@@ -618,7 +616,6 @@ impl Process for VmExec {
     async fn start(&self) -> Result<u32> {
         let guest = self.pod.guest()?;
         let context = self.io_context();
-        let io = ProcessIo::open(&self.stdio, &context).await?;
         let ProcessRequest { container, exec, .. } = self.request.clone();
         let request = ExecRequest {
             container,
@@ -629,16 +626,22 @@ impl Process for VmExec {
         };
         let started =
             guest.agent().call("exec", Some(SLOW), |client, context| async move { client.exec(context, &request).await });
-        let (started, connections) = guest.unless_ended(relay::make(guest.agent(), &self.stdio, started)).await?;
-        failpoint::reach(Failpoint::ExecStarted);
-        let relay = match connections.and_then(|connections| Relay::open(io, connections, &context, &self.request)) {
+        let (pid, relay) = if self.recovered {
+            let pid = guest.unless_ended(started).await?.pid;
+            (pid, Relay::adopt(&self.stdio, &context, Some(guest.agent()), &self.request).await)
+        } else {
+            let io = ProcessIo::open(&self.stdio, &context).await?;
+            let (started, connections) = guest.unless_ended(relay::make(guest.agent(), &self.stdio, started)).await?;
+            failpoint::reach(Failpoint::ExecStarted);
+            (started.pid, connections.and_then(|connections| Relay::open(io, connections, &context, &self.request)))
+        };
+        let relay = match relay {
             Ok(relay) => relay,
             Err(error) => {
                 delete(&self.pod, &self.request).await?;
                 return Err(error);
             }
         };
-        let pid = started.pid;
         // Once: by the one start, or by the recovery.
         self.running.get_or_init(|| Running::begin(self.pod.clone(), Some(guest), self.request.clone(), pid, relay));
         *self.document() = Value::Null;
@@ -667,6 +670,7 @@ impl Process for VmExec {
     async fn delete(&self) -> Result<()> {
         match self.running.get() {
             Some(running) => running.delete().await,
+            None if self.recovered => delete(&self.pod, &self.request).await,
             None => Ok(()),
         }
     }

@@ -32,6 +32,7 @@ use tokio::{
         UnixListener, UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
+    runtime::Handle,
     sync::{Mutex as AsyncMutex, watch},
     time::sleep,
 };
@@ -89,6 +90,9 @@ struct Behaviour {
     output: Output,
     told: u64,
     connects: Option<Ill>,
+    /// Where machines live that outlive a daemon, and those that do.
+    outside: Option<Handle>,
+    machines: HashMap<PathBuf, Arc<FakeVm>>,
 }
 
 impl Ways {
@@ -110,6 +114,11 @@ impl Ways {
     /// Answers connections so, before any call.
     pub(crate) fn connects(&self, ill: Ill) {
         self.0.lock().unwrap().connects = Some(ill);
+    }
+
+    /// Has machines live on when their daemon's runtime ends, as tasks of this one.
+    pub(crate) fn outlive(&self, runtime: Handle) {
+        self.0.lock().unwrap().outside = Some(runtime);
     }
 
     fn of(&self, method: &str) -> Option<Ill> {
@@ -151,15 +160,24 @@ impl Hypervisor for Fake {
         let Vsock::Builtin { socket, .. } = spec.vsock else { return Err(Error::invalid("vsock", "not its own")) };
         let listener = UnixListener::bind(&socket).map_err(Error::io("listen on", &socket))?;
         let guest = Guest { ways: self.ways.clone(), console: spec.console, ..Guest::default() };
-        let serving = AbortOnDropHandle::new(tokio::spawn(guest.clone().serve(listener)));
-        let vm = Arc::new(FakeVm { guest, socket, serving: Mutex::new(Some(serving)) });
+        let outside = self.ways.0.lock().unwrap().outside.clone();
+        let runtime = outside.clone().unwrap_or_else(Handle::current);
+        let listener = listener.into_std().map_err(Error::failed("make the listener anybody's"))?;
+        let serving = AbortOnDropHandle::new(runtime.spawn(guest.clone().serve(listener)));
+        let vm = Arc::new(FakeVm { guest, socket: socket.clone(), serving: Mutex::new(Some(serving)) });
+        if outside.is_some() {
+            self.ways.0.lock().unwrap().machines.insert(socket, vm.clone());
+        }
         let undone = vm.clone();
         undo.push("kill it", async move { undone.kill().await });
         Ok(vm)
     }
 
-    /// A machine that has ended: its task was the earlier daemon's.
+    /// A machine that outlives daemons, or one that has ended: its task was the earlier daemon's.
     async fn adopt(&self, record: Value, _place: Place) -> Result<Arc<dyn Vm>> {
+        if let Some(vm) = self.ways.0.lock().unwrap().machines.get(Path::new(record.as_str().unwrap())) {
+            return Ok(vm.clone());
+        }
         let guest = Guest::default();
         guest.ending.tell(Exit::now(137));
         Ok(Arc::new(FakeVm { guest, socket: record.as_str().unwrap().into(), serving: Mutex::default() }))
@@ -249,7 +267,8 @@ fn key(container: &str, exec: &str) -> String {
 
 impl Guest {
     /// Takes connections with the hybrid protocol, until the machine ends, which breaks all of them.
-    async fn serve(self, listener: UnixListener) {
+    async fn serve(self, listener: std::os::unix::net::UnixListener) {
+        let listener = UnixListener::from_std(listener).unwrap();
         let mut connections = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
