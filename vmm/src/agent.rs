@@ -16,7 +16,7 @@ use kuasar_guest_protocol::{
     agent::{HelloRequest, HelloResponse},
     agent_ttrpc::AgentClient,
 };
-use kuasar_sandboxers::{Code, Error, Result};
+use kuasar_sandboxers::{Code, Error, Result, fdstore::FdStore};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixListener,
@@ -42,7 +42,7 @@ const SLACK: Duration = Duration::from_secs(1);
 /// How often a guest that boots is tried: vsock tells nobody when somebody begins to listen.
 const TRY: Duration = Duration::from_millis(3);
 
-/// How long one attempt may take.
+/// How long the first attempt to connect may take. On a busy host one may be neither taken nor refused, when the next one is.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
 /// The longest text of the guest's that is kept, in bytes.
@@ -57,6 +57,7 @@ const RATE: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Agent {
     address: VsockAddress,
+    fds: FdStore,
     budget: Arc<Budget>,
     client: AsyncMutex<Option<Connected>>,
     /// Its last hello, of an earlier connection perhaps.
@@ -72,17 +73,13 @@ impl std::fmt::Debug for Connected {
 }
 
 impl Agent {
-    pub(crate) fn at(address: VsockAddress) -> Self {
-        Self { address, budget: Arc::default(), client: AsyncMutex::new(None), hello: Mutex::default() }
+    pub(crate) fn at(address: VsockAddress, fds: FdStore) -> Self {
+        Self { address, fds, budget: Arc::default(), client: AsyncMutex::new(None), hello: Mutex::default() }
     }
 
     /// What it has said of itself, once it was reached.
     pub(crate) fn hello(&self) -> Option<Arc<HelloResponse>> {
         self.hello.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn address(&self) -> &VsockAddress {
-        &self.address
     }
 
     /// Waits until the guest has booted and its agent answers, for as long as `limit`. It connects to `ready` when it listens.
@@ -101,12 +98,16 @@ impl Agent {
         loop {
             // A connection that is made too early may be neither taken nor refused, so none is waited for to the end.
             let attempt = deadline.min(Instant::now() + ATTEMPT);
-            if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT)).await {
+            if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT, &self.fds)).await {
                 match self.greet(connection, attempt).await {
+                    Ok(client) => {
+                        *self.client.lock().await = Some(Connected(client));
+                        return Ok(());
+                    }
                     // The last of many attempts may only have begun too late.
                     Err(Error::TimedOut { .. }) => drop(last.get_or_insert_with(|| "it does not answer".to_owned())),
                     Err(error @ Error::Unavailable { .. }) if !self.budget.is_exceeded() => last = Some(error.report()),
-                    greeted => return greeted,
+                    Err(error) => return Err(error),
                 }
             }
             if Instant::now() >= deadline {
@@ -116,14 +117,14 @@ impl Agent {
         }
     }
 
-    /// Says hello on a new connection, which then is the one that calls use.
-    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<()> {
+    /// Says hello on a new connection.
+    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<AgentClient> {
         let metered = Metered { connection, budget: self.budget.clone() };
         let client = AgentClient::new(Client::new(Socket::new(metered)));
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).map_err(Error::failed("read the clock"))?;
         let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
         let request = HelloRequest { version: VERSION, time_ns, ..HelloRequest::default() };
-        let left = deadline.saturating_duration_since(Instant::now()).min(QUICK);
+        let left = left(deadline).min(QUICK);
         let hello = within(left, "say hello", client.hello(context::with_duration(left + SLACK), &request)).await?;
         let hello = hello.map_err(|error| self.error("say hello", error))?;
         if hello.version != VERSION {
@@ -139,19 +140,39 @@ impl Agent {
             *text = tame(text, 128);
         }
         *self.hello.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(hello));
-        *self.client.lock().await = Some(Connected(client));
-        Ok(())
+        Ok(client)
     }
 
+    /// The connection that calls share. One caller makes it, and the others wait for that.
     async fn client(&self) -> Result<AgentClient> {
-        if let Some(connected) = &*self.client.lock().await {
-            return Ok(connected.0.clone());
-        }
-        let connection = timeout(QUICK, self.address.dial(PORT)).await.map_err(|_| lost("it does not take connections"))?;
-        let connection = connection.map_err(|error| lost(&format!("it cannot be reached: {error}")))?;
-        self.greet(connection, Instant::now() + QUICK).await?;
-        let connected = self.client.lock().await;
-        connected.as_ref().map(|connected| connected.0.clone()).ok_or_else(|| lost("its connection was lost"))
+        let connect = async {
+            let mut connected = self.client.lock().await;
+            if let Some(Connected(client)) = &*connected {
+                return Ok(client.clone());
+            }
+            let client = tries(|deadline| async move {
+                let connection = self.connect(PORT, deadline).await?;
+                self.greet(connection, deadline).await
+            })
+            .await?;
+            *connected = Some(Connected(client.clone()));
+            Ok(client)
+        };
+        // Also of those that wait.
+        within(QUICK, "connect", connect).await?
+    }
+
+    /// Connects to a port of the guest.
+    ///
+    /// # Errors
+    /// When that is refused, or takes too long.
+    pub(crate) async fn dial(&self, port: u32) -> Result<Connection> {
+        tries(|deadline| self.connect(port, deadline)).await
+    }
+
+    async fn connect(&self, port: u32, deadline: Instant) -> Result<Connection> {
+        let dialled = within(left(deadline), "connect", self.address.dial(port, &self.fds)).await?;
+        dialled.map_err(|error| lost(&format!("it cannot be reached: {error}")))
     }
 
     /// Makes a call; `operation` reads as the end of "failed to …". Without a limit it may take as long as the machine lives.
@@ -212,6 +233,23 @@ pub(crate) async fn within<T>(limit: Duration, operation: &str, call: impl Futur
     let seconds = (limit + Duration::from_millis(500)).as_secs();
     let late = |_| Error::TimedOut { operation: format!("the guest's answer to: {operation},"), seconds };
     timeout(limit, call).await.map_err(late)
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// Makes attempts, each with its deadline and twice as long as the one before, until one comes to a result, or [`QUICK`] is over.
+async fn tries<T, F: Future<Output = Result<T>>>(attempt: impl Fn(Instant) -> F) -> Result<T> {
+    let end = Instant::now() + QUICK;
+    let mut limit = ATTEMPT;
+    loop {
+        let deadline = end.min(Instant::now() + limit);
+        match attempt(deadline).await {
+            Err(Error::TimedOut { .. }) if deadline < end => limit *= 2,
+            done => return done,
+        }
+    }
 }
 
 /// `last` is what came of the last connection that the guest took.
@@ -326,7 +364,7 @@ mod tests {
         let error = within(SLOW, "exec", std::future::pending::<()>()).await.unwrap_err();
         assert_eq!(error.report(), "the guest's answer to: exec, did not finish within 120 s");
         let late = ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "the end of exec x"));
-        let error = Agent::at(VsockAddress::Cid(3)).error("exec", late);
+        let error = Agent::at(VsockAddress::Cid(3), FdStore::default()).error("exec", late);
         assert_eq!((error.code(), error.report().contains("the end of exec x")), (Code::DeadlineExceeded, true));
     }
 

@@ -6,22 +6,30 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::PathBuf,
     pin::Pin,
+    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
-use kuasar_sandboxers::watch;
+use kuasar_sandboxers::{fdstore::FdStore, watch};
 use nix::{
     errno::Errno,
     sys::socket::{AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, connect, getsockopt, socket, sockopt},
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, unix::AsyncFd};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, unix::AsyncFd},
+    time::timeout,
+};
 
 use crate::spec::VsockAddress;
 
 /// The longest answer to `CONNECT`: `OK` and a port, in bytes.
 const ANSWER: usize = 32;
+
+/// How long a vsock device may take to look at a connection.
+const LOOKED_AT: Duration = Duration::from_secs(60);
 
 /// A connection to the guest, or anything else that is one stream of bytes.
 #[derive(Debug)]
@@ -41,8 +49,7 @@ impl Connection {
         self.0.into_inner()
     }
 
-    async fn open(family: AddressFamily, address: &(impl SockaddrLike + Sync)) -> io::Result<Self> {
-        let socket = socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    async fn open(socket: OwnedFd, address: &(impl SockaddrLike + Sync)) -> io::Result<Self> {
         match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), address) {
             Ok(()) => return Self::new(socket),
             Err(Errno::EINPROGRESS) => {}
@@ -57,14 +64,34 @@ impl Connection {
     }
 
     /// The hybrid protocol of Firecracker's vsock device, which Cloud Hypervisor and vhost-device-vsock have too.
-    async fn open_hybrid(path: &Path, port: u32) -> io::Result<Self> {
+    ///
+    /// vhost-device-vsock 0.3 must not find a connection closed whose request it has not read: it would look at that again and again, for
+    /// the rest of its life, with all of a processor. So nobody's impatience closes one before it is answered, and nor does a
+    /// daemon's death.
+    async fn open_hybrid(path: PathBuf, port: u32, fds: &FdStore) -> io::Result<Self> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
         let address = UnixAddr::new(path.as_os_str().as_bytes())?;
-        let mut connection = Self::open(AddressFamily::Unix, &address).await?;
-        connection.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+        let socket = new_socket(AddressFamily::Unix)?;
+        let name = format!("vm-dial-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let held = fds.leave(name, &[socket.as_fd()]).map_err(io::Error::other)?;
+        let answered = tokio::spawn(async move {
+            let asked = async {
+                let mut connection = Self::open(socket, &address).await?;
+                connection.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+                connection.answered().await
+            };
+            let answered = timeout(LOOKED_AT, asked).await;
+            drop(held);
+            answered.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        });
+        answered.await?
+    }
+
+    async fn answered(mut self) -> io::Result<Self> {
         // Byte by byte: what follows the line is the guest's.
         let mut line = Vec::new();
         loop {
-            match connection.read_u8().await {
+            match self.read_u8().await {
                 Ok(b'\n') => break,
                 Ok(byte) if line.len() < ANSWER => line.push(byte),
                 Ok(_) => return Err(io::Error::new(io::ErrorKind::InvalidData, "the vsock device answers with garbage")),
@@ -75,8 +102,12 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
-        if line.starts_with(b"OK ") { Ok(connection) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
+        if line.starts_with(b"OK ") { Ok(self) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
     }
+}
+
+fn new_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    Ok(socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 impl AsFd for Connection {
@@ -86,14 +117,14 @@ impl AsFd for Connection {
 }
 
 impl VsockAddress {
-    /// Connects to a port of the guest.
+    /// Connects to a port of the guest. With `fds` are left, meanwhile, connections that must outlive this process.
     ///
     /// # Errors
     /// [`io::ErrorKind::ConnectionRefused`] and its like while nobody listens there, which is so until the guest has booted.
-    pub(crate) async fn dial(&self, port: u32) -> io::Result<Connection> {
+    pub(crate) async fn dial(&self, port: u32, fds: &FdStore) -> io::Result<Connection> {
         match self {
-            Self::Cid(cid) => Connection::open(AddressFamily::Vsock, &VsockAddr::new(*cid, port)).await,
-            Self::Hybrid(path) => Connection::open_hybrid(path, port).await,
+            Self::Cid(cid) => Connection::open(new_socket(AddressFamily::Vsock)?, &VsockAddr::new(*cid, port)).await,
+            Self::Hybrid(path) => Connection::open_hybrid(path.clone(), port, fds).await,
         }
     }
 }
@@ -143,6 +174,7 @@ impl AsyncWrite for Connection {
 
 #[cfg(test)]
 mod tests {
+    use kuasar_sandboxers::fdstore::MemoryHolder;
     use tokio::net::UnixListener;
 
     use super::*;
@@ -160,7 +192,7 @@ mod tests {
             stream.write_all(answer).await.unwrap();
         });
         let result = async {
-            let mut connection = VsockAddress::Hybrid(path).dial(1024).await?;
+            let mut connection = VsockAddress::Hybrid(path).dial(1024, &FdStore::default()).await?;
             let mut rest = Vec::new();
             connection.read_to_end(&mut rest).await?;
             Ok(rest)
@@ -181,7 +213,31 @@ mod tests {
 
     #[tokio::test]
     async fn without_a_device() {
-        let error = VsockAddress::Hybrid("/nonexistent/vsock".into()).dial(1024).await.unwrap_err();
+        let error = VsockAddress::Hybrid("/nonexistent/vsock".into()).dial(1024, &FdStore::default()).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_closed_that_was_not_answered() {
+        let (dir, holder) = (tempfile::tempdir().unwrap(), MemoryHolder::default());
+        let path = dir.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let dialled = tokio::spawn(async move {
+            let store = holder.store();
+            let given_up = timeout(Duration::from_millis(10), VsockAddress::Hybrid(path).dial(1024, &store)).await;
+            (holder, given_up.is_err())
+        });
+        let (holder, given_up) = dialled.await.unwrap();
+        assert!(given_up);
+        // Here, and with the daemon's successor.
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut asked = [0; 13];
+        stream.read_exact(&mut asked).await.unwrap();
+        assert_eq!(holder.names().len(), 1);
+        let kept = holder.store();
+        stream.write_all(b"OK 1\n").await.unwrap();
+        drop(kept);
+        assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+        assert!(holder.names().is_empty());
     }
 }

@@ -18,7 +18,8 @@ use kuasar_guest_protocol::agent::{
     ContainerRequest, EventsRequest, OnlineRequest, SetTimeRequest, ShutDownRequest, events_response::event::Kind,
 };
 use kuasar_sandboxers::{
-    Error, Result, SandboxContext, cgroup::Stats, event::EventKind, id::Namespace, process::Ending, types::Exit,
+    Error, Result, SandboxContext, cgroup::Stats, event::EventKind, fdstore::FdStore, id::Namespace, process::Ending,
+    types::Exit,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -79,8 +80,8 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Watches a machine that has been started or taken over.
-    pub(crate) fn watch(vm: Arc<dyn Vm>, helpers: Vec<Launched>, console: Console) -> Arc<Self> {
-        let agent = Agent::at(vm.vsock());
+    pub(crate) fn watch(vm: Arc<dyn Vm>, helpers: Vec<Launched>, console: Console, fds: FdStore) -> Arc<Self> {
+        let agent = Agent::at(vm.vsock(), fds);
         let guest = Arc::new(Self {
             vm,
             helpers,

@@ -205,16 +205,16 @@ async fn open(guest: &Guest, process: &ProcessRequest, kind: StreamKind) -> Resu
     let operation = || format!("open {} of the program in the guest", kind.name());
     let header = StreamHeader { container: process.container.clone(), exec: process.exec.clone(), kind };
     let header = header.encode().map_err(Error::failed(operation()))?;
-    let opened = async {
-        let mut connection = guest.agent().address().dial(STREAM_PORT).await?;
+    let mut connection = guest.agent().dial(STREAM_PORT).await?;
+    let taken = async {
         connection.write_all(&header).await?;
         match connection.read_u8().await? {
-            ACCEPTED => Ok(connection),
+            ACCEPTED => Ok(()),
             _ => Err(std::io::Error::new(std::io::ErrorKind::ConnectionRefused, "the guest has no such stream")),
         }
     };
-    let opened = timeout(QUICK, opened).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-    opened.map_err(Error::failed(operation()))
+    within(QUICK, "open a stream", taken).await?.map_err(Error::failed(operation()))?;
+    Ok(connection)
 }
 
 /// Takes a stream of output, as much as the program's end says there is.

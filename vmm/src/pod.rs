@@ -252,7 +252,7 @@ impl Pod {
         let vm = self.sandboxer.hypervisor.adopt(saved.vm, place.clone()).await?;
         let helpers =
             saved.helpers.into_iter().map(|helper| self.sandboxer.adopt_helper(helper, &place)).collect::<Result<_>>()?;
-        let guest = Guest::watch(vm, helpers, Console::of(&self.dir));
+        let guest = Guest::watch(vm, helpers, Console::of(&self.dir), self.context.fds.clone());
         guest.tend(self.spec.namespace.clone(), &self.context, self.shared.clone());
         match Forwarder::adopt(&self.context.fds, &self.forwarder_name()) {
             Ok(Some(forwarder)) => self.forward(&guest, forwarder),
@@ -376,7 +376,7 @@ impl Pod {
             Err(error) => return Err(blame(error, &helpers).await),
         };
         failpoint::reach(Failpoint::PodMade);
-        let guest = Guest::watch(vm, helpers, console.clone());
+        let guest = Guest::watch(vm, helpers, console.clone(), self.context.fds.clone());
         let taken_back = guest.clone();
         undo.push("end the machine", async move {
             taken_back.stop(Duration::ZERO).await;
@@ -482,10 +482,10 @@ impl Pod {
 
     /// Hands connections to the pod's localhost, as port-forward makes them in its network namespace, to the guest.
     fn forward(&self, guest: &Arc<Guest>, forwarder: Forwarder) {
-        let address = guest.agent().address().clone();
+        let guest = guest.clone();
         let dial = move || {
-            let address = address.clone();
-            async move { address.dial(FORWARD_PORT).await.map_err(Error::failed("reach the guest")) }
+            let guest = guest.clone();
+            async move { guest.agent().dial(FORWARD_PORT).await }
         };
         let running = tokio::spawn(async move { forwarder.run(dial).await }.in_current_span());
         self.state().forwarding = Some(AbortOnDropHandle::new(running));

@@ -201,12 +201,7 @@ impl Left {
 
 /// A connection to the agent for each of these streams. They may be made before there is the process, which is named over them later.
 async fn dial(agent: &Agent, kinds: impl Iterator<Item = StreamKind>) -> Result<Vec<(StreamKind, OwnedFd)>> {
-    let dialled = kinds.map(|kind| async move {
-        let connection = timeout(QUICK, agent.address().dial(STREAM_PORT)).await;
-        let connection = connection.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        let connection = connection.map_err(Error::failed(format!("open {} of the process in the guest", kind.name())))?;
-        Ok((kind, connection.into_fd()))
-    });
+    let dialled = kinds.map(|kind| async move { Ok((kind, agent.dial(STREAM_PORT).await?.into_fd())) });
     try_join_all(dialled).await
 }
 

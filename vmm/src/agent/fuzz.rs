@@ -84,10 +84,13 @@ async fn guest(mut connection: UnixStream, answers: &[Answer]) -> io::Result<()>
 
 /// Each call once, as the daemon makes them; what comes of it is either an answer or an error.
 async fn host(connection: UnixStream) -> Vec<Error> {
-    let agent = Agent::at(VsockAddress::Hybrid("/nowhere".into()));
+    let agent = Agent::at(VsockAddress::Hybrid("/nowhere".into()), FdStore::default());
     let connection = Connection::new(OwnedFd::from(connection.into_std().unwrap())).unwrap();
     let mut errors = Vec::new();
-    errors.extend(agent.greet(connection, Instant::now() + SOON).await.err());
+    match agent.greet(connection, Instant::now() + SOON).await {
+        Ok(client) => *agent.client.lock().await = Some(Connected(client)),
+        Err(error) => errors.push(error),
+    }
     if let Some(hello) = agent.hello() {
         assert!(hello.version == VERSION && [&hello.agent, &hello.kernel].iter().all(|text| text.len() <= 128));
     }
