@@ -23,7 +23,12 @@ use crate::kuasarctl::{report, said};
 use crate::suite::{Case, Entry, Lone, cases, eventually, refused};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    let mut cases = cases![Machines Alone: starts_that_are_cut_off, starts_that_are_killed, kernels_that_do_not_get_far];
+    let mut cases = cases![Machines Alone:
+        starts_that_are_cut_off,
+        starts_that_are_killed,
+        kernels_that_do_not_get_far,
+        a_killed_worker_and_a_slow_vsock_device,
+    ];
     cases.extend(cases![Machines Shared:
         a_guest_that_hangs,
         what_a_machine_cannot_do_without,
@@ -315,6 +320,55 @@ async fn starts_that_are_cut_off(lone: &Lone) -> Result<()> {
     standing.remove_all().await?;
     node.assert_no_leak(&before).await?;
     node.stop().await
+}
+
+/// The worker dies between its connecting to the guest and the vsock device's looking at that. vhost-device-vsock would look at a connection
+/// that is closed by then for ever, with all of a processor.
+async fn a_killed_worker_and_a_slow_vsock_device(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let pod = node.run_pod(lone.pod()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let Some(device) = process(&pod, "vhost-device-vsock")? else {
+        return lone.skip("the kernel has vsock for guests: there is no device that could be slow");
+    };
+    let machines = node.dir().join("run/kuasar/vmm").join(&lone.handler).join(".machines").display().to_string();
+    let connections = || {
+        let sockets = fs::read_to_string("/proc/net/unix")?;
+        let is_ours = |line: &&str| line.contains(&machines) && line.ends_with("/hybrid.sock");
+        Ok::<_, anyhow::Error>(sockets.lines().filter(is_ours).count())
+    };
+    let connected = connections()?;
+    send(device, Signal::SIGSTOP)?;
+    let kill = async {
+        eventually("an exec's streams to be asked for", async || Ok(connections()? > connected)).await?;
+        let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
+        let killed = kuasard.kill_worker().await?;
+        send(device, Signal::SIGCONT)?;
+        kuasard.wait_serving(killed).await
+    };
+    let (ran, killed) = tokio::join!(container.sh("echo on; exit 3"), kill);
+    killed?;
+    let ran = ran.context("the exec in flight")?;
+    assert_eq!((ran.exit_code, ran.stdout().as_str()), (3, "on\n"));
+    eventually("the vsock device to have nothing to do", async || {
+        let used = processor_time(device)?;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        Ok(processor_time(device)? == used)
+    })
+    .await?;
+    pod.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
+}
+
+/// How long a process has had a processor, in ticks.
+fn processor_time(pid: i32) -> Result<u64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let (_, fields) = text.rsplit_once(')').with_context(|| format!("{path} is {text:?}"))?;
+    // utime and stime: fields 14 and 15 of proc(5), of which this begins with the third.
+    fields.split_whitespace().skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()
 }
 
 /// Guests that do not come to their agent's first word: the report has what is on their consoles.
