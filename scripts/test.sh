@@ -65,13 +65,15 @@ e2e() {
 }
 
 # Pods in virtual machines, which may have to be emulated: few at a time, and without what is about daemons and not about pods, but for
-# the death of a worker, also under twenty machines that are started at once.
+# the death of a worker, also under machines that are started at once: twenty of the small kernel's (make guest KERNEL=mini). The
+# distribution's takes too long to boot in so many, where it is emulated and the worker's death has half of them started anew.
 machines() {
     local without=(--skip streaming --skip daemon:: --skip upgrade:: --skip gc:: --skip bad:: --skip soak::)
     export KUASAR_E2E_HANDLERS=kuasar-qemu KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1
     cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- --test-threads 3 "${without[@]}"
     cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- kuasar-qemu/daemon::the_worker_is_killed
-    KUASAR_E2E_MACHINES=20 cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- kuasar-qemu/soak::pods_at_once
+    [ ! -e "$cache/guest/mini/vmlinuz" ] || export KUASAR_E2E_MACHINES=20
+    cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- kuasar-qemu/soak::pods_at_once
 }
 
 conformance() {

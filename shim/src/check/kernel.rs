@@ -1,5 +1,9 @@
 //! The kernel: its version, cgroups, namespaces, security modules, and what this process may do.
 
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use kuasar_vmm::qemu::kvm_is_closed;
+
 use super::{Finding, Host, containerd};
 
 /// Oldest kernel that has what the daemon takes for granted (pidfds, `close_range`, `openat2`).
@@ -236,7 +240,15 @@ pub(super) fn kvm(host: &Host) -> Finding {
     let subject = "KVM";
     let remedy = "load kvm_intel or kvm_amd, or enable nested virtualisation; only microVM sandboxers need it";
     let backed = ["kvm_intel", "kvm_amd"].into_iter().find(|name| host.exists(format!("/sys/module/{name}")));
-    match (host.exists("/dev/kvm"), backed) {
+    let mode = fs::metadata(host.path("/dev/kvm")).map(|device| device.permissions().mode());
+    if let Ok(mode) = mode
+        && backed.is_some()
+        && kvm_is_closed(mode)
+    {
+        let detail = format!("only its owner may open /dev/kvm (mode {:o}), and QEMU runs as another user", mode & 0o777);
+        return Finding::missing(subject, detail, "chmod 666 /dev/kvm; only microVM sandboxers need it");
+    }
+    match (mode.is_ok(), backed) {
         (true, Some(module)) => Finding::ok(subject, format!("/dev/kvm, {module}")),
         // On Arm the hypervisor is part of the kernel proper.
         (true, None) if cfg!(target_arch = "aarch64") => Finding::ok(subject, "/dev/kvm"),

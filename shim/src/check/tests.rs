@@ -152,7 +152,11 @@ fn a_kvm_device_without_hardware_is_seen_through() {
     if cfg!(target_arch = "x86_64") {
         told(&kernel::kvm(&device.host()), Status::Missing, false, "no hardware");
     }
-    told(&kernel::kvm(&device.with("sys/module/kvm_amd/refcnt", "0").host()), Status::Ok, false, "kvm_amd");
+    let device = device.with("sys/module/kvm_amd/refcnt", "0");
+    for (mode, status, word) in [(0o600, Status::Missing, "mode 600"), (0o660, Status::Ok, "kvm_amd")] {
+        fs::set_permissions(device.0.path().join("dev/kvm"), fs::Permissions::from_mode(mode)).unwrap();
+        told(&kernel::kvm(&device.host()), status, false, word);
+    }
 }
 
 #[test]

@@ -33,7 +33,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use self::machine::QemuVm;
-pub use self::probe::Version;
+pub use self::probe::{Version, kvm_is_closed};
 use crate::{
     hypervisor::{Capabilities, Hypervisor, Place, Vm, VsockWays},
     launch::{Launch, find_program},

@@ -90,14 +90,19 @@ fn kvm(modules: &Path, device: &Path) -> Result<(), String> {
     }
     let open = fs::File::options().read(true).write(true).open(device).and_then(|device| device.metadata());
     let mode = open.map_err(|error| format!("{}: {error}", device.display()))?.permissions().mode();
-    // QEMU opens it, as a user of its own.
-    if !allows(mode, OTHERS) && !allows(mode, GROUP) {
+    if kvm_is_closed(mode) {
         let (device, mode) = (device.display(), mode & 0o777);
         return Err(format!(
             "only its owner may open {device} (mode {mode:o}), and QEMU runs as another user; chmod 666 {device}"
         ));
     }
     Ok(())
+}
+
+/// Whether a `/dev/kvm` of this mode cannot be opened by QEMU, which runs as a user of its own and does it itself.
+#[must_use]
+pub fn kvm_is_closed(mode: u32) -> bool {
+    !allows(mode, OTHERS) && !allows(mode, GROUP)
 }
 
 /// Reading and writing, in a file's mode, by its group and by all others.
