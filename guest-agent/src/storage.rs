@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use kuasar_guest_protocol::agent::{Disk, Storage, Tmpfs, storage::Kind};
+use kuasar_guest_protocol::agent::{Disk, HugePages, Storage, storage::Kind};
 use kuasar_sandboxers::{Error, Result, mount, types::Mount};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use tokio::sync::Mutex;
@@ -40,22 +40,23 @@ impl Storages {
         let mut uses = self.0.lock().await;
         if let Some(count) = uses.get_mut(&target) {
             return match &storage.kind {
-                Some(Kind::Tmpfs(_) | Kind::Hugetlbfs(_)) => {
+                Some(Kind::HugePages(_)) => {
                     *count += 1;
                     Ok(Held { target, device: None })
                 }
                 _ => Err(Error::AlreadyExists { kind: "storage", id: storage.target.clone() }),
             };
         }
-        let device = match &storage.kind {
-            Some(Kind::Disk(disk)) => add_disk(disk, &target).await?,
-            Some(Kind::Tmpfs(tmpfs)) => mount_memory("tmpfs", tmpfs, &target).await.map(|()| None)?,
-            Some(Kind::Hugetlbfs(tmpfs)) => mount_memory("hugetlbfs", tmpfs, &target).await.map(|()| None)?,
+        let (device, count) = match &storage.kind {
+            Some(Kind::Disk(disk)) => (add_disk(disk, &target).await?, 1),
+            Some(Kind::HugePages(pages)) => {
+                mount_huge_pages(pages, &target).await?;
+                // It lives as long as the pod, which is a user of its own: between an init container and the next there is none.
+                (None, 2)
+            }
             _ => return Err(Error::invalid("storage", format!("that for {} is of no kind known here", storage.target))),
         };
-        // What is in memory lives as long as the pod, which is a user of its own: between an init container and the next there is none.
-        let memory = matches!(&storage.kind, Some(Kind::Tmpfs(_) | Kind::Hugetlbfs(_)));
-        uses.insert(target.clone(), if memory { 2 } else { 1 });
+        uses.insert(target.clone(), count);
         Ok(Held { target, device })
     }
 
@@ -104,9 +105,10 @@ pub(crate) fn make_dir(dir: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(dir).map_err(Error::io("create", dir))
 }
 
-async fn mount_memory(kind: &str, tmpfs: &Tmpfs, target: &Path) -> Result<()> {
+async fn mount_huge_pages(pages: &HugePages, target: &Path) -> Result<()> {
     make_dir(target)?;
-    let mount = Mount { kind: kind.into(), source: kind.into(), target: String::new(), options: tmpfs.options.clone() };
+    let kind = "hugetlbfs".to_owned();
+    let mount = Mount { source: kind.clone(), kind, target: String::new(), options: pages.options.clone() };
     mount::mount_all(&[mount], target).await
 }
 
@@ -198,21 +200,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn memory_is_shared_and_goes_with_its_last_user() {
+    async fn huge_pages_are_shared_and_go_with_their_last_user() {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIP memory_is_shared_and_goes_with_its_last_user: mounting takes root");
+            eprintln!("SKIP huge_pages_are_shared_and_go_with_their_last_user: mounting takes root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("shared");
         let storages = Storages::default();
         let storage = Storage {
-            kind: Some(Kind::Tmpfs(Tmpfs { options: vec!["size=64k".into(), "mode=0700".into()], ..Default::default() })),
+            kind: Some(Kind::HugePages(HugePages { options: vec!["mode=0700".into()], ..Default::default() })),
             target: target.to_str().unwrap().into(),
             ..Default::default()
         };
         let (first, second) = (storages.add(&storage).await.unwrap(), storages.add(&storage).await.unwrap());
-        fs::write(target.join("file"), "x").unwrap();
+        fs::write(target.join("file"), "").unwrap();
         storages.remove(first.target()).await.unwrap();
         assert!(target.join("file").exists());
         storages.remove(second.target()).await.unwrap();

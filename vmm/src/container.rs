@@ -9,8 +9,8 @@ use std::sync::{
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
-    self, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, Storage, Tmpfs,
-    UpdateRequest, WaitResponse, state_response::State,
+    self, ContainerRequest, CreateContainerRequest, ExecRequest, HugePages, ProcessRequest, ResizeRequest, SignalRequest,
+    Storage, UpdateRequest, WaitResponse, state_response::State,
 };
 use kuasar_sandboxers::{
     Code, Container, Error, Process, Result,
@@ -411,7 +411,7 @@ fn disk_storage(serial: &str, mount: &Mount, target: &str) -> Storage {
 
 fn huge_pages(options: &[String], target: &str) -> Storage {
     let mut storage = Storage { target: target.into(), ..Storage::default() };
-    storage.set_hugetlbfs(Tmpfs { options: options.to_vec(), ..Tmpfs::default() });
+    storage.set_huge_pages(HugePages { options: options.to_vec(), ..HugePages::default() });
     storage
 }
 
