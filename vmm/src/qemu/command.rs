@@ -143,7 +143,7 @@ impl Line<'_> {
                 self.option("-cpu", TRANSLATED_CPU);
             }
         }
-        self.option("-smp", &format!("cpus={},maxcpus={}", spec.cpus.boot, setup.max_cpus(spec)));
+        self.option("-smp", &format!("cpus={},maxcpus={}", spec.cpus.boot, setup.possible_cpus(spec)));
         self.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
         self.option("-kernel", path(&spec.kernel)?);
         self.option("-initrd", path(&spec.initrd)?);
@@ -315,6 +315,12 @@ mod tests {
         ] {
             assert!(line.contains(part), "{part:?} is not in {line}");
         }
+    }
+
+    #[test]
+    fn a_pc_of_one_processor_keeps_its_memory_barriers() {
+        let one = VmSpec { cpus: Cpus { boot: 1, max: 1 }, ..spec() };
+        assert!(words(&one, Machine::Q35).join(" ").contains("-smp cpus=1,maxcpus=2 "));
     }
 
     #[test]

@@ -128,6 +128,13 @@ impl Setup {
     fn max_cpus(&self, spec: &VmSpec) -> u32 {
         if self.machine == Machine::Q35 { spec.cpus.max.min(MOST_CPUS).max(spec.cpus.boot) } else { spec.cpus.boot }
     }
+
+    /// What QEMU is told of that. Where it translates for one processor, older ones (7.2) leave memory barriers out, though devices run beside
+    /// that processor: now and then a guest's word that it has put something into a queue is lost, and the device waits for ever.
+    fn possible_cpus(&self, spec: &VmSpec) -> u32 {
+        let max = self.max_cpus(spec);
+        if self.machine == Machine::Q35 && self.accelerator == Accelerator::Tcg { max.max(2) } else { max }
+    }
 }
 
 impl Qemu {
