@@ -6,7 +6,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -59,7 +59,10 @@ pub(crate) struct Agent {
     address: VsockAddress,
     fds: FdStore,
     budget: Arc<Budget>,
-    client: AsyncMutex<Option<Connected>>,
+    /// The connection that calls share.
+    client: Mutex<Option<Arc<Connected>>>,
+    /// Whoever makes it.
+    connecting: AsyncMutex<()>,
     /// Its last hello, of an earlier connection perhaps.
     hello: Mutex<Option<Arc<HelloResponse>>>,
 }
@@ -74,7 +77,14 @@ impl std::fmt::Debug for Connected {
 
 impl Agent {
     pub(crate) fn at(address: VsockAddress, fds: FdStore) -> Self {
-        Self { address, fds, budget: Arc::default(), client: AsyncMutex::new(None), hello: Mutex::default() }
+        Self {
+            address,
+            fds,
+            budget: Arc::default(),
+            client: Mutex::default(),
+            connecting: AsyncMutex::default(),
+            hello: Mutex::default(),
+        }
     }
 
     /// What it has said of itself, once it was reached.
@@ -101,7 +111,7 @@ impl Agent {
             if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT, &self.fds)).await {
                 match self.greet(connection, attempt).await {
                     Ok(client) => {
-                        *self.client.lock().await = Some(Connected(client));
+                        *self.shared() = Some(client);
                         return Ok(());
                     }
                     // The last of many attempts may only have begun too late.
@@ -118,7 +128,7 @@ impl Agent {
     }
 
     /// Says hello on a new connection.
-    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<AgentClient> {
+    async fn greet(&self, connection: Connection, deadline: Instant) -> Result<Arc<Connected>> {
         let metered = Metered { connection, budget: self.budget.clone() };
         let client = AgentClient::new(Client::new(Socket::new(metered)));
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).map_err(Error::failed("read the clock"))?;
@@ -140,26 +150,34 @@ impl Agent {
             *text = tame(text, 128);
         }
         *self.hello.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(hello));
-        Ok(client)
+        Ok(Arc::new(Connected(client)))
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Option<Arc<Connected>>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The connection that calls share. One caller makes it, and the others wait for that.
-    async fn client(&self) -> Result<AgentClient> {
+    async fn client(&self) -> Result<Arc<Connected>> {
+        let known = || self.shared().clone();
         let connect = async {
-            let mut connected = self.client.lock().await;
-            if let Some(Connected(client)) = &*connected {
-                return Ok(client.clone());
+            let _turn = self.connecting.lock().await;
+            if let Some(client) = known() {
+                return Ok(client);
             }
             let client = tries(|deadline| async move {
                 let connection = self.connect(PORT, deadline).await?;
                 self.greet(connection, deadline).await
             })
             .await?;
-            *connected = Some(Connected(client.clone()));
+            *self.shared() = Some(client.clone());
             Ok(client)
         };
-        // Also of those that wait.
-        within(QUICK, "connect", connect).await?
+        match known() {
+            Some(client) => Ok(client),
+            // Also of those that wait.
+            None => within(QUICK, "connect", connect).await?,
+        }
     }
 
     /// Connects to a port of the guest.
@@ -190,20 +208,16 @@ impl Agent {
     {
         let client = self.client().await?;
         let context = limit.map_or_else(|| context::with_timeout(0), |limit| context::with_duration(limit + SLACK));
-        let called = call(client, context);
+        let called = call(client.0.clone(), context);
         let answer = match limit {
-            Some(limit) => within(limit, operation, called).await?,
-            None => called.await,
+            Some(limit) => within(limit, operation, called).await,
+            None => Ok(called.await),
         };
-        match answer {
-            Ok(answer) => Ok(answer),
-            Err(error) => {
-                if !matches!(error, ttrpc::Error::RpcStatus(_)) {
-                    self.client.lock().await.take();
-                }
-                Err(self.error(operation, error))
-            }
+        if !matches!(answer, Ok(Ok(_) | Err(ttrpc::Error::RpcStatus(_)))) {
+            // It is broken, or may be: the next call gets another. Those that wait on it go on.
+            self.shared().take_if(|shared| Arc::ptr_eq(shared, &client));
         }
+        answer?.map_err(|error| self.error(operation, error))
     }
 
     fn error(&self, operation: &str, error: ttrpc::Error) -> Error {

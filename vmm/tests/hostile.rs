@@ -339,6 +339,9 @@ async fn call(method: &str, container: &ContainerHandle, number: usize) -> Resul
 
 const CALLS: [&str; 6] = ["Stats", "Pids", "Update", "Pause", "Signal", "Exec"];
 
+/// After those of them that succeed the container is no longer what it was.
+const CHANGES: [&str; 2] = ["Pause", "Signal"];
+
 #[tokio::test]
 async fn calls_that_are_answered_badly() {
     let Some(node) = Node::new("calls_that_are_answered_badly").await else { return };
@@ -363,7 +366,7 @@ async fn calls_that_are_answered_badly() {
         }
         // The guest is as good as before.
         number += 1;
-        if method != "Pause" {
+        if !CHANGES.contains(&method) {
             call(method, &container, number).await.unwrap_or_else(|error| panic!("{method}: {}", error.report()));
         }
     }
@@ -387,10 +390,11 @@ async fn calls_that_are_not_answered() {
                 assert_eq!(error.code(), Code::DeadlineExceeded, "{method}, {ill:?}: {}", error.report());
                 assert!(error.report().contains("the guest's answer to: "), "{}", error.report());
             }
-            // On another connection the guest is as good as before.
-            node.ways.ill(method, Ill::HangUp);
-            assert!(patiently(call(method, &container, 10 * number + 1)).await.is_err());
+            // The next call is made over another connection, where the guest is as good as before.
             node.ways.well(method);
+            if !CHANGES.contains(&method) {
+                call(method, &container, 10 * number + 1).await.unwrap_or_else(|error| panic!("{method}: {}", error.report()));
+            }
             if method == "Exec" {
                 break;
             }

@@ -88,7 +88,7 @@ async fn host(connection: UnixStream) -> Vec<Error> {
     let connection = Connection::new(OwnedFd::from(connection.into_std().unwrap())).unwrap();
     let mut errors = Vec::new();
     match agent.greet(connection, Instant::now() + SOON).await {
-        Ok(client) => *agent.client.lock().await = Some(Connected(client)),
+        Ok(client) => *agent.shared() = Some(client),
         Err(error) => errors.push(error),
     }
     if let Some(hello) = agent.hello() {
