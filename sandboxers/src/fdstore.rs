@@ -99,6 +99,13 @@ impl FdStore {
         Some((descriptors, Held { store: self.clone(), name: name.to_owned(), number }))
     }
 
+    /// Takes all that was left under names that begin so; each name once.
+    #[must_use]
+    pub fn take_all(&self, prefix: &str) -> Vec<(Vec<OwnedFd>, Held)> {
+        let names: Vec<_> = self.names().inherited.keys().filter(|name| name.starts_with(prefix)).cloned().collect();
+        names.iter().filter_map(|name| self.take(name)).collect()
+    }
+
     /// Releases what was inherited and has not been taken: its owners are gone.
     pub fn release_rest(&self) {
         let mut names = self.names();

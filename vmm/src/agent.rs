@@ -28,7 +28,10 @@ use ttrpc::{
     context::{self, Context as Ctx},
 };
 
-use crate::{dial::Connection, spec::VsockAddress};
+use crate::{
+    dial::{Connection, Dialler},
+    spec::VsockAddress,
+};
 
 /// How long a call may take that only looks at something or sends a signal. Emulated machines are slow.
 pub(crate) const QUICK: Duration = Duration::from_secs(30);
@@ -56,8 +59,7 @@ const RATE: u64 = 1 << 20;
 /// The agent of one guest. Connects when it is needed.
 #[derive(Debug)]
 pub(crate) struct Agent {
-    address: VsockAddress,
-    fds: FdStore,
+    dialler: Dialler,
     budget: Arc<Budget>,
     /// The connection that calls share.
     client: Mutex<Option<Arc<Connected>>>,
@@ -78,8 +80,7 @@ impl std::fmt::Debug for Connected {
 impl Agent {
     pub(crate) fn at(address: VsockAddress, fds: FdStore) -> Self {
         Self {
-            address,
-            fds,
+            dialler: Dialler::new(address, fds),
             budget: Arc::default(),
             client: Mutex::default(),
             connecting: AsyncMutex::default(),
@@ -108,7 +109,7 @@ impl Agent {
         loop {
             // A connection that is made too early may be neither taken nor refused, so none is waited for to the end.
             let attempt = deadline.min(Instant::now() + ATTEMPT);
-            if let Ok(Ok(connection)) = timeout_at(attempt, self.address.dial(PORT, &self.fds)).await {
+            if let Ok(Ok(connection)) = timeout_at(attempt, self.dialler.dial(PORT)).await {
                 match self.greet(connection, attempt).await {
                     Ok(client) => {
                         *self.shared() = Some(client);
@@ -189,7 +190,7 @@ impl Agent {
     }
 
     async fn connect(&self, port: u32, deadline: Instant) -> Result<Connection> {
-        let dialled = within(left(deadline), "connect", self.address.dial(port, &self.fds)).await?;
+        let dialled = within(left(deadline), "connect", self.dialler.dial(port)).await?;
         dialled.map_err(|error| lost(&format!("it cannot be reached: {error}")))
     }
 

@@ -6,11 +6,13 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::PathBuf,
+    path::Path,
     pin::Pin,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use kuasar_sandboxers::{fdstore::FdStore, watch};
@@ -20,16 +22,20 @@ use nix::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, unix::AsyncFd},
-    time::timeout,
+    sync::Semaphore,
 };
+use tracing::debug;
 
 use crate::spec::VsockAddress;
 
 /// The longest answer to `CONNECT`: `OK` and a port, in bytes.
 const ANSWER: usize = 32;
 
-/// How long a vsock device may take to look at a connection.
-const LOOKED_AT: Duration = Duration::from_secs(60);
+/// How many connections to a guest may wait for an answer at a time.
+const UNANSWERED: usize = 64;
+
+/// What the names begin with of connections that are left with others until they are answered.
+const LEFT: &str = "vm-dial-";
 
 /// A connection to the guest, or anything else that is one stream of bytes.
 #[derive(Debug)]
@@ -63,30 +69,7 @@ impl Connection {
         }
     }
 
-    /// The hybrid protocol of Firecracker's vsock device, which Cloud Hypervisor and vhost-device-vsock have too.
-    ///
-    /// vhost-device-vsock 0.3 must not find a connection closed whose request it has not read: it would look at that again and again, for
-    /// the rest of its life, with all of a processor. So nobody's impatience closes one before it is answered, and nor does a
-    /// daemon's death.
-    async fn open_hybrid(path: PathBuf, port: u32, fds: &FdStore) -> io::Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let address = UnixAddr::new(path.as_os_str().as_bytes())?;
-        let socket = new_socket(AddressFamily::Unix)?;
-        let name = format!("vm-dial-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let held = fds.leave(name, &[socket.as_fd()]).map_err(io::Error::other)?;
-        let answered = tokio::spawn(async move {
-            let asked = async {
-                let mut connection = Self::open(socket, &address).await?;
-                connection.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
-                connection.answered().await
-            };
-            let answered = timeout(LOOKED_AT, asked).await;
-            drop(held);
-            answered.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-        });
-        answered.await?
-    }
-
+    /// Waits for what a device of the hybrid protocol answers.
     async fn answered(mut self) -> io::Result<Self> {
         // Byte by byte: what follows the line is the guest's.
         let mut line = Vec::new();
@@ -116,16 +99,65 @@ impl AsFd for Connection {
     }
 }
 
-impl VsockAddress {
-    /// Connects to a port of the guest. With `fds` are left, meanwhile, connections that must outlive this process.
+/// Connects to a guest's ports.
+///
+/// vhost-device-vsock 0.3 must not find a connection closed that it has not answered. When it has not read the request yet, it looks at that
+/// again and again, for the rest of its life, with all of a processor; when it has, it panics at the guest's answer, and is silent from then
+/// on. So nobody's impatience closes one, and nor does a daemon's death.
+#[derive(Debug)]
+pub(crate) struct Dialler {
+    address: VsockAddress,
+    fds: FdStore,
+    unanswered: Arc<Semaphore>,
+}
+
+impl Dialler {
+    /// With `fds` are left, meanwhile, connections that must outlive this process.
+    pub(crate) fn new(address: VsockAddress, fds: FdStore) -> Self {
+        Self { address, fds, unanswered: Arc::new(Semaphore::new(UNANSWERED)) }
+    }
+
+    /// Connects to a port of the guest.
     ///
     /// # Errors
     /// [`io::ErrorKind::ConnectionRefused`] and its like while nobody listens there, which is so until the guest has booted.
-    pub(crate) async fn dial(&self, port: u32, fds: &FdStore) -> io::Result<Connection> {
-        match self {
-            Self::Cid(cid) => Connection::open(new_socket(AddressFamily::Vsock)?, &VsockAddr::new(*cid, port)).await,
-            Self::Hybrid(path) => Connection::open_hybrid(path.clone(), port, fds).await,
+    pub(crate) async fn dial(&self, port: u32) -> io::Result<Connection> {
+        match &self.address {
+            VsockAddress::Cid(cid) => Connection::open(new_socket(AddressFamily::Vsock)?, &VsockAddr::new(*cid, port)).await,
+            VsockAddress::Hybrid(path) => self.dial_hybrid(path, port).await,
         }
+    }
+
+    /// The hybrid protocol of Firecracker's vsock device, which Cloud Hypervisor and vhost-device-vsock have too.
+    async fn dial_hybrid(&self, path: &Path, port: u32) -> io::Result<Connection> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let address = UnixAddr::new(path.as_os_str().as_bytes())?;
+        let permit = self.unanswered.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let socket = new_socket(AddressFamily::Unix)?;
+        let name = format!("{LEFT}{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let held = self.fds.leave(name, &[socket.as_fd()]).map_err(io::Error::other)?;
+        // Goes on when this is not waited for any more.
+        let answered = tokio::spawn(async move {
+            let _until_answered = (permit, held);
+            let mut connection = Connection::open(socket, &address).await?;
+            connection.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+            connection.answered().await
+        });
+        answered.await?
+    }
+}
+
+/// Waits for the answers to what an earlier daemon has asked for, of which nobody knows any more what it was for.
+pub(crate) fn outwait(fds: &FdStore) {
+    for (descriptors, held) in fds.take_all(LEFT) {
+        tokio::spawn(async move {
+            let _until_answered = held;
+            for socket in descriptors {
+                if let Err(error) = async { Connection::new(socket)?.answered().await }.await {
+                    debug!(%error, "a connection that an earlier daemon asked for");
+                }
+            }
+        });
     }
 }
 
@@ -174,8 +206,13 @@ impl AsyncWrite for Connection {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use kuasar_sandboxers::fdstore::MemoryHolder;
-    use tokio::net::UnixListener;
+    use tokio::{
+        net::{UnixListener, UnixStream},
+        time::timeout,
+    };
 
     use super::*;
 
@@ -192,7 +229,7 @@ mod tests {
             stream.write_all(answer).await.unwrap();
         });
         let result = async {
-            let mut connection = VsockAddress::Hybrid(path).dial(1024, &FdStore::default()).await?;
+            let mut connection = Dialler::new(VsockAddress::Hybrid(path), FdStore::default()).dial(1024).await?;
             let mut rest = Vec::new();
             connection.read_to_end(&mut rest).await?;
             Ok(rest)
@@ -213,7 +250,8 @@ mod tests {
 
     #[tokio::test]
     async fn without_a_device() {
-        let error = VsockAddress::Hybrid("/nonexistent/vsock".into()).dial(1024, &FdStore::default()).await.unwrap_err();
+        let error =
+            Dialler::new(VsockAddress::Hybrid("/nonexistent/vsock".into()), FdStore::default()).dial(1024).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
@@ -223,21 +261,35 @@ mod tests {
         let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let dialled = tokio::spawn(async move {
-            let store = holder.store();
-            let given_up = timeout(Duration::from_millis(10), VsockAddress::Hybrid(path).dial(1024, &store)).await;
+            let dialler = Dialler::new(VsockAddress::Hybrid(path), holder.store());
+            let given_up = timeout(Duration::from_millis(10), dialler.dial(1024)).await;
             (holder, given_up.is_err())
         });
         let (holder, given_up) = dialled.await.unwrap();
         assert!(given_up);
-        // Here, and with the daemon's successor.
         let (mut stream, _) = listener.accept().await.unwrap();
         let mut asked = [0; 13];
         stream.read_exact(&mut asked).await.unwrap();
         assert_eq!(holder.names().len(), 1);
-        let kept = holder.store();
         stream.write_all(b"OK 1\n").await.unwrap();
-        drop(kept);
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+        assert!(holder.names().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_daemon_has_asked_for_is_waited_for() {
+        let (mut device, ours) = UnixStream::pair().unwrap();
+        let holder = MemoryHolder::default();
+        let first = holder.store();
+        std::mem::forget(first.leave(format!("{LEFT}1-1"), &[ours.as_fd()]).unwrap());
+        drop(ours);
+        let second = holder.store();
+        outwait(&second);
+        second.release_rest();
+        tokio::task::yield_now().await;
+        assert_eq!(device.try_read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        device.write_all(b"OK 1\n").await.unwrap();
+        assert_eq!(device.read(&mut [0]).await.unwrap(), 0);
         assert!(holder.names().is_empty());
     }
 }

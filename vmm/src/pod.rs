@@ -59,6 +59,7 @@ use crate::{
     agent::SLOW,
     console::Console,
     container::{self, Contained, VmContainer},
+    dial,
     guest::GuestRecord,
     hypervisor::Place,
     inside::{self, Sessions},
@@ -252,6 +253,7 @@ impl Pod {
         let vm = self.sandboxer.hypervisor.adopt(saved.vm, place.clone()).await?;
         let helpers =
             saved.helpers.into_iter().map(|helper| self.sandboxer.adopt_helper(helper, &place)).collect::<Result<_>>()?;
+        dial::outwait(&self.context.fds);
         let guest = Guest::watch(vm, helpers, Console::of(&self.dir), self.context.fds.clone());
         guest.tend(self.spec.namespace.clone(), &self.context, self.shared.clone());
         match Forwarder::adopt(&self.context.fds, &self.forwarder_name()) {
