@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use kuasar_tests::cri::k8s_cri::v1::IdMapping;
 use kuasar_tests::{Container, ContainerSpec, Pod};
 
@@ -26,8 +26,9 @@ async fn what_the_runtime_can_do_is_offered(case: &Case) -> Result<()> {
     }
     let peer = if case.is_machine() { "runc" } else { case.handler.trim_start_matches("kuasar-") };
     let handlers = case.cri.handlers().await?;
-    let of_peer = handlers.into_iter().find(|handler| handler.name == peer).and_then(|handler| handler.features);
-    assert_eq!(Some(case.features().await?), of_peer, "the same as with the runc shim");
+    let of_peer = handlers.into_iter().find(|handler| handler.name == peer).with_context(|| format!("no handler {peer}"))?;
+    // containerd tells nothing of an OCI runtime that cannot say what it can do, as crun 1.8: so nothing is offered.
+    assert_eq!(case.features().await?, of_peer.features.unwrap_or_default(), "the same as with the runc shim");
     Ok(())
 }
 
