@@ -76,12 +76,12 @@ pub struct Collected {
     pub outcome: Outcome,
 }
 
-/// A sandbox whose state file cannot be read: nobody looks after it.
+/// A sandbox that nobody looks after: its state file cannot be read, or it could not be recovered.
 #[derive(Debug)]
 pub struct SetAside {
-    /// Where it is, and why it cannot be read.
+    /// Where it is, and how its state file is.
     pub entry: Entry,
-    /// What is wrong with the file.
+    /// What is wrong.
     pub why: String,
     /// Its live processes.
     pub processes: Result<Vec<u32>>,
@@ -111,6 +111,17 @@ impl Registry {
             }
         }
         Ok(found)
+    }
+
+    /// Sandboxes that could not be recovered yet, in the same form.
+    pub async fn not_recovered(&self) -> Vec<SetAside> {
+        let mut found = Vec::new();
+        for ((namespace, id), why) in self.unrecovered() {
+            let (dir, processes) = (self.store().dir(&namespace, &id), self.processes(&namespace, &id).await);
+            let why = format!("it could not be taken over, which is tried again: {why}");
+            found.push(SetAside { entry: Entry { namespace, id, dir, file: StateFile::Whole }, why, processes });
+        }
+        found
     }
 
     /// Directories in the store that belong to no sandbox of the registry.
@@ -173,6 +184,16 @@ impl Registry {
             }
             collected.push(item);
         }
+
+        collected.extend(self.not_recovered().await.into_iter().map(|SetAside { entry, why, processes }| Collected {
+            kind: Kind::Unrecovered,
+            namespace: entry.namespace,
+            sandbox: entry.id,
+            what: entry.dir.display().to_string(),
+            why,
+            processes: processes.unwrap_or_default(),
+            outcome: Outcome::Kept,
+        }));
 
         let mut leftovers = Vec::new();
         for sandboxer in self.backends() {

@@ -12,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::{
     cgroup::Stats,
@@ -90,9 +90,30 @@ pub fn spec(id: &str) -> SandboxSpec {
 #[derive(Clone, Debug, Default)]
 pub struct World(Arc<Mutex<State>>);
 
+/// What happens at an operation instead of its success.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// It fails.
+    Fail,
+    /// The backend panics.
+    Panic,
+    /// It waits for a permit, and then goes on.
+    Wait(Arc<Semaphore>),
+}
+
 #[derive(Debug, Default)]
 struct State {
     next_pid: u32,
+    /// What is to happen at operations, and how many times.
+    faults: BTreeMap<String, (usize, Fault)>,
+    /// Operations that have begun.
+    begun: watch::Sender<Vec<String>>,
+    /// What is done now with which process.
+    at_work: BTreeMap<String, &'static str>,
+    /// Operations that came while another of the same process ran.
+    overlaps: Vec<String>,
+    /// What stands for sandboxes.
+    sandboxes: BTreeMap<String, u32>,
     processes: BTreeMap<u32, watch::Sender<Option<Exit>>>,
     /// First processes of containers, by container.
     made: BTreeMap<String, u32>,
@@ -119,6 +140,62 @@ impl World {
     /// Ends a process, as if by a signal from elsewhere.
     pub fn kill(&self, pid: u32) {
         self.end(pid, 137);
+    }
+
+    /// Lets something happen the next `times` that an operation is begun: `recover sandbox pod`, `stop sandbox pod`, `start container main`,
+    /// `update container main`, `delete exec e of container main` …
+    pub fn fault(&self, operation: &str, times: usize, fault: Fault) {
+        self.state().faults.insert(operation.to_owned(), (times, fault));
+    }
+
+    /// How often an operation has begun.
+    #[must_use]
+    pub fn begun(&self, operation: &str) -> usize {
+        self.state().begun.borrow().iter().filter(|begun| *begun == operation).count()
+    }
+
+    /// Waits until an operation has begun.
+    pub async fn begins(&self, operation: &str) {
+        let mut begun = self.state().begun.subscribe();
+        // The world outlives who waits for it.
+        let _ = begun.wait_for(|begun| begun.iter().any(|begun| begun == operation)).await;
+    }
+
+    /// Operations that came while another of the same process was under way; signals may, unless it is being deleted.
+    #[must_use]
+    pub fn overlaps(&self) -> Vec<String> {
+        self.state().overlaps.clone()
+    }
+
+    /// Begins an operation.
+    async fn begin(&self, verb: &'static str, resource: &str) -> Result<AtWork> {
+        let operation = format!("{verb} {resource}");
+        let fault = {
+            let mut state = self.state();
+            state.begun.send_modify(|begun| begun.push(operation.clone()));
+            let meanwhile = state.at_work.get(resource).copied();
+            if let Some(meanwhile) = meanwhile.filter(|meanwhile| verb != "kill" || *meanwhile == "delete") {
+                state.overlaps.push(format!("{operation} while there was {meanwhile}"));
+            }
+            if verb != "kill" {
+                state.at_work.insert(resource.to_owned(), verb);
+            }
+            state.faults.get_mut(&operation).filter(|(times, _)| *times > 0).map(|(times, fault)| {
+                *times -= 1;
+                fault.clone()
+            })
+        };
+        let at_work = AtWork { world: self.clone(), resource: (verb != "kill").then(|| resource.to_owned()) };
+        match fault {
+            None => {}
+            Some(Fault::Fail) => return Err(Error::failed(operation)("it was told to fail")),
+            #[allow(clippy::panic, reason = "that is what it is for")]
+            Some(Fault::Panic) => panic!("{operation} was told to panic"),
+            Some(Fault::Wait(gate)) => {
+                gate.acquire().await.map_err(Error::failed(operation))?.forget();
+            }
+        }
+        Ok(at_work)
     }
 
     fn hold(&self, resource: String, sandbox: (Namespace, SandboxId)) {
@@ -162,6 +239,20 @@ impl World {
                 Err(_) => Exit::now(255),
             },
             None => std::future::pending().await,
+        }
+    }
+}
+
+/// An operation under way.
+struct AtWork {
+    world: World,
+    resource: Option<String>,
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        if let Some(resource) = &self.resource {
+            self.world.state().at_work.remove(resource);
         }
     }
 }
@@ -219,11 +310,14 @@ impl Sandboxer for FakeSandboxer {
         if spec.annotations.contains_key("fake/refuse") {
             return Err(Error::invalid("annotation fake/refuse", "it asks for a refusal"));
         }
-        self.world.hold(format!("sandbox {}", spec.id), (spec.namespace.clone(), spec.id.clone()));
-        Ok(Arc::new(self.sandbox(&spec, self.world.spawn(), Vec::new())))
+        let (name, pid) = (format!("sandbox {}", spec.id), self.world.spawn());
+        self.world.hold(name.clone(), (spec.namespace.clone(), spec.id.clone()));
+        self.world.state().sandboxes.insert(name, pid);
+        Ok(Arc::new(self.sandbox(&spec, pid, Vec::new())))
     }
 
     async fn recover(&self, spec: Arc<SandboxSpec>, _context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>> {
+        self.world.begin("recover", &format!("sandbox {}", spec.id)).await?;
         let (pid, pids) = serde_json::from_value(record).map_err(Error::failed("read the fake sandbox's record"))?;
         Ok(Arc::new(self.sandbox(&spec, pid, pids)))
     }
@@ -261,7 +355,10 @@ impl FakeSandboxer {
         let removal = async move {
             // Made again by a repeated request.
             if !known.lock().unwrap_or_else(PoisonError::into_inner).contains(&name) {
-                let process = world.state().made.get(&name).copied();
+                let process = {
+                    let mut state = world.state();
+                    state.made.get(&name).copied().or_else(|| state.sandboxes.remove(&name))
+                };
                 process.into_iter().for_each(|pid| world.end(pid, 137));
                 world.release(&name);
             }
@@ -289,6 +386,7 @@ impl Sandbox for FakeSandbox {
     }
 
     async fn stop(&self, _grace: Duration) -> Result<()> {
+        let _at_work = self.world.begin("stop", &format!("sandbox {}", self.id)).await?;
         let pids = lock(&self.pids).clone();
         for pid in pids {
             self.world.end(pid, 137);
@@ -299,6 +397,7 @@ impl Sandbox for FakeSandbox {
 
     async fn delete(&self) -> Result<()> {
         self.stop(Duration::ZERO).await?;
+        self.world.state().sandboxes.remove(&format!("sandbox {}", self.id));
         self.world.release(&format!("sandbox {}", self.id));
         Ok(())
     }
@@ -321,6 +420,7 @@ impl Sandbox for FakeSandbox {
     }
 
     async fn recover_container(&self, head: ContainerHead, record: Value) -> Result<Arc<dyn Container>> {
+        self.world.begin("recover", &format!("container {}", head.id)).await?;
         let (behaviour, pid) = serde_json::from_value(record).map_err(Error::failed("read the fake container's record"))?;
         Ok(Arc::new(FakeProcess::new(self, self.know(head.id.as_str()), behaviour, pid)))
     }
@@ -381,6 +481,7 @@ impl Process for FakeProcess {
 
     async fn start(&self) -> Result<u32> {
         stages::enter("start the fake process");
+        let _at_work = self.world.begin("start", &self.resource).await?;
         if self.behaviour == Behaviour::FailToStart {
             stages::keep_log("fake", "exec: \"fail\": executable file not found");
             return Err(Error::Backend {
@@ -407,6 +508,7 @@ impl Process for FakeProcess {
     }
 
     async fn kill(&self, signal: i32, _all: bool) -> Result<()> {
+        let _at_work = self.world.begin("kill", &self.resource).await?;
         self.world.end(self.live_pid()?, 128 + signal.unsigned_abs());
         Ok(())
     }
@@ -419,6 +521,7 @@ impl Process for FakeProcess {
     }
 
     async fn delete(&self) -> Result<()> {
+        let _at_work = self.world.begin("delete", &self.resource).await?;
         if let Some(pid) = self.pid() {
             self.world.end(pid, 137);
         }
@@ -446,6 +549,7 @@ impl Container for FakeProcess {
     }
 
     async fn recover_exec(&self, id: ExecId, _stdio: Stdio, record: Value) -> Result<Arc<dyn Process>> {
+        self.world.begin("recover", &format!("exec {id} of {}", self.resource)).await?;
         let (behaviour, pid) = serde_json::from_value(record).map_err(Error::failed("read the fake exec's record"))?;
         Ok(FakeProcess::exec(self, &id, behaviour, pid))
     }
@@ -459,11 +563,11 @@ impl Container for FakeProcess {
     }
 
     async fn update(&self, _resources: Value) -> Result<()> {
-        Ok(())
+        self.world.begin("update", &self.resource).await.map(drop)
     }
 
     async fn pause(&self) -> Result<()> {
-        Ok(())
+        self.world.begin("pause", &self.resource).await.map(drop)
     }
 
     async fn resume(&self) -> Result<()> {

@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fmt::Debug,
     io,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -106,10 +106,48 @@ impl FdStore {
         names.iter().filter_map(|name| self.take(name)).collect()
     }
 
-    /// Releases what was inherited and has not been taken: its owners are gone.
-    pub fn release_rest(&self) {
+    /// Runs an attempt to take over what was left under names that begin with one of `prefixes`. What has been taken is put back when it
+    /// fails, so that it can be tried again.
+    ///
+    /// # Errors
+    /// What the attempt says; when there are too few descriptors to keep what it may take, it is not made.
+    pub async fn attempt<T>(&self, prefixes: &[String], attempt: impl Future<Output = Result<T>>) -> Result<T> {
+        let kept: Vec<(String, Vec<OwnedFd>)> = {
+            let names = self.names();
+            let wanted = names.inherited.iter().filter(|(name, _)| prefixes.iter().any(|prefix| name.starts_with(prefix)));
+            let copy = |(name, fds): (&String, &Vec<OwnedFd>)| {
+                Ok((name.clone(), fds.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?))
+            };
+            wanted.map(copy).collect::<io::Result<_>>().map_err(Error::failed("keep what an earlier daemon has left"))?
+        };
+        let outcome = attempt.await;
+        if outcome.is_err() {
+            let mut names = self.names();
+            for (name, fds) in kept {
+                // Not taken, or taken by what lives on.
+                if names.inherited.contains_key(&name) || names.current.contains_key(&name) {
+                    continue;
+                }
+                let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                let held = self.0.holder.as_ref().map_or(Ok(()), |holder| holder.hold(&name, &borrowed));
+                if let Err(error) = held {
+                    tracing::warn!(name, %error, "cannot leave it for the daemon's successors again");
+                }
+                names.inherited.insert(name, fds);
+            }
+        }
+        outcome
+    }
+
+    /// Releases what was inherited and has not been taken: its owners are gone. But for names that begin with one of `spared`, and, as long
+    /// as there are such, those that tell no owner.
+    pub fn release_rest(&self, spared: &[String]) {
+        let spare =
+            |name: &str| spared.iter().any(|prefix| name.starts_with(prefix)) || !spared.is_empty() && !name.contains('/');
         let mut names = self.names();
-        for (name, _) in std::mem::take(&mut names.inherited) {
+        let rest: Vec<_> = names.inherited.keys().filter(|name| !spare(name)).cloned().collect();
+        for name in rest {
+            names.inherited.remove(&name);
             self.release(&name);
         }
     }
@@ -180,7 +218,7 @@ impl Holder for MemoryHolder {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, os::fd::AsFd};
+    use std::io::Write;
 
     use super::*;
 
@@ -215,7 +253,28 @@ mod tests {
         let (reader, _writer) = io::pipe().unwrap();
         std::mem::forget(holder.store().leave("pipe".into(), &[reader.as_fd()]).unwrap());
         let next = holder.store();
-        next.release_rest();
+        next.release_rest(&[]);
         assert!(holder.names().is_empty() && next.take("pipe").is_none());
+    }
+
+    #[tokio::test]
+    async fn what_a_failed_attempt_has_taken_can_be_taken_again() {
+        let holder = MemoryHolder::default();
+        let (reader, mut writer) = io::pipe().unwrap();
+        std::mem::forget(holder.store().leave("@ns/pod/c/tty".into(), &[reader.as_fd()]).unwrap());
+        drop(reader);
+        let next = holder.store();
+        let prefixes = ["@ns/pod/c/".to_owned()];
+        let failing =
+            async { next.take("@ns/pod/c/tty").map(|_| ()).map_or(Ok(()), |()| Err(Error::invalid("attempt", "it fails"))) };
+        next.attempt(&prefixes, failing).await.unwrap_err();
+        assert_eq!(holder.names(), ["@ns/pod/c/tty"]);
+        writer.write_all(b"x").unwrap();
+        // What belongs to something that is tried again stays.
+        next.release_rest(&prefixes);
+        let taken = next.attempt(&prefixes, async { Ok(next.take("@ns/pod/c/tty")) }).await.unwrap();
+        drop(taken.unwrap());
+        assert!(holder.names().is_empty());
+        assert!(writer.write_all(b"x").is_err());
     }
 }

@@ -16,8 +16,9 @@ use crate::{
     error::{Error, Result},
     id::{ContainerId, ExecId, Namespace, SandboxId},
     inside::{Program, ProgramIo, Section},
+    lane::Scope,
     lifecycle::{ProcessState, SandboxState},
-    owner::{Call, Key, Owner, Reply},
+    owner::{Key, Owner, Reply, Request, Subject},
     stdio::Stdio,
     types::{ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
 };
@@ -29,7 +30,9 @@ pub struct SandboxHandle {
     pub namespace: Namespace,
     /// The sandbox.
     pub id: SandboxId,
-    calls: mpsc::UnboundedSender<Call>,
+    calls: mpsc::UnboundedSender<Request>,
+    /// Changes when something that could not be recovered has been, or is gone.
+    news: watch::Receiver<()>,
 }
 
 /// A container in a sandbox. It may be gone at any time; requests then fail with NotFound.
@@ -67,6 +70,9 @@ pub struct ContainerStatus {
     pub init: ProcessStatus,
     /// The others, by id.
     pub execs: Vec<ProcessStatus>,
+    /// Why it, or one of its execs, could not be recovered from an earlier daemon: it is as that has seen it last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unrecovered: Option<String>,
 }
 
 /// What is known of a process.
@@ -90,21 +96,40 @@ pub struct ContainerProcess {
 }
 
 impl SandboxHandle {
-    pub(crate) fn new(namespace: Namespace, id: SandboxId, calls: mpsc::UnboundedSender<Call>) -> Self {
-        Self { namespace, id, calls }
+    /// A handle, and what its receiver needs.
+    pub(crate) fn new(namespace: Namespace, id: SandboxId) -> (Self, mpsc::UnboundedReceiver<Request>, watch::Sender<()>) {
+        let ((calls, requests), (news, heard)) = (mpsc::unbounded_channel(), watch::channel(()));
+        (Self { namespace, id, calls, news: heard }, requests, news)
     }
 
     /// Sends a closure to the owner task and waits for its answer.
     pub(crate) async fn call<T: Send + 'static>(&self, call: impl FnOnce(&mut Owner, Reply<T>) + Send + 'static) -> Result<T> {
+        let request = move |subject: Subject<'_>, reply: Reply<T>| match subject {
+            Subject::Owner(owner) => call(owner, reply),
+            Subject::Unrecovered(sandbox) => drop(reply.send(Err(sandbox.unavailable()))),
+        };
+        self.request(request).await
+    }
+
+    async fn request<T: Send + 'static>(&self, request: impl FnOnce(Subject<'_>, Reply<T>) + Send + 'static) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let gone = || Error::NotFound { kind: "sandbox", id: self.id.to_string() };
-        self.calls.send(Box::new(move |owner| call(owner, reply))).map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        self.calls.send(Box::new(move |subject| request(subject, reply))).map_err(|_| gone())?;
+        match answer.await {
+            Ok(answer) => answer,
+            Err(_) if self.calls.is_closed() => Err(gone()),
+            Err(_) => Err(Error::failed("answer a request")("a defect in kuasard; its log says where")),
+        }
     }
 
     /// Sends a closure to the owner task, if that is still there.
     pub(crate) fn post(&self, call: impl FnOnce(&mut Owner) + Send + 'static) {
-        let _ = self.calls.send(Box::new(call));
+        let request = |subject: Subject<'_>| {
+            if let Subject::Owner(owner) = subject {
+                call(owner);
+            }
+        };
+        let _ = self.calls.send(Box::new(request));
     }
 
     /// Like [`Self::call`], for what is answered from the owner's own state.
@@ -123,12 +148,16 @@ impl SandboxHandle {
         self.call(Owner::start).await
     }
 
-    /// Ends everything in it, by force after `grace`. Stopping a stopped sandbox is fine.
+    /// Ends everything in it, by force after `grace`. Stopping a stopped sandbox is fine. One that could not be recovered is removed.
     ///
     /// # Errors
     /// What the backend says, or that the state could not be saved.
     pub async fn stop(&self, grace: Duration) -> Result<()> {
-        self.call(move |owner, reply| owner.stop(grace, reply)).await
+        let request = move |subject: Subject<'_>, reply| match subject {
+            Subject::Owner(owner) => owner.stop(grace, reply),
+            Subject::Unrecovered(sandbox) => sandbox.remove(reply),
+        };
+        self.request(request).await
     }
 
     /// Stops it if need be, and releases all it has.
@@ -136,7 +165,11 @@ impl SandboxHandle {
     /// # Errors
     /// What the backend says; it can be tried again.
     pub async fn delete(&self) -> Result<()> {
-        self.call(Owner::delete).await
+        let request = |subject: Subject<'_>, reply| match subject {
+            Subject::Owner(owner) => owner.delete(reply),
+            Subject::Unrecovered(sandbox) => sandbox.remove(reply),
+        };
+        self.request(request).await
     }
 
     /// Waits for its end.
@@ -213,7 +246,7 @@ impl SandboxHandle {
     /// # Errors
     /// [`Error::NotFound`] when it is gone.
     pub(crate) async fn idle(&self) -> Result<()> {
-        self.call(|owner, reply| owner.when_idle(move |owner| owner.answer(reply, Ok(())))).await
+        self.call(|owner, reply| owner.when_quiet(Scope::Sandbox, move |owner| owner.answer(reply, Ok(())))).await
     }
 }
 
@@ -265,8 +298,16 @@ impl ContainerHandle {
     /// [`Error::NotFound`] when there is no such process.
     pub async fn wait(&self, exec: Option<ExecId>) -> Result<Exit> {
         let key = self.key(exec);
-        let exit = self.sandbox.read(move |owner| Ok(owner.process(&key)?.exit.subscribe())).await?;
-        ended(exit).await
+        let mut news = self.sandbox.news.clone();
+        loop {
+            news.mark_unchanged();
+            let key = key.clone();
+            match self.sandbox.read(move |owner| Ok(owner.process(&key)?.exit.subscribe())).await {
+                // containerd takes a failed wait for the process's end, and this one may live: it could not be recovered yet.
+                Err(error @ Error::Unavailable { .. }) => news.changed().await.map_err(|_| error)?,
+                exit => return ended(exit?).await,
+            }
+        }
     }
 
     /// Waits until the container is deleted.

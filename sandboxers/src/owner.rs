@@ -2,8 +2,8 @@
 //!
 //! Everyone else sends it closures over its state ([`SandboxHandle`](crate::registry::SandboxHandle) wraps that); it runs
 //! them one after the other, so the state needs no lock. What takes time (anything of the backend) it starts as a job and
-//! goes on; the job's end comes back as one more closure. Each process has a *lane*: while a job of that process runs, further
-//! requests for it queue, which is what makes "Kill is answered before Delete" true.
+//! goes on; the job's end comes back as one more closure. Each process has [lanes](crate::lane): while a job of that process runs,
+//! further requests for it queue, and its removal waits for all that runs, which is what makes "Kill is answered before Delete" true.
 //!
 //! What must be saved before it is told is put off: closures mark the state changed and push what is to be said afterwards;
 //! after a batch of closures the loop saves once and then says it all.
@@ -18,8 +18,8 @@ use std::{
 use futures::FutureExt;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::JoinSet,
-    time::sleep,
+    task::{JoinError, JoinSet},
+    time::{Instant, sleep_until},
 };
 use tracing::{Instrument, error, info, info_span};
 
@@ -29,13 +29,17 @@ use crate::{
     event::{Event, EventKind},
     failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
+    lane::{Lane, Scope, Track},
     lifecycle::{Denial, ProcessRequest, ProcessState, ProcessStep, SandboxState, SandboxStep},
+    recovery::{Lost, Unrecovered},
     registry::Registry,
     store::{ContainerRecord, DeletedRecord, ExecRecord, SandboxRecord},
     types::{Capabilities, ContainerHead, Exit, SandboxSpec},
 };
 
 pub(crate) type Call = Box<dyn FnOnce(&mut Owner) + Send>;
+/// A request from outside, for whatever answers for the sandbox.
+pub(crate) type Request = Box<dyn FnOnce(Subject<'_>) + Send>;
 pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 /// Deletions that are remembered. A request that a daemon's death has left without an answer is repeated to the next daemon at once, so
 /// these need to cover what can be deleted in a pod in an instant.
@@ -48,15 +52,16 @@ const REST: Duration = Duration::from_millis(500);
 
 type AfterSave = Box<dyn FnOnce(&mut Owner, Result<(), String>) + Send>;
 
+/// What answers for a sandbox.
+pub(crate) enum Subject<'a> {
+    /// Its owner.
+    Owner(&'a mut Owner),
+    /// Nothing yet: an earlier daemon's sandbox that could not be taken over.
+    Unrecovered(&'a mut Unrecovered),
+}
+
 /// One process: a container's first (`None`) or an exec.
 pub(crate) type Key = (ContainerId, Option<ExecId>);
-
-/// Requests for one process (or for the sandbox itself) that wait for the job that runs.
-#[derive(Default)]
-pub(crate) struct Lane {
-    busy: bool,
-    queue: VecDeque<Call>,
-}
 
 /// A process and what is known of it.
 pub(crate) struct ProcessEntry {
@@ -67,18 +72,17 @@ pub(crate) struct ProcessEntry {
     pub(crate) exit: watch::Sender<Option<Exit>>,
     /// An exit that came before its start, or while that was under way: told when what is under way is over.
     early_exit: Option<Exit>,
-    lane: Lane,
+    /// Requests to start it that have not been answered.
+    pub(crate) starting: usize,
+    pub(crate) lane: Lane,
+    pub(crate) signals: Lane,
 }
 
 impl ProcessEntry {
     pub(crate) fn new(process: Arc<dyn Process>, state: ProcessState, stdio: crate::stdio::Stdio) -> Self {
         let (exit, _) = watch::channel(state.exit());
-        Self { state, stdio, process, exit, early_exit: None, lane: Lane::default() }
-    }
-
-    /// Whether no job of it runs.
-    pub(crate) fn is_idle(&self) -> bool {
-        !self.lane.busy
+        let (lane, signals) = (Lane::default(), Lane::default());
+        Self { state, stdio, process, exit, early_exit: None, starting: 0, lane, signals }
     }
 }
 
@@ -104,13 +108,19 @@ pub(crate) struct Owner {
     pub(crate) lane: Lane,
     /// Containers being created, which have no entry and no lane yet.
     pub(crate) creating: usize,
-    /// Wants to run when no job runs in any lane.
-    when_idle: Vec<Call>,
+    /// What waits until nothing runs in what it is about.
+    pub(crate) draining: Vec<(Scope, Call)>,
     jobs: JoinSet<Call>,
+    /// Waits for exits. Nothing is lost with one that is aborted.
+    watches: JoinSet<Call>,
     changed: bool,
     after_save: Vec<AfterSave>,
-    /// Containers that could not be taken over from an earlier daemon.
-    pub(crate) unrecovered: Vec<ContainerRecord>,
+    /// The backend has stopped it, at the request of this daemon.
+    pub(crate) told_to_stop: bool,
+    /// Containers that could not be taken over from an earlier daemon yet.
+    pub(crate) lost: BTreeMap<ContainerId, Lost>,
+    /// Changes when one of them is taken over, or gone.
+    pub(crate) news: watch::Sender<()>,
     /// The last deletions, in order.
     pub(crate) deleted: VecDeque<DeletedRecord>,
     /// Events that are to be saved as long as nobody has taken them, in order, each with its number.
@@ -151,11 +161,14 @@ impl Owner {
             containers: HashMap::new(),
             lane: Lane::default(),
             creating: 0,
-            when_idle: Vec::new(),
+            draining: Vec::new(),
             jobs: JoinSet::new(),
+            watches: JoinSet::new(),
             changed: false,
             after_save: Vec::new(),
-            unrecovered: Vec::new(),
+            told_to_stop: false,
+            lost: BTreeMap::new(),
+            news: watch::channel(()).0,
             deleted: VecDeque::new(),
             outbox: VecDeque::new(),
             events: 0,
@@ -166,37 +179,59 @@ impl Owner {
         }
     }
 
-    /// Runs until the sandbox is deleted or the daemon ends.
-    pub(crate) async fn run(mut self, mut calls: mpsc::UnboundedReceiver<Call>) {
+    /// Runs until the sandbox is deleted or the daemon ends; `first` are requests that came before it was recovered.
+    pub(crate) async fn run(mut self, first: Vec<Request>, mut calls: mpsc::UnboundedReceiver<Request>) {
         let span = info_span!("sandbox", sandbox_id = %self.spec.id);
         let work = async {
+            first.into_iter().for_each(|request| self.serve(request));
             // What the recovery has found out.
             self.settle().await;
+            let mut rest = None;
             while !self.gone {
-                let call = tokio::select! {
-                    call = calls.recv() => match call {
-                        Some(call) => call,
-                        None => return,
+                // From when there was something to save, however many calls there are meanwhile.
+                rest = self.stale.then(|| rest.unwrap_or_else(|| Instant::now() + REST));
+                let again = self.next_recovery();
+                tokio::select! {
+                    request = calls.recv() => match request {
+                        Some(request) => self.serve(request),
+                        None => break,
                     },
-                    Some(done) = self.jobs.join_next() => match done {
-                        Ok(call) => call,
-                        // Jobs catch their panics and are never aborted.
-                        Err(error) => { error!(%error, "a job was lost"); continue }
-                    },
-                    () = sleep(REST), if self.stale => {
+                    Some(done) = self.jobs.join_next() => self.finish(done),
+                    Some(done) = self.watches.join_next() => self.finish(done),
+                    () = until(rest) => {
+                        rest = None;
                         self.changed();
-                        Box::new(|_: &mut Self| {}) as Call
                     }
-                };
-                self.apply(call);
-                // What else has arrived shares the save.
-                while let Ok(call) = calls.try_recv() {
-                    self.apply(call);
+                    () = until(again) => self.recover_lost(),
                 }
+                // What else has arrived shares the save.
+                while !self.gone
+                    && let Ok(request) = calls.try_recv()
+                {
+                    self.serve(request);
+                }
+                self.settle().await;
+            }
+            calls.close();
+            // What was begun comes to its end.
+            while let Some(done) = self.jobs.join_next().await {
+                self.finish(done);
                 self.settle().await;
             }
         };
         work.instrument(span).await;
+    }
+
+    fn serve(&mut self, request: Request) {
+        self.apply(Box::new(move |owner| request(Subject::Owner(owner))));
+    }
+
+    fn finish(&mut self, done: Result<Call, JoinError>) {
+        match done {
+            Ok(call) => self.apply(call),
+            // Jobs catch their panics and are never aborted.
+            Err(error) => error!(%error, "a job was lost"),
+        }
     }
 
     /// A defect in one request must not take the other containers' owner away.
@@ -214,10 +249,8 @@ impl Owner {
             for told in std::mem::take(&mut self.after_save) {
                 told(self, saved.clone());
             }
-            if self.idle() {
-                for call in std::mem::take(&mut self.when_idle) {
-                    call(self);
-                }
+            while let Some(call) = self.quieted() {
+                call(self);
             }
             if !self.changed && self.after_save.is_empty() {
                 return;
@@ -256,14 +289,16 @@ impl Owner {
                     state: exec.state,
                     backend: exec.process.record(),
                 })
+                .chain(self.lost.get(&entry.head.id).and_then(Lost::execs).into_iter().flatten().cloned())
                 .collect(),
         });
+        let lost = self.lost.values().filter(|lost| lost.execs().is_none()).map(|lost| lost.record.clone());
         SandboxRecord {
             spec: (*self.spec).clone(),
             state: self.state,
             created_at: self.created_at,
             backend: self.sandbox.record(),
-            containers: containers.chain(self.unrecovered.iter().cloned()).collect(),
+            containers: containers.chain(lost).collect(),
             deleted: self.deleted.iter().cloned().collect(),
             events: self.outbox.iter().map(|(_, event)| event.clone()).collect(),
         }
@@ -333,83 +368,55 @@ impl Owner {
         self.deleted.push_back(DeletedRecord { container: key.0.clone(), exec: key.1.clone(), state });
     }
 
-    /// Whether no job runs in any lane.
-    pub(crate) fn idle(&self) -> bool {
-        let idle = |entry: &ContainerEntry| entry.init.is_idle() && entry.execs.values().all(ProcessEntry::is_idle);
-        !self.lane.busy && self.creating == 0 && self.containers.values().all(idle)
-    }
-
-    pub(crate) fn when_idle(&mut self, call: impl FnOnce(&mut Self) + Send + 'static) {
-        self.when_idle.push(Box::new(call));
-    }
-
-    fn lane(&mut self, key: Option<&Key>) -> Option<&mut Lane> {
-        match key {
-            None => Some(&mut self.lane),
-            Some(key) => self.process(key).ok().map(|process| &mut process.lane),
-        }
-    }
-
-    /// Runs `call` when no job runs in the lane of `key` (`None`: the sandbox's own), now if that is so. Unknown processes have
-    /// no lane: `call` runs at once and finds that out.
-    pub(crate) fn in_turn(&mut self, key: Option<&Key>, call: impl FnOnce(&mut Self) + Send + 'static) {
-        match self.lane(key) {
-            Some(lane) if lane.busy => lane.queue.push_back(Box::new(call)),
-            _ => call(self),
-        }
-    }
-
     /// Starts a job in a lane. `then` gets its result when it has ended, and what queued meanwhile runs after that.
     pub(crate) fn job<T: Send + 'static>(
         &mut self,
-        key: Option<Key>,
+        track: Track,
         job: impl Future<Output = Result<T>> + Send + 'static,
         then: impl FnOnce(&mut Self, Result<T>) + Send + 'static,
     ) {
-        if let Some(lane) = self.lane(key.as_ref()) {
-            lane.busy = true;
-        }
+        self.occupy(&track, true);
         self.background(job, move |owner, result| {
             failpoint::reach(Failpoint::Done);
-            if let Some(lane) = owner.lane(key.as_ref()) {
-                lane.busy = false;
-            }
+            owner.occupy(&track, false);
             then(owner, result);
-            if let Some(key) = &key {
+            if let Track::Work(key) = &track {
                 owner.tell_early_exit(key);
             }
-            // Each of these may make the lane busy again, and the rest goes on waiting; or remove it, and the rest is dropped, which
-            // their clients are told as NotFound.
-            while let Some(call) = owner.lane(key.as_ref()).filter(|lane| !lane.busy).and_then(|lane| lane.queue.pop_front()) {
-                call(owner);
-            }
+            owner.advance(&track);
         });
     }
 
-    /// Starts a job that belongs to no lane: reading, or waiting for an exit.
+    /// Starts a job that belongs to no lane.
     pub(crate) fn background<T: Send + 'static>(
         &mut self,
         job: impl Future<Output = Result<T>> + Send + 'static,
         then: impl FnOnce(&mut Self, Result<T>) + Send + 'static,
     ) {
-        let job = AssertUnwindSafe(job).catch_unwind().in_current_span();
-        self.jobs.spawn(async move {
-            let result = job.await.unwrap_or_else(|panic| Err(panicked(&*panic)));
-            Box::new(move |owner: &mut Self| then(owner, result)) as Call
-        });
+        self.jobs.spawn(called(job, then));
     }
 
     pub(crate) fn container(&mut self, id: &ContainerId) -> Result<&mut ContainerEntry> {
-        let missing = || Error::NotFound { kind: "container", id: id.to_string() };
+        let missing = || match self.lost.get(id) {
+            Some(lost) => lost.unavailable(),
+            None => Error::NotFound { kind: "container", id: id.to_string() },
+        };
         self.containers.get_mut(id).ok_or_else(missing)
     }
 
     pub(crate) fn process(&mut self, key: &Key) -> Result<&mut ProcessEntry> {
         let (container, exec) = key;
+        let lost = exec.as_ref().and_then(|exec| {
+            let lost = self.lost.get(container)?;
+            lost.execs()?.iter().any(|lost| lost.id == *exec).then(|| lost.unavailable())
+        });
         let entry = self.container(container)?;
         match exec {
             None => Ok(&mut entry.init),
-            Some(exec) => entry.execs.get_mut(exec).ok_or_else(|| Error::NotFound { kind: "exec", id: exec.to_string() }),
+            Some(exec) => entry
+                .execs
+                .get_mut(exec)
+                .ok_or_else(|| lost.unwrap_or_else(|| Error::NotFound { kind: "exec", id: exec.to_string() })),
         }
     }
 
@@ -459,9 +466,18 @@ impl Owner {
         true
     }
 
+    /// Waits for an exit.
+    fn watch(
+        &mut self,
+        exit: impl Future<Output = Result<Exit>> + Send + 'static,
+        then: impl FnOnce(&mut Self, Result<Exit>) + Send + 'static,
+    ) {
+        self.watches.spawn(called(exit, then));
+    }
+
     /// Watches for the end of a process that exists.
     pub(crate) fn watch_process(&mut self, key: Key, process: Arc<dyn Process>) {
-        self.background(async move { Ok(process.exited().await) }, move |owner, exit| {
+        self.watch(async move { Ok(process.exited().await) }, move |owner, exit| {
             match exit {
                 Ok(exit) => owner.process_exited(&key, exit),
                 // Only a panic of the backend gets here. The process may live, but nobody will ever tell its end.
@@ -476,13 +492,13 @@ impl Owner {
     /// Watches for the end of the sandbox itself.
     pub(crate) fn watch_sandbox(&mut self) {
         let sandbox = self.sandbox.clone();
-        self.background(async move { Ok(sandbox.exited().await) }, |owner, exit| {
+        self.watch(async move { Ok(sandbox.exited().await) }, |owner, exit| {
             let exit = exit.unwrap_or_else(|error| {
                 error!(error = error.report(), "lost track of the sandbox");
                 Exit::now(255)
             });
             // While a stop runs, its end is what counts: only then is everything really gone.
-            owner.in_turn(None, move |owner| {
+            owner.in_turn(&Track::Sandbox, move |owner| {
                 owner.sandbox_step(SandboxStep::Ended { exit });
             });
         });
@@ -491,7 +507,7 @@ impl Owner {
     fn process_exited(&mut self, key: &Key, exit: Exit) {
         // Deleted meanwhile: the answer to Delete has told it.
         let Ok(process) = self.process(key) else { return };
-        if process.lane.busy && matches!(process.state, ProcessState::Created { .. }) {
+        if !process.lane.is_idle() && matches!(process.state, ProcessState::Created { .. }) {
             process.early_exit = Some(exit);
             return;
         }
@@ -520,17 +536,44 @@ impl Owner {
 
     /// Forgets a container and all its processes; whoever still waits is told an exit.
     pub(crate) fn forget(&mut self, id: &ContainerId) {
-        if let Some(entry) = self.containers.remove(id) {
-            for process in entry.execs.into_values().chain([entry.init]) {
-                process.exit.send_if_modified(|exit| {
-                    let unknown = exit.is_none();
-                    exit.get_or_insert_with(|| Exit::now(137));
-                    unknown
-                });
-            }
-        }
+        let processes = self.containers.remove(id).into_iter().flat_map(|entry| entry.execs.into_values().chain([entry.init]));
+        self.lost.remove(id);
         self.registry.forget_container(&self.spec.namespace, id);
         self.changed();
+        for process in processes {
+            process.exit.send_if_modified(|exit| {
+                let unknown = exit.is_none();
+                exit.get_or_insert_with(|| Exit::now(137));
+                unknown
+            });
+            self.dismiss(process);
+        }
+    }
+
+    /// Lets what waits for a process that is gone find that out.
+    pub(crate) fn dismiss(&mut self, process: ProcessEntry) {
+        for call in process.lane.into_queue().into_iter().chain(process.signals.into_queue()) {
+            call(self);
+        }
+    }
+}
+
+/// A job whose end comes back as a call, with an error in place of a panic.
+fn called<T: Send + 'static>(
+    job: impl Future<Output = Result<T>> + Send + 'static,
+    then: impl FnOnce(&mut Owner, Result<T>) + Send + 'static,
+) -> impl Future<Output = Call> + Send + 'static {
+    let job = AssertUnwindSafe(job).catch_unwind().in_current_span();
+    async move {
+        let result = job.await.unwrap_or_else(|panic| Err(panicked(&*panic)));
+        Box::new(move |owner: &mut Owner| then(owner, result)) as Call
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

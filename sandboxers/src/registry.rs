@@ -11,27 +11,27 @@ use std::{
 
 use futures::future::join_all;
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use tracing::{debug, error, info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
-    contract::{Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
+    contract::{Known, Leftover, SandboxContext, Sandboxer},
     error::{Error, Result},
-    event::{EventKind, EventSink},
+    event::EventSink,
     failures::{Attempt, Failure, Failures},
     fdstore::FdStore,
     handle::{ContainerHandle, SandboxHandle},
     id::{ContainerId, ExecId, Namespace, SandboxId},
-    lifecycle::{ProcessState, ProcessStep, SandboxState, SandboxStep},
-    owner::{ContainerEntry, Key, Owner, ProcessEntry},
+    lifecycle::{ProcessState, SandboxState},
+    owner::{Owner, Request},
     reaper::Reaper,
     stages,
-    stdio::StreamHub,
-    store::{ContainerRecord, DeletedRecord, SandboxRecord, Store},
-    types::{Capabilities, Exit, SandboxSpec},
+    stdio::{StreamHub, parked_names},
+    store::{DeletedRecord, SandboxRecord, Store},
+    types::{Capabilities, SandboxSpec},
     undo::Undo,
 };
 
@@ -69,6 +69,8 @@ struct Index {
     /// `None`: being created.
     sandboxes: HashMap<(Namespace, SandboxId), Option<SandboxHandle>>,
     containers: HashMap<(Namespace, ContainerId), SandboxId>,
+    /// Those of an earlier daemon that could not be taken over yet, and why.
+    unrecovered: BTreeMap<(Namespace, SandboxId), String>,
     /// Deletions by the daemon before this one, whose answers may have been lost.
     deleted: HashMap<(Namespace, SandboxId), Vec<DeletedRecord>>,
 }
@@ -244,7 +246,7 @@ impl Registry {
         Ok(())
     }
 
-    fn context(&self, dir: std::path::PathBuf) -> SandboxContext {
+    pub(crate) fn context(&self, dir: std::path::PathBuf) -> SandboxContext {
         SandboxContext {
             dir,
             events: self.0.events.clone(),
@@ -255,12 +257,12 @@ impl Registry {
     }
 
     /// Lets an owner run and makes it known.
-    fn adopt(&self, owner: Owner) {
-        let (sender, calls) = mpsc::unbounded_channel();
-        let (namespace, id) = (owner.spec.namespace.clone(), owner.spec.id.clone());
-        let handle = SandboxHandle::new(namespace.clone(), id.clone(), sender);
+    fn adopt(&self, mut owner: Owner) {
+        let (namespace, id) = owner.key();
+        let (handle, calls, news) = SandboxHandle::new(namespace.clone(), id.clone());
+        owner.news = news;
         self.index().sandboxes.insert((namespace, id), Some(handle));
-        tokio::spawn(owner.run(calls));
+        tokio::spawn(owner.run(Vec::new(), calls));
     }
 
     pub(crate) fn claim_container(&self, namespace: &Namespace, id: &ContainerId, sandbox: &SandboxId) -> Result<()> {
@@ -283,6 +285,7 @@ impl Registry {
         let key = (namespace.clone(), id.clone());
         let mut index = self.index();
         index.sandboxes.remove(&key);
+        index.unrecovered.remove(&key);
         index.deleted.remove(&key);
     }
 
@@ -298,7 +301,7 @@ impl Registry {
     /// Takes over what an earlier daemon left. When this returns, its sandboxes are known and can be called; each answers when it has
     /// been recovered, so that none waits for another. Then leftovers that nobody knows are removed.
     ///
-    /// What cannot be taken over stays as it is and is reported in the log.
+    /// What cannot be taken over stays as it is, is reported in the log and by [`Self::unrecovered`], and is tried again.
     ///
     /// # Errors
     /// When the state directory cannot be read at all.
@@ -306,13 +309,17 @@ impl Registry {
         let begun = Instant::now();
         let loaded = self.store().load()?;
         let mut known = Known::new();
+        // What begins so belongs to what may be recovered later: a terminal that is let go hangs up who runs in it.
+        let mut spared = Vec::new();
         for (file, why) in &loaded.set_aside {
             warn!(file = %file.display(), why, "cannot read the state of a sandbox; its processes, if any, are left alone");
             // Known all the same, or its processes would be collected as leftovers.
             if let (Some(Ok(id)), Some(Ok(namespace))) = (parent_name(file, 1), parent_name(file, 2)) {
+                spared.extend(parked_names(&namespace, &id, None));
                 known.insert((namespace, id), None);
             }
         }
+        known.extend(loaded.unread.iter().map(|(key, _)| (key.clone(), None)));
         for record in &loaded.records {
             let containers = record.containers.iter().map(|container| container.head.id.clone()).collect();
             known.insert((record.spec.namespace.clone(), record.spec.id.clone()), Some(containers));
@@ -326,10 +333,15 @@ impl Registry {
             }
         }
         let alone = self.0.collecting.clone().lock_owned().await;
-        let recovered: Vec<_> = loaded.records.into_iter().map(|record| self.begin_recovery(record)).collect();
-        let (fds, set_aside) = (self.0.fds.clone(), !loaded.set_aside.is_empty());
+        let records =
+            loaded.records.into_iter().map(|record| ((record.spec.namespace.clone(), record.spec.id.clone()), Some(record)));
+        let unread = loaded.unread.into_iter().map(|(key, _)| (key, None));
+        let recovered: Vec<_> = records.chain(unread).map(|(key, record)| self.begin_recovery(key, record)).collect();
+        let fds = self.0.fds.clone();
         Ok(Recovery(tokio::spawn(async move {
-            let count = join_all(recovered).await.len();
+            let recovered = join_all(recovered).await;
+            let count = recovered.len();
+            spared.extend(recovered.into_iter().flatten().flatten());
             info!(sandboxes = count, milliseconds = begun.elapsed().as_millis(), "recovered what the daemon before has left");
             join_all(leftovers.into_iter().map(remove_leftover)).await;
             for dir in loaded.unsaved {
@@ -339,91 +351,59 @@ impl Registry {
                 }
             }
             drop(alone);
-            if set_aside {
-                // Theirs are among them: a terminal that is let go hangs up who runs in it.
-                return;
-            }
             // What belongs to a container that was half made is taken when containerd's request is repeated, or never.
             tokio::spawn(async move {
                 sleep(REPEATED).await;
-                fds.release_rest();
+                fds.release_rest(&spared);
             });
         })))
     }
 
-    /// Makes a sandbox known, and lets it be recovered.
-    fn begin_recovery(&self, record: SandboxRecord) -> JoinHandle<()> {
-        let (sender, calls) = mpsc::unbounded_channel();
-        let key = (record.spec.namespace.clone(), record.spec.id.clone());
-        {
-            let mut index = self.index();
-            for container in &record.containers {
-                index.containers.insert((key.0.clone(), container.head.id.clone()), key.1.clone());
-            }
-            index.deleted.insert(key.clone(), record.deleted.clone());
-            index.sandboxes.insert(key.clone(), Some(SandboxHandle::new(key.0.clone(), key.1.clone(), sender)));
+    /// Makes a sandbox known that is to be recovered: what is asked of it comes by the receiver.
+    pub(crate) fn announce(
+        &self,
+        key: &(Namespace, SandboxId),
+        record: Option<&SandboxRecord>,
+    ) -> (mpsc::UnboundedReceiver<Request>, watch::Sender<()>) {
+        let (handle, calls, news) = SandboxHandle::new(key.0.clone(), key.1.clone());
+        match record {
+            Some(record) => self.claim_recorded(key, record),
+            None => self.note_unrecovered(key, "its state file cannot be read for the moment".into()),
         }
-        let registry = self.clone();
-        tokio::spawn(async move {
-            let containers: Vec<_> = record.containers.iter().map(|container| container.head.id.clone()).collect();
-            match registry.recover_sandbox(record).await {
-                Ok(owner) => {
-                    debug!(sandbox_id = %key.1, "recovered a sandbox");
-                    for lost in containers.iter().filter(|id| !owner.containers.contains_key(*id)) {
-                        registry.forget_container(&key.0, lost);
-                    }
-                    tokio::spawn(owner.run(calls));
-                }
-                Err(error) => {
-                    error!(sandbox_id = %key.1, error = error.report(), "failed to recover a sandbox; it is left alone");
-                    registry.forget_sandbox(&key.0, &key.1);
-                    containers.iter().for_each(|id| registry.forget_container(&key.0, id));
-                }
-            }
-        })
+        self.index().sandboxes.insert(key.clone(), Some(handle));
+        (calls, news)
     }
 
-    async fn recover_sandbox(&self, record: SandboxRecord) -> Result<Owner> {
-        let Entry { sandboxer, capabilities } = self.entry(&record.spec.sandboxer)?;
-        let spec = Arc::new(record.spec);
-        let context = self.context(self.store().dir(&spec.namespace, &spec.id));
-        let sandbox = sandboxer.recover(spec.clone(), context.clone(), record.backend).await?;
-        let mut owner = Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), record.state, record.created_at);
-        record.events.into_iter().for_each(|event| owner.publish_event(event));
-        let mut watched = Vec::new();
-        for container in record.containers {
-            let id = container.head.id.clone();
-            match recover_container(&*owner.sandbox.clone(), container.clone()).await {
-                Ok(Recovered { entry, live, started }) => {
-                    owner.containers.insert(id.clone(), entry);
-                    watched.extend(live);
-                    for (key, pid) in started {
-                        owner.step(&key, ProcessStep::Started { pid });
-                        owner.publish(&id, EventKind::started(key.1, pid));
-                    }
-                }
-                Err(error) => {
-                    // Its processes may live: forgotten, it would be taken for a leftover.
-                    error!(container = %id, error = error.report(), "failed to recover a container; it is left to the next daemon");
-                    owner.unrecovered.push(container);
-                }
-            }
+    /// Makes known what a record tells of a sandbox.
+    pub(crate) fn claim_recorded(&self, key: &(Namespace, SandboxId), record: &SandboxRecord) {
+        let mut index = self.index();
+        for container in &record.containers {
+            index.containers.insert((key.0.clone(), container.head.id.clone()), key.1.clone());
         }
-        owner.deleted = record.deleted.into();
-        for key in watched {
-            if let Ok(process) = owner.process(&key).map(|entry| entry.process.clone()) {
-                owner.watch_process(key, process);
-            }
-        }
-        match owner.state {
-            SandboxState::Ready { .. } => owner.watch_sandbox(),
-            // Cut off half way: nobody waits for the result any more, and a stop or delete will come.
-            SandboxState::Starting | SandboxState::Stopping => {
-                owner.sandbox_step(SandboxStep::Ended { exit: Exit::now(255) });
-            }
-            SandboxState::Created | SandboxState::Stopped { .. } => {}
-        }
-        Ok(owner)
+        index.deleted.insert(key.clone(), record.deleted.clone());
+    }
+
+    pub(crate) fn note_unrecovered(&self, key: &(Namespace, SandboxId), why: String) {
+        self.index().unrecovered.insert(key.clone(), why);
+    }
+
+    pub(crate) fn note_recovered(&self, key: &(Namespace, SandboxId)) {
+        self.index().unrecovered.remove(key);
+    }
+
+    /// Sandboxes of an earlier daemon that could not be taken over yet, which is tried again and again; why.
+    #[must_use]
+    pub fn unrecovered(&self) -> BTreeMap<(Namespace, SandboxId), String> {
+        self.index().unrecovered.clone()
+    }
+
+    /// Lets go of descriptors that an earlier daemon has left, under names that begin so.
+    pub(crate) fn release_parked(&self, prefixes: &[String]) {
+        prefixes.iter().for_each(|prefix| drop(self.0.fds.take_all(prefix)));
+    }
+
+    pub(crate) fn sandboxer(&self, name: &str) -> Result<&dyn Sandboxer> {
+        Ok(&*self.entry(name)?.sandboxer)
     }
 
     /// Waits until no operation is under way in any sandbox, at most `limit`; returns the sandboxes where one still is.
@@ -457,50 +437,6 @@ async fn remove_leftover(leftover: Leftover) {
     match removal.await {
         Ok(()) => info!(what, "removed a leftover"),
         Err(error) => error!(what, error = error.report(), "cannot remove a leftover"),
-    }
-}
-
-/// A container that was taken over.
-struct Recovered {
-    entry: ContainerEntry,
-    /// Processes whose end is still to come.
-    live: Vec<Key>,
-    /// Those that were started and not recorded as that.
-    started: Vec<(Key, u32)>,
-}
-
-async fn recover_container(sandbox: &dyn Sandbox, record: ContainerRecord) -> Result<Recovered> {
-    let id = record.head.id.clone();
-    let container = sandbox.recover_container(record.head.clone(), record.backend).await?;
-    let init = ProcessEntry::new(container.clone(), record.state, record.head.stdio.clone());
-    let entry = ContainerEntry { init, head: record.head, container: container.clone(), execs: BTreeMap::new() };
-    let mut recovered = Recovered { entry, live: Vec::new(), started: Vec::new() };
-    recovered.note((id.clone(), None), record.state, &*container).await?;
-    for exec in record.execs {
-        let process = match container.recover_exec(exec.id.clone(), exec.stdio.clone(), exec.backend).await {
-            Ok(process) => process,
-            Err(error) => {
-                error!(container = %id, exec = %exec.id, error = error.report(), "failed to recover an exec; it is forgotten");
-                continue;
-            }
-        };
-        recovered.note((id.clone(), Some(exec.id.clone())), exec.state, &*process).await?;
-        recovered.entry.execs.insert(exec.id, ProcessEntry::new(process, exec.state, exec.stdio));
-    }
-    Ok(recovered)
-}
-
-impl Recovered {
-    async fn note<P: Process + ?Sized>(&mut self, key: Key, state: ProcessState, process: &P) -> Result<()> {
-        let mut live = matches!(state, ProcessState::Running { .. } | ProcessState::Paused { .. });
-        if matches!(state, ProcessState::Created { .. }) {
-            let started = process.started().await?;
-            // A container's first process is there before it is started, and may end.
-            live = started.is_some() || key.1.is_none();
-            self.started.extend(started.map(|pid| (key.clone(), pid)));
-        }
-        self.live.extend(live.then_some(key));
-        Ok(())
     }
 }
 

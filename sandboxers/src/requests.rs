@@ -8,6 +8,7 @@ use std::{
 use futures::future::{Either, join_all};
 use serde_json::Value;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use tracing::error;
 
 use crate::{
@@ -15,36 +16,44 @@ use crate::{
     error::{Error, Result},
     event::{Event, EventKind},
     handle::{ContainerStatus, ProcessStatus, SandboxStatus},
+    lane::{Scope, Track},
     lifecycle::{ProcessRequest, ProcessState, ProcessStep, SandboxRequest, SandboxState, SandboxStep},
     owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply, name},
     registry::SAVE,
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, Support},
 };
 
+/// How long the end of an exec that was sent SIGKILL may take.
+const DEATH: Duration = Duration::from_secs(20);
+
 impl Owner {
     pub(crate) fn start(&mut self, reply: Reply<SandboxStatus>) {
-        self.in_turn(None, move |owner| {
+        self.in_turn(&Track::Sandbox, move |owner| {
             if let Err(denial) = owner.state.admit(&owner.spec.id, SandboxRequest::Start) {
                 return owner.answer(reply, Err(denial.into()));
             }
             owner.sandbox_step(SandboxStep::Start);
             let attempt = owner.registry.attempt(&owner.spec, None, "start the sandbox");
             let sandbox = owner.sandbox.clone();
-            owner.job(None, attempt.watch(async move { sandbox.start().await }), move |owner, started| match started {
-                Ok(pid) => {
-                    attempt.enter(SAVE);
-                    owner.sandbox_step(SandboxStep::Started { pid, at: SystemTime::now() });
-                    owner.watch_sandbox();
-                    owner.after_save(move |owner, saved| match saved {
-                        Ok(()) => drop(reply.send(Ok(owner.status()))),
-                        // It would come back as one that is not started, and cannot be started any more.
-                        Err(why) => {
-                            owner.discard(reply, attempt.failed(Error::failed("save that the sandbox is started")(why)))
-                        }
-                    });
-                }
-                Err(error) => owner.discard(reply, error),
-            });
+            owner.job(
+                Track::Sandbox,
+                attempt.watch(async move { sandbox.start().await }),
+                move |owner, started| match started {
+                    Ok(pid) => {
+                        attempt.enter(SAVE);
+                        owner.sandbox_step(SandboxStep::Started { pid, at: SystemTime::now() });
+                        owner.watch_sandbox();
+                        owner.after_save(move |owner, saved| match saved {
+                            Ok(()) => drop(reply.send(Ok(owner.status()))),
+                            // It would come back as one that is not started, and cannot be started any more.
+                            Err(why) => {
+                                owner.discard(reply, attempt.failed(Error::failed("save that the sandbox is started")(why)))
+                            }
+                        });
+                    }
+                    Err(error) => owner.discard(reply, error),
+                },
+            );
         });
     }
 
@@ -61,19 +70,46 @@ impl Owner {
     }
 
     pub(crate) fn stop(&mut self, grace: Duration, reply: Reply<()>) {
-        self.in_turn(None, move |owner| {
-            if let SandboxState::Stopped { .. } = owner.state {
+        self.in_turn(&Track::Sandbox, move |owner| {
+            let stopped = matches!(owner.state, SandboxState::Stopped { .. });
+            // One that has ended by itself may have left things that only its stop releases.
+            if stopped && owner.told_to_stop && owner.lost.is_empty() {
                 return owner.answer(reply, Ok(()));
             }
-            owner.sandbox_step(SandboxStep::Stop);
             let orphans = owner.never_started();
-            let sandbox = owner.sandbox.clone();
-            owner.job(None, async move { sandbox.stop(grace).await }, move |owner, stopped| match stopped {
+            owner.stop_now(grace, move |owner, stopped| match stopped {
                 Ok(()) if orphans.is_empty() => owner.stopped(reply),
                 Ok(()) => owner.delete_orphans(orphans, reply),
-                Err(error) => owner.answer(reply, Err(error)),
+                Err(error) => {
+                    if reply.is_closed() {
+                        error!(
+                            error = error.report(),
+                            "the sandbox cannot be stopped, and nobody waits for that; stop it again"
+                        );
+                    }
+                    owner.answer(reply, Err(error));
+                }
             });
         });
+    }
+
+    /// Ends everything in the sandbox, containers that could not be recovered among it. For whoever has the sandbox's lane.
+    fn stop_now(&mut self, grace: Duration, then: impl FnOnce(&mut Self, Result<()>) + Send + 'static) {
+        self.sandbox_step(SandboxStep::Stop);
+        let sandbox = self.sandbox.clone();
+        self.job(Track::Sandbox, async move { sandbox.stop(grace).await }, move |owner, stopped| match stopped {
+            Ok(()) => {
+                owner.told_to_stop = true;
+                owner.end_lost(then);
+            }
+            Err(error) => then(owner, Err(error)),
+        });
+    }
+
+    /// Goes on with a stop that the daemon before this one has begun, or with a start that nobody waits for any more.
+    pub(crate) fn resume_stop(&mut self) {
+        let (reply, _) = oneshot::channel();
+        self.stop(Duration::ZERO, reply);
     }
 
     fn stopped(&mut self, reply: Reply<()>) {
@@ -87,7 +123,7 @@ impl Owner {
     /// Containers that were created and not started, and are not being started now.
     fn never_started(&self) -> Vec<Key> {
         let unstarted =
-            |entry: &ContainerEntry| entry.init.is_idle() && matches!(entry.init.state, ProcessState::Created { .. });
+            |entry: &ContainerEntry| entry.init.lane.is_idle() && matches!(entry.init.state, ProcessState::Created { .. });
         self.containers.values().filter(|entry| unstarted(entry)).map(|entry| (entry.head.id.clone(), None)).collect()
     }
 
@@ -103,7 +139,7 @@ impl Owner {
                 async move { (key.0, deleted.await) }
             })
             .collect();
-        self.job(None, async move { Ok(join_all(deletions).await) }, move |owner, deletions| {
+        self.job(Track::Sandbox, async move { Ok(join_all(deletions).await) }, move |owner, deletions| {
             for (container, deleted) in deletions.into_iter().flatten() {
                 if let Ok(Err(error)) = deleted {
                     error!(%container, error = error.report(), "a container that was never started remains until its sandbox is deleted");
@@ -114,25 +150,35 @@ impl Owner {
     }
 
     pub(crate) fn delete(&mut self, reply: Reply<()>) {
-        // Anything half made by a job would be left behind.
-        self.when_idle(move |owner| owner.in_turn(None, move |owner| owner.delete_now(reply)));
+        self.in_turn(&Track::Sandbox, move |owner| {
+            owner.close(&Scope::Sandbox);
+            // First: what hangs in it ends with it.
+            if owner.told_to_stop && owner.lost.is_empty() {
+                return owner.delete_stopped(reply);
+            }
+            owner.stop_now(Duration::ZERO, move |owner, stopped| match stopped {
+                Ok(()) => owner.delete_stopped(reply),
+                Err(error) => {
+                    owner.reopen(&Scope::Sandbox);
+                    owner.answer(reply, Err(error));
+                }
+            });
+        });
     }
 
-    fn delete_now(&mut self, reply: Reply<()>) {
-        let sandbox = self.sandbox.clone();
-        let live = !matches!(self.state, SandboxState::Stopped { .. });
-        let containers: Vec<_> = self.containers.values().map(delete_container).collect();
-        self.sandbox_step(SandboxStep::Stop);
-        let delete = async move {
-            if live {
-                sandbox.stop(Duration::ZERO).await?;
-            }
-            for delete in containers {
-                delete.await?;
-            }
-            sandbox.delete().await
-        };
-        self.remove(delete, move |owner, removed| owner.answer(reply, removed));
+    fn delete_stopped(&mut self, reply: Reply<()>) {
+        // Anything half made by a job would be left behind.
+        self.when_quiet(Scope::Sandbox, move |owner| {
+            let sandbox = owner.sandbox.clone();
+            let containers: Vec<_> = owner.containers.values().map(delete_container).collect();
+            let delete = async move {
+                for delete in containers {
+                    delete.await?;
+                }
+                sandbox.delete().await
+            };
+            owner.remove(delete, move |owner, removed| owner.answer(reply, removed));
+        });
     }
 
     /// Runs the backend's part of a removal, then removes the state. In two jobs: an exit that is told meanwhile is saved, and
@@ -142,16 +188,21 @@ impl Owner {
         backend: impl Future<Output = Result<()>> + Send + 'static,
         then: impl FnOnce(&mut Self, Result<()>) + Send + 'static,
     ) {
-        self.job(None, backend, move |owner, deleted| {
+        self.close(&Scope::Sandbox);
+        self.job(Track::Sandbox, backend, move |owner, deleted| {
             if let Err(error) = deleted {
+                owner.reopen(&Scope::Sandbox);
                 return then(owner, Err(error));
             }
             owner.sealed = true;
             let (store, spec) = (owner.registry.store().clone(), owner.spec.clone());
-            owner.job(None, async move { store.remove(&spec.namespace, &spec.id) }, move |owner, removed| {
+            owner.job(Track::Sandbox, async move { store.remove(&spec.namespace, &spec.id) }, move |owner, removed| {
                 match removed {
                     Ok(()) => owner.vanish(),
-                    Err(_) => owner.sealed = false,
+                    Err(_) => {
+                        owner.sealed = false;
+                        owner.reopen(&Scope::Sandbox);
+                    }
                 }
                 then(owner, removed);
             });
@@ -170,13 +221,13 @@ impl Owner {
     }
 
     pub(crate) fn update(&mut self, resources: PodResources, reply: Reply<()>) {
-        self.in_turn(None, move |owner| {
+        self.in_turn(&Track::Sandbox, move |owner| {
             if let Err(denial) = owner.state.admit(&owner.spec.id, SandboxRequest::Update) {
                 return owner.answer(reply, Err(denial.into()));
             }
             let sandbox = owner.sandbox.clone();
             let update = async move { sandbox.update(&resources).await.map(|()| resources) };
-            owner.job(None, update, move |owner, updated| {
+            owner.job(Track::Sandbox, update, move |owner, updated| {
                 let updated = updated.map(|resources| {
                     Arc::make_mut(&mut owner.spec).resources = resources;
                     owner.changed();
@@ -195,8 +246,17 @@ impl Owner {
                 bundle: entry.head.bundle.clone(),
                 init: process_status(&entry.init, None),
                 execs: entry.execs.iter().map(|(id, exec)| process_status(exec, Some(id.clone()))).collect(),
+                unrecovered: self.lost.get(&entry.head.id).map(|lost| lost.why().to_owned()),
             })
             .collect();
+        let lost = self.lost.values().filter(|lost| lost.execs().is_none());
+        containers.extend(lost.map(|lost| ContainerStatus {
+            id: lost.record.head.id.clone(),
+            bundle: lost.record.head.bundle.clone(),
+            init: ProcessStatus { exec: None, state: lost.record.state, stdio: lost.record.head.stdio.clone() },
+            execs: Vec::new(),
+            unrecovered: Some(lost.why().to_owned()),
+        }));
         containers.sort_by(|a, b| a.id.cmp(&b.id));
         SandboxStatus {
             spec: self.spec.clone(),
@@ -251,7 +311,8 @@ impl Owner {
             attempt.enter(SAVE);
             owner.after_save(move |owner, saved| {
                 if let Err(why) = saved {
-                    owner.containers.remove(&head.id);
+                    let unsaved = owner.containers.remove(&head.id);
+                    unsaved.into_iter().for_each(|entry| owner.dismiss(entry.init));
                     owner.drop_event(event);
                     let error = attempt.failed(Error::failed("save the container's state")(why));
                     return owner.take_back(head, container, reply, error);
@@ -279,13 +340,13 @@ impl Owner {
     pub(crate) fn add_exec(&mut self, container: crate::id::ContainerId, spec: ExecSpec, reply: Reply<()>) {
         // In the init's lane: an exec cannot be added while its container is started, paused or deleted.
         let init = (container, None);
-        self.in_turn(Some(&init.clone()), move |owner| {
+        self.in_turn(&Track::work(&init), move |owner| {
             let handle = match owner.admit_exec(&init, &spec) {
                 Ok(handle) => handle,
                 Err(error) => return owner.answer(reply, Err(error)),
             };
             let (id, stdio) = (spec.id.clone(), spec.stdio.clone());
-            owner.job(Some(init.clone()), async move { handle.exec(spec).await }, move |owner, made| {
+            owner.job(Track::work(&init), async move { handle.exec(spec).await }, move |owner, made| {
                 let added = made.and_then(|process| {
                     let entry = owner.container(&init.0)?;
                     let pid = process.pid();
@@ -310,10 +371,13 @@ impl Owner {
     }
 
     pub(crate) fn start_process(&mut self, key: Key, reply: Reply<u32>) {
-        self.in_turn(Some(&key.clone()), move |owner| {
+        if let Ok(process) = self.process(&key) {
+            process.starting += 1;
+        }
+        self.in_turn(&Track::work(&key), move |owner| {
             let process = match owner.admit(&key, ProcessRequest::Start) {
                 Ok(process) => process,
-                Err(error) => return owner.answer(reply, Err(error)),
+                Err(error) => return owner.answer_start(key, reply, Err(error)),
             };
             let start = process.clone();
             let start = async move { start.start().await };
@@ -322,7 +386,7 @@ impl Owner {
                 (id, None) => Either::Left(owner.registry.attempt(&owner.spec, Some(id), "start the container").watch(start)),
                 (_, Some(_)) => Either::Right(start),
             };
-            owner.job(Some(key.clone()), start, move |owner, started| {
+            owner.job(Track::work(&key), start, move |owner, started| {
                 if let Ok(pid) = started {
                     owner.step(&key, ProcessStep::Started { pid });
                     if key.1.is_some() {
@@ -331,21 +395,47 @@ impl Owner {
                     }
                     owner.publish(&key.0, EventKind::started(key.1.clone(), pid));
                 }
-                owner.answer(reply, started);
+                owner.answer_start(key, reply, started);
             });
         });
     }
 
+    fn answer_start(&mut self, key: Key, reply: Reply<u32>, started: Result<u32>) {
+        self.after_save(move |owner, _| {
+            if let Ok(process) = owner.process(&key) {
+                process.starting = process.starting.saturating_sub(1);
+            }
+            // The client may have gone away: fine.
+            let _ = reply.send(started);
+        });
+    }
+
+    /// Sends a signal beside what else is under way: SIGTERM and SIGKILL are what ends that.
     pub(crate) fn kill(&mut self, key: Key, signal: i32, all: bool, reply: Reply<()>) {
-        // containerd deletes what has ended while another of its callers may still try to kill it, and closes the connection when
-        // Delete is answered: this answer must not wait for that one.
-        if let Ok(process) = self.process(&key)
-            && matches!(process.state, ProcessState::Stopped { .. })
-        {
-            let refused = self.admit(&key, ProcessRequest::Kill).map(drop);
-            return self.answer(reply, refused);
+        if let Ok(process) = self.process(&key) {
+            // containerd deletes what has ended while another of its callers may still try to kill it, and closes the connection when
+            // Delete is answered: this answer must not wait for that one.
+            if matches!(process.state, ProcessState::Stopped { .. }) {
+                let refused = self.admit(&key, ProcessRequest::Kill).map(drop);
+                return self.answer(reply, refused);
+            }
+            if process.signals.is_closed() {
+                return self.answer(reply, Err(Error::Finished { id: name(&key).1.to_owned() }));
+            }
         }
-        self.in_lane(key, ProcessRequest::Kill, reply, move |process| async move { process.kill(signal, all).await });
+        // An exec that is being started has no process yet.
+        let unborn = self.process(&key).map_or(true, |process| process.state == ProcessState::Created { pid: None });
+        let work = Track::work(&key);
+        let send = move |owner: &mut Self| {
+            owner.in_turn(&Track::Signals(key.clone()), move |owner| match owner.admit(&key, ProcessRequest::Kill) {
+                Ok(process) => {
+                    let kill = async move { process.kill(signal, all).await };
+                    owner.job(Track::Signals(key), kill, move |owner, sent| owner.answer(reply, sent));
+                }
+                Err(error) => owner.answer(reply, Err(error)),
+            });
+        };
+        if unborn { self.in_turn(&work, send) } else { send(self) }
     }
 
     pub(crate) fn resize(&mut self, key: Key, size: crate::types::WindowSize, reply: Reply<()>) {
@@ -366,32 +456,61 @@ impl Owner {
     ) where
         F: Future<Output = Result<()>> + Send + 'static,
     {
-        self.in_turn(Some(&key.clone()), move |owner| match owner.admit(&key, request) {
-            Ok(process) => owner.job(Some(key), work(process), move |owner, done| owner.answer(reply, done)),
+        self.in_turn(&Track::work(&key), move |owner| match owner.admit(&key, request) {
+            Ok(process) => owner.job(Track::Work(key), work(process), move |owner, done| owner.answer(reply, done)),
             Err(error) => owner.answer(reply, Err(error)),
         });
     }
 
     pub(crate) fn delete_process(&mut self, key: Key, reply: Reply<ProcessStatus>) {
-        self.in_turn(Some(&key.clone()), move |owner| {
-            if let Err(error) = owner.admit(&key, ProcessRequest::Delete) {
+        // containerd cancels the Start of an exec whose client goes away, does not kill a process whose pid it was never told, and only
+        // deletes it. An exec whose start was answered has to be killed first, as with containerd's own shim.
+        let unheard = key.1.is_some() && self.process(&key).is_ok_and(|process| process.starting > 0);
+        self.in_turn(&Track::work(&key), move |owner| {
+            let running = owner.process(&key).is_ok_and(|process| matches!(process.state, ProcessState::Running { .. }));
+            if let Some(exit) = owner.ended_before(&key) {
+                return owner.delete_lost(key, exit, reply);
+            }
+            if !(unheard && running)
+                && let Err(error) = owner.admit(&key, ProcessRequest::Delete)
+            {
                 return owner.answer(reply, Err(error));
             }
-            let delete = match (&key.1, owner.container(&key.0)) {
-                (None, Ok(entry)) => Either::Left(delete_container(entry)),
-                (_, _) => match owner.process(&key) {
-                    Ok(process) => {
-                        let process = process.process.clone();
-                        Either::Right(async move { process.delete().await })
-                    }
-                    Err(error) => return owner.answer(reply, Err(error)),
-                },
-            };
-            owner.job(Some(key.clone()), delete, move |owner, deleted| {
-                owner.tell_early_exit(&key);
-                let status = deleted.and_then(|()| owner.process_deleted(&key));
-                owner.answer(reply, status);
+            let scope = Scope::Process(key.clone());
+            owner.close(&scope);
+            owner.when_quiet(scope, move |owner| owner.delete_quiet(key, reply));
+        });
+    }
+
+    /// Deletes a container that cannot be recovered, and had ended before.
+    fn delete_lost(&mut self, key: Key, exit: Exit, reply: Reply<ProcessStatus>) {
+        let Some(lost) = self.lost.get(&key.0) else { return };
+        let (state, stdio) = (lost.record.state, lost.record.head.stdio.clone());
+        self.remove_lost(key.0.clone(), move |owner, removed| {
+            let status = removed.map(|()| {
+                owner.bury(&key, state);
+                owner.publish(&key.0, EventKind::Deleted { exec: None, pid: state.pid(), exit });
+                ProcessStatus { exec: None, state, stdio }
             });
+            owner.answer(reply, status);
+        });
+    }
+
+    fn delete_quiet(&mut self, key: Key, reply: Reply<ProcessStatus>) {
+        let delete = match (&key.1, self.container(&key.0)) {
+            (None, Ok(entry)) => Either::Left(delete_container(entry)),
+            (_, _) => match self.process(&key) {
+                Ok(process) => Either::Right(delete_exec(process)),
+                Err(error) => return self.answer(reply, Err(error)),
+            },
+        };
+        self.job(Track::work(&key), delete, move |owner, deleted| {
+            owner.tell_early_exit(&key);
+            let status = deleted.and_then(|()| owner.process_deleted(&key));
+            if status.is_err() {
+                owner.reopen(&Scope::Process(key));
+            }
+            owner.answer(reply, status);
         });
     }
 
@@ -404,8 +523,9 @@ impl Owner {
         match &key.1 {
             None => self.forget(&key.0),
             Some(exec) => {
-                self.container(&key.0)?.execs.remove(exec);
+                let removed = self.container(&key.0)?.execs.remove(exec);
                 self.changed();
+                removed.into_iter().for_each(|process| self.dismiss(process));
             }
         }
         self.publish(&key.0, EventKind::Deleted { exec: key.1.clone(), pid, exit });
@@ -421,7 +541,7 @@ impl Owner {
     }
 
     fn freeze(&mut self, init: Key, request: ProcessRequest, step: ProcessStep, event: EventKind, reply: Reply<()>) {
-        self.in_turn(Some(&init.clone()), move |owner| {
+        self.in_turn(&Track::work(&init), move |owner| {
             let admitted = owner
                 .require("pausing", |can| &can.pause)
                 .and_then(|()| owner.admit(&init, request))
@@ -433,7 +553,7 @@ impl Owner {
             let work = async move {
                 if request == ProcessRequest::Pause { container.pause().await } else { container.resume().await }
             };
-            owner.job(Some(init.clone()), work, move |owner, done| {
+            owner.job(Track::work(&init), work, move |owner, done| {
                 if done.is_ok() && owner.step(&init, step) {
                     owner.publish(&init.0, event);
                 }
@@ -443,7 +563,7 @@ impl Owner {
     }
 
     pub(crate) fn update_container(&mut self, init: Key, resources: Value, reply: Reply<()>) {
-        self.in_turn(Some(&init.clone()), move |owner| {
+        self.in_turn(&Track::work(&init), move |owner| {
             let admitted = owner
                 .require("updating resources", |can| &can.update)
                 .and_then(|()| owner.admit(&init, ProcessRequest::Update))
@@ -451,7 +571,7 @@ impl Owner {
             match admitted {
                 Ok(container) => {
                     let update = async move { container.update(resources).await };
-                    owner.job(Some(init), update, move |owner, done| owner.answer(reply, done));
+                    owner.job(Track::Work(init), update, move |owner, done| owner.answer(reply, done));
                 }
                 Err(error) => owner.answer(reply, Err(error)),
             }
@@ -472,6 +592,26 @@ fn delete_container(entry: &ContainerEntry) -> impl Future<Output = Result<()>> 
             exec.delete().await?;
         }
         container.delete().await
+    }
+}
+
+/// Releases an exec; one that runs, because the client that started it vanished meanwhile, is ended before.
+fn delete_exec(entry: &ProcessEntry) -> impl Future<Output = Result<()>> + Send + use<> {
+    let (process, running) = (entry.process.clone(), matches!(entry.state, ProcessState::Running { .. }));
+    async move {
+        if running {
+            match process.kill(libc::SIGKILL, false).await {
+                Err(Error::Finished { .. }) | Ok(()) => {}
+                Err(error) => return Err(error),
+            }
+            if timeout(DEATH, process.exited()).await.is_err() {
+                return Err(Error::TimedOut {
+                    operation: "the end of an exec that was killed".into(),
+                    seconds: DEATH.as_secs(),
+                });
+            }
+        }
+        process.delete().await
     }
 }
 

@@ -104,6 +104,8 @@ pub struct Loaded {
     pub records: Vec<SandboxRecord>,
     /// Files that cannot, where they have been put, and why.
     pub set_aside: Vec<(PathBuf, String)>,
+    /// Sandboxes whose files could not be read for the moment (no descriptors left, an error of the disk), and why.
+    pub unread: Vec<((Namespace, SandboxId), Error)>,
     /// Directories of sandboxes that were never saved, so nothing of them was started.
     pub unsaved: Vec<PathBuf>,
 }
@@ -146,6 +148,8 @@ pub enum StateFile {
 /// What is read in a sandbox's directory.
 enum Found {
     Unsaved,
+    /// Not now.
+    Unread(Error),
     Whole(PathBuf, Box<SandboxRecord>),
     Unreadable(PathBuf, String),
 }
@@ -240,6 +244,10 @@ impl Store {
             for dir in list(&namespace)? {
                 match self.look(&dir)? {
                     Found::Unsaved => loaded.unsaved.push(dir),
+                    Found::Unread(error) => match (name_of(&namespace), name_of(&dir)) {
+                        (Some(namespace), Some(id)) => loaded.unread.push(((namespace, id), error)),
+                        _ => return Err(error),
+                    },
                     Found::Unreadable(file, why) => set_aside(&file, &why, &mut loaded),
                     Found::Whole(file, record) if file.ends_with(FILE) => loaded.records.push(*record),
                     Found::Whole(file, record) => match fs::rename(&file, dir.join(FILE)) {
@@ -280,6 +288,7 @@ impl Store {
                     },
                     Ok(Found::Whole(..)) => StateFile::Whole,
                     Ok(Found::Unreadable(path, why)) => StateFile::Unreadable { path, why },
+                    Ok(Found::Unread(error)) => return Err(error),
                     Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => continue,
                     Err(error) => return Err(error),
                 };
@@ -298,8 +307,23 @@ impl Store {
         Ok(match read(&file) {
             Ok(record) if self.dir(&record.spec.namespace, &record.spec.id) == dir => Found::Whole(file, Box::new(record)),
             Ok(_) => Found::Unreadable(file, "it describes another sandbox".into()),
-            Err(why) => Found::Unreadable(file, why),
+            Err(ReadError::Wrong(why)) => Found::Unreadable(file, why),
+            Err(ReadError::Io(error)) => Found::Unread(Error::io("read", file)(error)),
         })
+    }
+
+    /// Reads the state of one sandbox.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Invalid`] for one that cannot be understood.
+    pub fn read(&self, namespace: &Namespace, id: &SandboxId) -> Result<SandboxRecord> {
+        let dir = self.dir(namespace, id);
+        match self.look(&dir)? {
+            Found::Whole(_, record) => Ok(*record),
+            Found::Unread(error) => Err(error),
+            Found::Unreadable(file, why) => Err(Error::invalid(file.display().to_string(), why)),
+            Found::Unsaved => Err(Error::NotFound { kind: "state of sandbox", id: id.to_string() }),
+        }
     }
 }
 
@@ -325,41 +349,61 @@ fn list_present(dir: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-fn read(file: &Path) -> Result<SandboxRecord, String> {
+/// Why a state file is not read.
+enum ReadError {
+    /// It cannot be what it should be, now or later.
+    Wrong(String),
+    /// The kernel does not give it.
+    Io(io::Error),
+}
+
+impl From<String> for ReadError {
+    fn from(why: String) -> Self {
+        Self::Wrong(why)
+    }
+}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ELOOP) => Self::Wrong("it is a symbolic link".into()),
+            Some(libc::ENOENT | libc::ENXIO | libc::EISDIR) => Self::Wrong(error.to_string()),
+            _ => Self::Io(error),
+        }
+    }
+}
+
+fn read(file: &Path) -> Result<SandboxRecord, ReadError> {
     let bytes = read_own(file)?;
     // Parsed twice, which is faster than once into a tree: a new daemon reads the files of all sandboxes before it serves.
     let version = match serde_json::from_slice(&bytes) {
         Ok(Version { version }) => version,
         Err(error) if error.is_data() => None,
-        Err(error) => return Err(format!("it is not JSON: {error}")),
+        Err(error) => return Err(format!("it is not JSON: {error}").into()),
     };
     match version {
-        Some(VERSION) => serde_json::from_slice(&bytes).map_err(|error| format!("it is not a sandbox's state: {error}")),
-        Some(version) => Err(format!("it has version {version}, this daemon reads version {VERSION}")),
-        None => Err("it has no version".into()),
+        Some(VERSION) => serde_json::from_slice(&bytes).map_err(|error| format!("it is not a sandbox's state: {error}").into()),
+        Some(version) => Err(format!("it has version {version}, this daemon reads version {VERSION}").into()),
+        None => Err("it has no version".to_owned().into()),
     }
 }
 
 /// Reads a file that only this user can have written: what it says is done as root.
-fn read_own(file: &Path) -> Result<Vec<u8>, String> {
+fn read_own(file: &Path) -> Result<Vec<u8>, ReadError> {
     // Not through a link, and without waiting for the writer of a FIFO.
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(file);
-    let mut opened = opened.map_err(|error| match error.raw_os_error() {
-        Some(libc::ELOOP) => "it is a symbolic link".to_owned(),
-        _ => error.to_string(),
-    })?;
-    let metadata = opened.metadata().map_err(|error| error.to_string())?;
+    let mut opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(file)?;
+    let metadata = opened.metadata()?;
     if !metadata.is_file() {
-        return Err("it is not a regular file".into());
+        return Err("it is not a regular file".to_owned().into());
     }
     if metadata.uid() != geteuid().as_raw() {
-        return Err(format!("it belongs to user {}, not to user {} as the daemon", metadata.uid(), geteuid()));
+        return Err(format!("it belongs to user {}, not to user {} as the daemon", metadata.uid(), geteuid()).into());
     }
     if metadata.len() == 0 {
-        return Err("it is empty".into());
+        return Err("it is empty".to_owned().into());
     }
     let mut bytes = Vec::new();
-    opened.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    opened.read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

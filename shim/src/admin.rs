@@ -63,8 +63,8 @@ pub(crate) async fn sandboxes(registry: Registry, namespace: String) -> Result<V
     for status in join_all(asked).await {
         match status {
             Ok(status) => found.push(status),
-            // Deleted meanwhile.
-            Err(Error::NotFound { .. }) => {}
+            // Deleted meanwhile, or not recovered yet.
+            Err(Error::NotFound { .. } | Error::Unavailable { .. }) => {}
             Err(error) => return Err(error),
         }
     }
@@ -72,9 +72,11 @@ pub(crate) async fn sandboxes(registry: Registry, namespace: String) -> Result<V
     Ok(found)
 }
 
-/// Sandboxes of a namespace (empty: of all) whose state files cannot be read, in the form of the others as far as that goes.
+/// Sandboxes of a namespace (empty: of all) whose state files cannot be read, or that could not be recovered, in the form of the others as
+/// far as that goes.
 async fn set_aside(registry: Registry, namespace: String) -> Result<Vec<Value>> {
-    let found = registry.set_aside().await?;
+    let mut found = registry.set_aside().await?;
+    found.extend(registry.not_recovered().await);
     let wanted = found.into_iter().filter(|found| namespace.is_empty() || found.entry.namespace.as_str() == namespace);
     Ok(wanted.map(describe).collect())
 }

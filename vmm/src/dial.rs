@@ -285,7 +285,7 @@ mod tests {
         drop(ours);
         let second = holder.store();
         outwait(&second);
-        second.release_rest();
+        second.release_rest(&[]);
         tokio::task::yield_now().await;
         assert_eq!(device.try_read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         device.write_all(b"OK 1\n").await.unwrap();

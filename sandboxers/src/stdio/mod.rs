@@ -33,7 +33,7 @@ pub(crate) use process::{Streams, open_log, own};
 use crate::{
     contract::SandboxContext,
     fdstore::FdStore,
-    id::{ContainerId, ExecId, Namespace},
+    id::{ContainerId, ExecId, Namespace, SandboxId},
     reaper::Reaper,
     types::SandboxSpec,
 };
@@ -69,6 +69,13 @@ pub struct IoContext {
     pub fds: FdStore,
     /// What names them: unique to the process, at most 240 bytes.
     pub name: String,
+}
+
+/// How the names of descriptors begin that are parked for a sandbox, or for one container of it; also as versions before have named them.
+#[must_use]
+pub fn parked_names(namespace: &Namespace, sandbox: &SandboxId, container: Option<&ContainerId>) -> Vec<String> {
+    let rest = container.map_or_else(|| format!("{sandbox}/"), |container| format!("{sandbox}/{container}/"));
+    vec![format!("@{namespace}/{rest}"), rest]
 }
 
 impl IoContext {
