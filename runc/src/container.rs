@@ -9,6 +9,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -38,8 +39,11 @@ use crate::{
     io::{Io, Prepared},
     rewrite::{self, Rewriting},
     runtime::{Create, Driver},
-    sandbox::{DEATH, Pod},
+    sandbox::{DEATH, Pod, until_ended},
 };
+
+/// How long the OCI runtime may take to delete what has ended, before it is forced to.
+const DELETE: Duration = Duration::from_secs(15);
 
 /// A container and all that belongs to it.
 #[derive(Debug)]
@@ -238,7 +242,7 @@ async fn give_birth(
     });
     stages::enter(format!("create the container with {}", driver.runtime()));
     let mark = pod.context.reaper.mark();
-    driver.create(create, io.child_fds()?).await?;
+    until_ended(pod.ended(), driver.create(create, io.child_fds()?)).await?;
     stages::enter("take hold of its first process");
     let pid = read_pid(&pid_file)?;
     remove_file(&pid_file)?;
@@ -310,6 +314,19 @@ impl Contained {
         (self.process.is_some() && self.ending.known().is_none()).then_some(self.identity.pid)
     }
 
+    /// Runs work of the OCI runtime on it, until a moment after its end.
+    pub(crate) async fn unless_ended<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let ended = async {
+            if let Some(process) = &self.process
+                && process.ended().await.is_err()
+            {
+                // Then its end is not known either.
+                std::future::pending().await
+            }
+        };
+        until_ended(ended, work).await
+    }
+
     /// Kills every process and waits until none is left.
     async fn kill_all(&self) -> Result<()> {
         match &self.cgroup {
@@ -369,8 +386,12 @@ impl Contained {
     pub(crate) async fn release(&self) -> Result<()> {
         self.end().await?;
         let id = self.head.id.as_str();
+        let delete = async {
+            let late = |_| Err(Error::TimedOut { operation: "its deletion".into(), seconds: DELETE.as_secs() });
+            timeout(DELETE, self.driver.delete(id, false)).await.unwrap_or_else(late)
+        };
         if self.driver.knows(id)
-            && let Err(error) = self.driver.delete(id, false).await
+            && let Err(error) = delete.await
         {
             warn!(container = id, error = error.report(), "the runtime could not delete the container; forcing it");
             self.driver.delete(id, true).await?;
@@ -401,7 +422,7 @@ impl Process for RuncContainer {
     async fn start(&self) -> Result<u32> {
         let driver = &self.0.driver;
         stages::enter(format!("start the container with {}", driver.runtime()));
-        driver.start(self.0.head.id.as_str()).await?;
+        self.0.unless_ended(driver.start(self.0.head.id.as_str())).await?;
         Ok(self.0.identity.pid)
     }
 
@@ -497,26 +518,30 @@ impl Container for RuncContainer {
     }
 
     async fn update(&self, resources: Value) -> Result<()> {
-        self.0.driver.update(self.0.head.id.as_str(), &resources).await
+        self.0.unless_ended(self.0.driver.update(self.0.head.id.as_str(), &resources)).await
     }
 
     async fn pause(&self) -> Result<()> {
         let Contained { driver, head, paused, .. } = &*self.0;
         let id = head.id.as_str();
-        if let Err(error) = driver.pause(id).await {
-            // A daemon before this one may have done it, and have died before it could save that.
-            driver.state(id).await?.filter(|state| state.status == "paused").ok_or(error)?;
-        }
+        // From the beginning: a signal that comes meanwhile may find it frozen.
         paused.store(true, Ordering::Relaxed);
-        Ok(())
+        let pause = async {
+            let Err(error) = driver.pause(id).await else { return Ok(()) };
+            // A daemon before this one may have done it, and have died before it could save that.
+            driver.state(id).await?.filter(|state| state.status == "paused").map(drop).ok_or(error)
+        };
+        self.0.unless_ended(pause).await.inspect_err(|_| paused.store(false, Ordering::Relaxed))
     }
 
     async fn resume(&self) -> Result<()> {
         let Contained { driver, head, paused, .. } = &*self.0;
         let id = head.id.as_str();
-        if let Err(error) = driver.resume(id).await {
-            driver.state(id).await?.filter(|state| state.status == "running").ok_or(error)?;
-        }
+        let resume = async {
+            let Err(error) = driver.resume(id).await else { return Ok(()) };
+            driver.state(id).await?.filter(|state| state.status == "running").map(drop).ok_or(error)
+        };
+        self.0.unless_ended(resume).await?;
         paused.store(false, Ordering::Relaxed);
         Ok(())
     }

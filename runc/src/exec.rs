@@ -19,7 +19,7 @@ use kuasar_sandboxers::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::timeout;
-use tracing::Instrument;
+use tracing::{Instrument, warn};
 
 use crate::{
     container::{Contained, io_context, read_pid, remove_file},
@@ -171,7 +171,10 @@ fn born(container: &Contained, id: &ExecId) -> Result<Option<(u32, Mark)>> {
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let name = entry.map_err(Error::io("list", dir))?.file_name();
         let mark = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".pid")?.parse().ok());
-        if let Some(mark) = mark {
+        // An empty one is of a runtime that was killed before it could write it.
+        if let Some(mark) = mark
+            && fs::metadata(dir.join(&name)).is_ok_and(|file| file.len() > 0)
+        {
             return Ok(Some((read_pid(&dir.join(&name))?, mark)));
         }
     }
@@ -207,7 +210,13 @@ impl Executed {
         let io = Prepared::open(&self.stdio, &context, &pod.dir).await?;
         let pid_file = pid_file(container, &self.id, mark);
         let exec = Exec { id: container.head.id.as_str(), process: &document, pid_file: &pid_file, console: io.console() };
-        container.driver.exec(exec, io.child_fds()?).await?;
+        if let Err(error) = container.unless_ended(container.driver.exec(exec, io.child_fds()?)).await {
+            // A runtime that was killed may have started it.
+            if let Err(error) = self.take_back().await {
+                warn!(exec = %self.id, error = error.report(), "what a failed start has left is removed with the exec");
+            }
+            return Err(error);
+        }
         let pid = read_pid(&pid_file)?;
         let Taken { identity, process, exiting, .. } = Taken::since(pid, mark, &pod.context.reaper)?;
         let io = match io.connect(&self.stdio, &context).await {
@@ -222,6 +231,20 @@ impl Executed {
         };
         self.clone().begin(Running { identity, mark, process, io }, exiting);
         Ok(pid)
+    }
+
+    /// Ends the process that a start has left which did not come to its end.
+    async fn take_back(&self) -> Result<()> {
+        let Some((pid, mark)) = born(&self.container, &self.id)? else { return Ok(()) };
+        if let Some(process) = Taken::since(pid, mark, &self.container.pod.context.reaper)?.process {
+            process.signal(libc::SIGKILL)?;
+            timeout(DEATH, process.ended()).await.unwrap_or_else(|_| Err(self.lives_on()))?;
+        }
+        remove_file(&pid_file(&self.container, &self.id, mark))
+    }
+
+    fn lives_on(&self) -> Error {
+        Error::TimedOut { operation: format!("the end of exec {}", self.id), seconds: DEATH.as_secs() }
     }
 
     /// Watches for its end.
@@ -273,11 +296,12 @@ impl Process for RuncExec {
         if self.0.running.get().is_some() && self.0.ending.known().is_none() {
             self.0.signal(libc::SIGKILL)?;
             if timeout(DEATH, self.0.ending.wait()).await.is_err() {
-                return Err(Error::TimedOut { operation: format!("the end of exec {}", self.0.id), seconds: DEATH.as_secs() });
+                return Err(self.0.lives_on());
             }
         }
-        if let Some(running) = self.0.running.get() {
-            remove_file(&pid_file(&self.0.container, &self.0.id, running.mark))?;
+        match self.0.running.get() {
+            Some(running) => remove_file(&pid_file(&self.0.container, &self.0.id, running.mark))?,
+            None => self.0.take_back().await?,
         }
         self.0.container.execs().remove(&self.0.id);
         Ok(())

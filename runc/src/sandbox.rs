@@ -48,6 +48,23 @@ use crate::{
 /// How long the end of a process that was sent SIGKILL may take. One that waits for a disk takes as long as the disk.
 pub(crate) const DEATH: Duration = Duration::from_secs(20);
 
+/// How long the OCI runtime may go on with something that has ended.
+const LAST: Duration = Duration::from_secs(1);
+
+/// Runs work of the OCI runtime as long as there is something to do it to. A runtime that hangs is killed a moment after that has ended: nothing
+/// that is to be removed waits for it.
+pub(crate) async fn until_ended<T>(ended: impl Future<Output = ()>, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::pin!(work);
+    tokio::select! {
+        done = &mut work => return done,
+        () = ended => {}
+    }
+    timeout(LAST, work).await.unwrap_or_else(|_| {
+        let operation = "what the OCI runtime did to a container that has ended".into();
+        Err(Error::TimedOut { operation, seconds: LAST.as_secs() })
+    })
+}
+
 /// How the control groups of processes 1 are called, before the sandbox's id.
 pub(crate) const INIT_GROUP: &str = "kuasar-init-";
 
@@ -233,6 +250,11 @@ impl Pod {
             Some(path) => group_at(&path)?.remove().await,
             None => Ok(()),
         }
+    }
+
+    /// Resolves when the pod has ended.
+    pub(crate) async fn ended(&self) {
+        self.ending.wait().await;
     }
 
     /// Ends process 1, and with it whatever runs in the pod's pid namespace.

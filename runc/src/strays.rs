@@ -99,7 +99,7 @@ async fn end(stray: &Tracked) -> Result<()> {
         return settled;
     }
     warn!(pid = stray.identity().pid, "an OCI runtime that the daemon before this one has called does not end; it is killed");
-    stray.signal(libc::SIGKILL)?;
+    stray.kill_tree()?;
     stray.ended().await
 }
 

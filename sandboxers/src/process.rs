@@ -1,6 +1,7 @@
 //! A process of this node that we answer for, whoever its parent is.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
     os::fd::{AsFd, OwnedFd},
@@ -33,6 +34,9 @@ const REAPING: Duration = Duration::from_secs(2);
 /// How long the keeper may take to tell of an exit that it has seen.
 const TELLING: Duration = Duration::from_secs(1);
 
+/// How often is looked for what a process that is being killed has started.
+const ROUNDS: usize = 5;
+
 /// How much of a command line is looked at, in bytes: more than we give to any program we start.
 const COMMAND_LINE: usize = 32 << 10;
 
@@ -48,6 +52,7 @@ pub struct Identity {
 /// What is read from `/proc/<pid>/stat`.
 struct Stat {
     parent: u32,
+    group: u32,
     start: u64,
     zombie: bool,
     /// As wait(2) gives it; only for a zombie, and 0 without the right to trace it.
@@ -102,11 +107,33 @@ impl Stat {
         let field = |number: usize| fields.get(number - 3).copied();
         Some(Self {
             parent: field(4)?.parse().ok()?,
+            group: field(5)?.parse().ok()?,
             start: field(22)?.parse().ok()?,
             zombie: matches!(field(3)?, "Z" | "X"),
             wait_status: field(52).and_then(|status| status.parse().ok()).unwrap_or(0),
         })
     }
+}
+
+/// A process with its live descendants, and those of the process group that it leads.
+fn tree(root: u32) -> Result<Vec<Identity>> {
+    let mut all = Vec::new();
+    for pid in pids()? {
+        let pid = pid?;
+        // Whatever cannot be read has just ended.
+        all.extend(Stat::read(pid).ok().flatten().filter(|stat| !stat.zombie).map(|stat| (pid, stat)));
+    }
+    let mut within = BTreeSet::from([root]);
+    loop {
+        let below = |(pid, stat): &&(u32, Stat)| !within.contains(pid) && (within.contains(&stat.parent) || stat.group == root);
+        let more: Vec<u32> = all.iter().filter(below).map(|(pid, _)| *pid).collect();
+        if more.is_empty() {
+            break;
+        }
+        within.extend(more);
+    }
+    let identity = |(pid, stat): (u32, Stat)| Identity { pid, start: stat.start };
+    Ok(all.into_iter().filter(|(pid, _)| within.contains(pid)).map(identity).collect())
 }
 
 /// A process that is held by a pidfd, so a signal never reaches another.
@@ -153,6 +180,30 @@ impl Tracked {
                 _ => Err(Error::failed(format!("send signal {signal} to process {}", self.identity.pid))(error)),
             },
         }
+    }
+
+    /// Kills it with all that it has started and that has not left it: its descendants, and the process group that it leads.
+    pub fn kill_tree(&self) -> Result<()> {
+        let mut killed = BTreeSet::new();
+        // What is forked meanwhile is found in another round.
+        for _ in 0..ROUNDS {
+            let found = tree(self.identity.pid)?;
+            // Before those below it, or it would replace them.
+            self.signal(libc::SIGKILL)?;
+            let mut more = false;
+            for identity in found.into_iter().filter(|identity| identity.pid != self.identity.pid) {
+                if killed.insert((identity.pid, identity.start))
+                    && let Some(process) = Self::find(identity)?
+                {
+                    more = true;
+                    process.signal(libc::SIGKILL)?;
+                }
+            }
+            if !more {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Waits until it has ended.
@@ -293,9 +344,9 @@ mod tests {
 
     #[test]
     fn a_name_with_brackets_does_not_confuse() {
-        let text = "77 (a) R 1 (b)) Z 9 77 77 0 -1 4194564 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0 1 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 256\n";
+        let text = "77 (a) R 1 (b)) Z 9 78 77 0 -1 4194564 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0 1 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 256\n";
         let stat = Stat::parse(text).unwrap();
-        assert_eq!((stat.parent, stat.start, stat.zombie, shell_status(stat.wait_status)), (9, 4711, true, 1));
+        assert_eq!((stat.parent, stat.group, stat.start, stat.zombie, shell_status(stat.wait_status)), (9, 78, 4711, true, 1));
         assert!(Stat::parse("").is_none());
     }
 

@@ -98,6 +98,8 @@ pub(crate) struct VmExec {
     document: Mutex<Value>,
     /// An earlier daemon has added it, and may have started it.
     recovered: bool,
+    /// A start was tried, so the guest may have it even if that failed.
+    attempted: AtomicBool,
     running: OnceLock<Arc<Running>>,
 }
 
@@ -592,6 +594,7 @@ impl VmContainer {
             stdio,
             document: Mutex::new(document),
             recovered: false,
+            attempted: AtomicBool::new(false),
             running: OnceLock::new(),
         }
     }
@@ -615,6 +618,7 @@ impl Process for VmExec {
 
     async fn start(&self) -> Result<u32> {
         let guest = self.pod.guest()?;
+        self.attempted.store(true, Ordering::Relaxed);
         let context = self.io_context();
         let ProcessRequest { container, exec, .. } = self.request.clone();
         let request = ExecRequest {
@@ -670,7 +674,7 @@ impl Process for VmExec {
     async fn delete(&self) -> Result<()> {
         match self.running.get() {
             Some(running) => running.delete().await,
-            None if self.recovered => delete(&self.pod, &self.request).await,
+            None if self.recovered || self.attempted.load(Ordering::Relaxed) => delete(&self.pod, &self.request).await,
             None => Ok(()),
         }
     }

@@ -5,7 +5,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
+        unix::{fs::OpenOptionsExt, process::CommandExt},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use kuasar_sandboxers::{Error, Result, process::Tracked, reaper::Reaper};
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, SealFlag, fcntl},
@@ -25,6 +25,7 @@ use nix::{
 };
 use rustix::fs::{FallocateFlags, fallocate};
 use tokio::time::timeout;
+use tracing::warn;
 
 /// How much of what a program says is read, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
@@ -189,15 +190,84 @@ pub(crate) async fn listen(reaper: &Reaper, command: &mut Command, limit: Durati
     Ok(Said { status, stdout: stdout.tail(OUTPUT_LIMIT)?, stderr: stderr.tail(OUTPUT_LIMIT)? })
 }
 
-/// Runs a program to its end and returns its status. It is killed when it takes longer than `limit`.
+/// Runs a program to its end and returns its status. When it takes longer than `limit`, or is not waited for any more, it is killed with all
+/// that it has started: that may hold a container's output, or be at work on it for ever.
 pub(crate) async fn run(reaper: &Reaper, command: &mut Command, limit: Duration) -> Result<u32> {
-    let child = reaper.spawn(command)?;
+    // Its group is what it has started and not put into a session of its own, like a container's processes, which outlive it.
+    let child = reaper.spawn(command.process_group(0))?;
+    let mut unfinished = Unfinished(Tracked::open(child.pid).inspect_err(|_| {
+        let _ = kill(Pid::from_raw(child.pid.cast_signed()), Signal::SIGKILL);
+    })?);
     if let Ok(exit) = timeout(limit, child.exit).await {
+        unfinished.0 = None;
         return Ok(exit.status);
     }
-    match kill(Pid::from_raw(child.pid.cast_signed()), Signal::SIGKILL) {
-        Ok(()) | Err(Errno::ESRCH) => {}
-        Err(errno) => return Err(Error::failed("kill a program that does not end")(io::Error::from(errno))),
-    }
     Err(Error::TimedOut { operation: command.get_program().to_string_lossy().into_owned(), seconds: limit.as_secs() })
+}
+
+/// A program that has not ended.
+struct Unfinished(Option<Tracked>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(program) = &self.0
+            && let Err(error) = program.kill_tree()
+        {
+            warn!(pid = program.identity().pid, error = error.report(), "a program that does not end cannot be killed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use kuasar_sandboxers::process::is_dead;
+
+    use super::*;
+
+    /// Waits until both processes that a script has named in a file are dead.
+    fn die(pids: &Path) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let text = fs::read_to_string(pids).unwrap();
+            let pids: Vec<u32> = text.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+            if pids.len() == 2 && pids.iter().all(|pid| is_dead(*pid)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{pids:?} live on");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_does_not_end_is_killed_with_what_it_has_started() {
+        let reaper = Reaper::install().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let pids = dir.path().join("pids");
+        let script = |first: &str| {
+            let mut command = Command::new("sh");
+            // One of them in a session of its own, and found as a child.
+            let text = format!("sleep 600 & echo $! >>{0}; {first} & echo $! >>{0}; wait", pids.display());
+            command.args(["-c", &text]).stdin(Stdio::null()).stdout(Stdio::null());
+            command
+        };
+        let late = run(&reaper, &mut script("setsid sleep 600"), Duration::from_millis(500)).await.unwrap_err();
+        assert!(matches!(late, Error::TimedOut { .. }), "{}", late.report());
+        die(&pids);
+        // Nobody waits for it any more.
+        fs::remove_file(&pids).unwrap();
+        let mut command = script("sleep 600");
+        let unfinished = timeout(Duration::from_millis(500), run(&reaper, &mut command, Duration::from_secs(60)));
+        unfinished.await.unwrap_err();
+        die(&pids);
+        // What a program leaves behind that has ended by itself is its own affair: a container, for one.
+        let pid = dir.path().join("left");
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("sleep 600 & echo $! >{}", pid.display())]).stdin(Stdio::null());
+        assert_eq!(run(&reaper, &mut command, Duration::from_secs(60)).await.unwrap(), 0);
+        let left: u32 = fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
+        assert!(!is_dead(left));
+        kill(Pid::from_raw(left.cast_signed()), Signal::SIGKILL).unwrap();
+    }
 }
