@@ -196,7 +196,8 @@ impl Registry {
         }));
 
         let mut leftovers = Vec::new();
-        for sandboxer in self.backends() {
+        // What one has left that is not available is not lost sight of: it is looked for when it is.
+        for sandboxer in self.backends().filter(|sandboxer| sandboxer.unavailable().is_none()) {
             for leftover in sandboxer.leftovers(&known).await? {
                 match emptied.get_mut(&leftover.sandbox) {
                     Some((_, remains)) => remains.push(leftover),

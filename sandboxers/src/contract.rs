@@ -5,8 +5,11 @@
 //! implementation may assume:
 //!
 //! - calls arrive in an order that the tables in [`lifecycle`](crate::lifecycle) allow, and never two at once for the same
-//!   process; calls for different processes of a sandbox do run at the same time;
+//!   process, but for [`Process::kill`], which comes beside any but `delete`; calls for different processes of a sandbox do run at the same
+//!   time, and [`Sandbox::stop`] beside all of them. What hangs in a process's runtime has to end soon after the process has;
+//! - nothing of a container is under way when it is deleted, nor of a sandbox, whose containers have been deleted then;
 //! - a call is never cancelled half way: when the client goes away the call still runs to its end;
+//! - a `recover…` that fails has changed nothing, and is called again;
 //! - a call that fails has undone its own steps (see [`undo`](crate::undo));
 //! - a create or start that takes several steps names each as it begins (see [`stages`](crate::stages)), for the report of its failure;
 //! - a daemon that dies in the middle of a call leaves what `recover`, `leftovers` and a repetition of the call cope with: a
@@ -40,6 +43,11 @@ use crate::{
 /// One configured sandboxer instance.
 #[async_trait]
 pub trait Sandboxer: Send + Sync + 'static {
+    /// Why it can do nothing for the moment, and what to do about that; `None` when it can.
+    fn unavailable(&self) -> Option<String> {
+        None
+    }
+
     /// What the technique can do here.
     fn capabilities(&self) -> Capabilities;
 

@@ -24,6 +24,7 @@ pub mod collect;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 pub mod contract;
+pub mod deferred;
 pub mod error;
 pub mod event;
 pub mod failpoint;

@@ -5,7 +5,7 @@ use std::{
     fs,
     path::Path,
     str::FromStr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -58,10 +58,10 @@ struct Inner {
     collecting: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// A configured sandboxer, and what it can do: asked once, for every sandbox keeps it.
+/// A configured sandboxer, and what it can do: asked once when that is known, for every sandbox keeps it.
 struct Entry {
     sandboxer: Arc<dyn Sandboxer>,
-    capabilities: Arc<Capabilities>,
+    capabilities: OnceLock<Arc<Capabilities>>,
 }
 
 #[derive(Default)]
@@ -89,7 +89,7 @@ impl Registry {
         fds: FdStore,
     ) -> Result<Self> {
         let (store, failures) = (Store::open(state)?, Failures::below(state));
-        let entry = |sandboxer: Arc<dyn Sandboxer>| Entry { capabilities: Arc::new(sandboxer.capabilities()), sandboxer };
+        let entry = |sandboxer: Arc<dyn Sandboxer>| Entry { capabilities: OnceLock::new(), sandboxer };
         let sandboxers = sandboxers.into_iter().map(|(name, sandboxer)| (name, entry(sandboxer))).collect();
         Ok(Self(Arc::new(Inner {
             sandboxers,
@@ -171,7 +171,18 @@ impl Registry {
     /// # Errors
     /// [`Error::Invalid`] when there is none of that name.
     pub fn capabilities(&self, sandboxer: &str) -> Result<Arc<Capabilities>> {
-        Ok(self.entry(sandboxer)?.capabilities.clone())
+        let Entry { sandboxer, capabilities } = self.entry(sandboxer)?;
+        if sandboxer.unavailable().is_some() {
+            return Ok(Arc::new(sandboxer.capabilities()));
+        }
+        Ok(capabilities.get_or_init(|| Arc::new(sandboxer.capabilities())).clone())
+    }
+
+    /// Configured sandboxers that can do nothing for the moment, by name, and why.
+    #[must_use]
+    pub fn unavailable(&self) -> BTreeMap<String, String> {
+        let entries = self.0.sandboxers.iter();
+        entries.filter_map(|(name, entry)| Some((name.clone(), entry.sandboxer.unavailable()?))).collect()
     }
 
     /// All sandboxes, in no order.
@@ -227,7 +238,7 @@ impl Registry {
     }
 
     async fn create_now(&self, spec: SandboxSpec, undo: &mut Undo) -> Result<()> {
-        let Entry { sandboxer, capabilities } = self.entry(&spec.sandboxer)?;
+        let sandboxer = self.sandboxer(&spec.sandboxer)?;
         stages::enter("make the sandbox's directory");
         let context = self.context(self.store().make(&spec.namespace, &spec.id)?);
         let (store, namespace, id) = (self.store().clone(), spec.namespace.clone(), spec.id.clone());
@@ -238,7 +249,8 @@ impl Registry {
         undo.push("delete the sandbox", async move { made.delete().await });
         stages::enter(SAVE);
         let (state, now) = (SandboxState::Created, SystemTime::now());
-        let owner = Owner::new(spec, capabilities.clone(), sandbox, context, self.clone(), state, now);
+        let capabilities = self.capabilities(&spec.sandboxer)?;
+        let owner = Owner::new(spec, capabilities, sandbox, context, self.clone(), state, now);
         let (store, record) = (self.store().clone(), owner.record());
         let saved = tokio::task::spawn_blocking(move || store.save(&record)).await;
         saved.map_err(Error::failed("save the sandbox's state"))??;
@@ -326,7 +338,8 @@ impl Registry {
         }
         // Before anything new is made, which would be none.
         let mut leftovers = Vec::new();
-        for (name, Entry { sandboxer, .. }) in &self.0.sandboxers {
+        let available = self.0.sandboxers.iter().filter(|(_, entry)| entry.sandboxer.unavailable().is_none());
+        for (name, Entry { sandboxer, .. }) in available {
             match sandboxer.leftovers(&known).await {
                 Ok(found) => leftovers.extend(found),
                 Err(error) => error!(sandboxer = name, error = error.report(), "cannot look for leftovers"),

@@ -6,7 +6,10 @@ use std::{
     collections::BTreeMap,
     os::fd::AsFd,
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::Poll,
     time::{Duration, Instant},
 };
@@ -14,6 +17,7 @@ use std::{
 use kuasar_sandboxers::{
     Code, Error, Result, Sandboxer,
     collect::{Kind, Outcome},
+    deferred::{Deferred, Open},
     event::EventSink,
     fake::{self, Behaviour, FakeSandboxer, Fault, World},
     fdstore::{FdStore, MemoryHolder},
@@ -44,17 +48,23 @@ struct Node {
 }
 
 impl Node {
-    fn registry(&self, fds: FdStore) -> Registry {
-        let sandboxer = Arc::new(FakeSandboxer::new(self.world.clone())) as Arc<dyn Sandboxer>;
-        let sandboxers = BTreeMap::from([("fake".to_owned(), sandboxer)]);
+    fn registry(&self, fds: FdStore, sandboxers: BTreeMap<String, Arc<dyn Sandboxer>>) -> Registry {
         let (sink, _) = EventSink::channel();
         let (hub, reaper) = (StreamHub::default(), self.reaper.clone());
         Registry::new(self.dir.path(), sandboxers, sink, hub, reaper, fds).unwrap()
     }
 
+    fn sandboxer(&self) -> Arc<dyn Sandboxer> {
+        Arc::new(FakeSandboxer::new(self.world.clone()))
+    }
+
     /// A daemon that has tried to recover everything once.
     async fn daemon(&self) -> Registry {
-        let registry = self.registry(self.holder.store());
+        self.daemon_with(BTreeMap::from([("fake".to_owned(), self.sandboxer())])).await
+    }
+
+    async fn daemon_with(&self, sandboxers: BTreeMap<String, Arc<dyn Sandboxer>>) -> Registry {
+        let registry = self.registry(self.holder.store(), sandboxers);
         registry.recover().await.unwrap().finished().await.unwrap();
         registry
     }
@@ -173,6 +183,7 @@ async fn the_engine() {
         a_sandbox_is_deleted_after_what_runs_in_it,
         an_exec_that_is_deleted_while_it_starts_is_ended,
         what_waits_for_a_removed_container_is_told_so,
+        a_sandboxer_that_is_away_takes_nobody_along,
     ];
 }
 
@@ -478,4 +489,39 @@ async fn what_waits_for_a_removed_container_is_told_so(node: Arc<Node>) {
     let error = within(exec).await.unwrap().unwrap_err();
     assert!(matches!(&error, Error::NotFound { kind: "container", .. }), "{}", error.report());
     pod.delete().await.unwrap();
+}
+
+async fn a_sandboxer_that_is_away_takes_nobody_along(node: Arc<Node>) {
+    node.earlier(|node, registry| async move { drop(pod(&node, &registry).await) }).await;
+    let back = Arc::new(AtomicBool::new(false));
+    let open: Open = Box::new({
+        let (node, back) = (node.clone(), back.clone());
+        move || {
+            let (sandboxer, back) = (node.sandboxer(), back.load(Ordering::Relaxed));
+            Box::pin(async move { if back { Ok(sandboxer) } else { Err(Error::invalid("kernel", "it is away")) } })
+        }
+    });
+    let (away, error) = Deferred::open("fake".into(), open).await;
+    assert!(error.is_some());
+    let registry = node.daemon_with(BTreeMap::from([("fake".into(), away), ("other".into(), node.sandboxer())])).await;
+    let mut spec = fake::spec("another");
+    spec.sandboxer = "other".into();
+    registry.create(spec).await.unwrap();
+    let error = registry.create(fake::spec("new")).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(error.report().contains("it is away"), "{}", error.report());
+    assert!(registry.unavailable()["fake"].contains("it is away"));
+    // What it has is nobody's leftover.
+    let held = node.world.held();
+    let collected = registry.collect(false).await.unwrap();
+    assert_eq!(collected.iter().map(|item| item.kind).collect::<Vec<_>>(), [Kind::Unrecovered]);
+    unavailable(sandbox(&registry).delete().await);
+    unavailable(container(&registry).status(None).await);
+    assert_eq!(node.world.held(), held);
+    back.store(true, Ordering::Relaxed);
+    let status = once_available(|| async { container(&registry).status(None).await }).await.unwrap();
+    assert_eq!(status.process.state.phase(), ProcessPhase::Running);
+    assert!(registry.unavailable().is_empty());
+    assert_eq!(registry.capabilities("fake").unwrap().technique, "fake");
+    registry.create(fake::spec("new")).await.unwrap();
 }

@@ -136,10 +136,12 @@ impl admin_server::Admin for Admin {
     }
 
     async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {
-        let mut sandboxers = Map::new();
+        let (mut sandboxers, unavailable) = (Map::new(), self.registry.unavailable());
         for name in self.registry.sandboxers() {
             let capabilities = self.registry.capabilities(&name).grpc()?;
-            sandboxers.insert(name, json!({ "technique": capabilities.technique, "features": capabilities.features }));
+            let unavailable = unavailable.get(&name);
+            let (technique, features) = (&capabilities.technique, &capabilities.features);
+            sandboxers.insert(name, json!({ "technique": technique, "features": features, "unavailable": unavailable }));
         }
         let mut answer = self.identity();
         answer.insert("sandboxers".into(), sandboxers.into());

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use kuasar_sandboxers::{event::EventSink, format, reaper::Reaper, registry::Registry, stdio::StreamHub};
+use kuasar_sandboxers::{event::EventSink, format, reaper::Reaper, registry::Registry, stdio::StreamHub, store::Store};
 use kuasar_shim::{
     backends,
     config::{Config, LogLevel},
@@ -167,7 +167,7 @@ async fn daemon(
     mut inherited: Inheritance,
 ) -> Result<Served> {
     let fds = inherited.fd_store();
-    let Inheritance { keeper, mut parked, exits, upgraded, .. } = inherited;
+    let Inheritance { keeper, mut parked, exits, upgraded, upgrade, .. } = inherited;
     let upgrades = Upgrades::new(keeper.clone(), upgraded);
     // What a supervisor has stored is for the daemon that it starts next, so it is left as for another worker.
     let stop = CancellationToken::new();
@@ -177,10 +177,16 @@ async fn daemon(
     // Among the workers, because owner tasks live where they are made.
     let (registry, reaper) = {
         let (dir, hub, sandboxers) = (state.path().to_owned(), hub.clone(), config.sandboxers);
+        let empty = Store::at(&dir).entries().is_ok_and(|entries| entries.is_empty());
+        let need = match (upgrade, empty) {
+            (true, _) => backends::Need::All,
+            (false, true) => backends::Need::Any,
+            (false, false) => backends::Need::None,
+        };
         let build = async move {
             let reaper = Reaper::install_under(Keeper::pid()).map_err(report)?;
             exits.into_iter().for_each(|ended| reaper.hear(ended));
-            let sandboxers = backends::build(sandboxers, &reaper, &fds).await.map_err(report)?;
+            let sandboxers = backends::build(sandboxers, need, &reaper, &fds).await.map_err(report)?;
             let registry = Registry::new(&dir, sandboxers, sink, hub, reaper.clone(), fds).map_err(report)?;
             anyhow::Ok((registry, reaper))
         };
