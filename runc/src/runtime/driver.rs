@@ -21,6 +21,9 @@ use super::{CallFile, MemoryFile, Runtime, memory};
 /// How much of a runtime's own words is passed on, in bytes.
 const MESSAGE_LIMIT: u64 = 4096;
 
+/// The longest that an update of resources may take: containerd holds a lock meanwhile that a stop of the container waits for.
+const UPDATE_LIMIT: Duration = Duration::from_secs(10);
+
 /// Variables that mean something to a runtime and are meant for this daemon: crun and runc take them for the container's.
 const NOT_OURS: [&str; 4] = ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
@@ -148,7 +151,8 @@ impl Driver {
         let mut command = Command::new(self.runtime.program());
         let log = self.globals(&mut command)?;
         command.args(["update", "--resources"]).arg(document.path()).arg(id);
-        self.call("update the container's resources", command, log, None).await
+        let driver = Self { limit: self.limit.min(UPDATE_LIMIT), ..self.clone() };
+        driver.call("update the container's resources", command, log, None).await
     }
 
     /// Asks what the runtime knows of a container; `None` where it knows no such container.

@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Entry> {
     cases![Ours Alone:
         an_oci_runtime_that_is_too_old,
         an_oci_runtime_that_disappears,
+        an_oci_runtime_that_hangs,
         a_sandboxer_that_is_not_configured,
         a_full_disk,
         callers_that_give_up,
@@ -35,19 +36,95 @@ async fn an_oci_runtime_that_is_too_old(lone: &Lone) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let old = dir.path().join("runc");
     script(&old, "echo 'runc version 1.0.0-rc5'")?;
-    let error = Node::start(lone.options().sandboxer("kuasar-old", &old.display().to_string())).await.map(drop).unwrap_err();
-    let text = format!("{error:#}");
-    for word in ["kuasar-old", &old.display().to_string(), "1.0.0", "1.1.0"] {
-        ensure!(text.contains(word), "no {word:?} in {text}");
-    }
-    // Nor one that is no OCI runtime at all.
+    // The others serve.
+    let node = Node::start(lone.options().sandboxer("kuasar-old", &old.display().to_string())).await?;
+    let before = lone.baseline(&node).await?;
+    let path = old.display().to_string();
+    let error = refused(node.run_pod(lone.pod().handler("kuasar-old")).await, &["kuasar-old", &path, "1.0.0", "1.1.0"])?;
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    let pod = node.run_pod(lone.pod()).await?;
+    pod.run(ContainerSpec::new("c").sleep()).await?;
+    // It is found when it is there: by the next pod.
+    fs::remove_file(&old)?;
+    fs::copy(tools::runc()?, &old)?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    node.run_pod(lone.pod().handler("kuasar-old")).await?.remove_all().await?;
+    pod.remove_all().await?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await?;
+    // Nor one that is no OCI runtime at all. Without any other the daemon does not start.
     script(&old, "echo hello")?;
-    let error = Node::start(lone.options().sandboxer("kuasar-odd", &old.display().to_string())).await.map(drop).unwrap_err();
+    let (handler, odd) = (lone.handler.clone(), path.clone());
+    let options = lone.options().patch_kuasard(move |config| config["sandboxer"][&handler]["runtime"] = odd.into());
+    let error = Node::start(options).await.map(drop).unwrap_err();
     let text = format!("{error:#}");
-    for word in ["kuasar-odd", &old.display().to_string()] {
-        ensure!(text.contains(word), "no {word:?} in {text}");
+    for word in [&lone.handler, &path] {
+        ensure!(text.contains(word.as_str()), "no {word:?} in {text}");
     }
     Ok(())
+}
+
+/// The pids that a script has written to a file, once there are as many.
+async fn written(file: &Path, count: usize) -> Result<Vec<i32>> {
+    let what = format!("{count} pids in {}", file.display());
+    let pids = wait::until(&what, kuasar_tests::cri::SOON, || async {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let pids: Vec<i32> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        Ok((pids.len() == count).then_some(pids))
+    });
+    pids.await
+}
+
+async fn end(pids: &[i32]) -> Result<()> {
+    let ended = wait::until("the stuck runtimes to end", kuasar_tests::cri::SOON, || async {
+        Ok(pids.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
+    });
+    ended.await
+}
+
+async fn an_oci_runtime_that_hangs(lone: &Lone) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let original = if lone.handler.contains("crun") { tools::crun()? } else { tools::runc()? };
+    let (path, stuck, pids) = (dir.path().join("runtime"), dir.path().join("stuck"), dir.path().join("pids"));
+    let text = format!(
+        "case \" $* \" in\n*\" update \"*|*\" exec \"*)\n  if [ -e {stuck} ]; then\n    sleep 600 & echo $$ $! >>{pids}; wait\n  fi;;\nesac\nexec {} \"$@\"",
+        original.display(),
+        stuck = stuck.display(),
+        pids = pids.display(),
+    );
+    script(&path, &text)?;
+    let (handler, program) = (lone.handler.clone(), path.display().to_string());
+    let options = lone.options().patch_kuasard(move |config| config["sandboxer"][&handler]["runtime"] = program.into());
+    let node = Node::start(options).await?;
+    let before = lone.baseline(&node).await?;
+    let pod = node.run_pod(lone.pod()).await?;
+    let (updated, other) = (pod.run(ContainerSpec::new("u").sleep()).await?, pod.run(ContainerSpec::new("e").sleep()).await?);
+    fs::write(&stuck, "")?;
+    let resources = kuasar_tests::cri::k8s_cri::v1::LinuxContainerResources { cpu_shares: 7, ..Default::default() };
+    // containerd itself has the stop wait for the update, which is given up soon; the runtime would hang for ten minutes.
+    let stopped = async {
+        let pids = written(&pids, 2).await?;
+        let begun = std::time::Instant::now();
+        updated.stop(1).await?;
+        updated.remove().await?;
+        ensure!(begun.elapsed() < Duration::from_secs(30), "the stop took {:?}", begun.elapsed());
+        end(&pids).await
+    };
+    let (update, stopped) = tokio::join!(updated.update(resources), stopped);
+    stopped?;
+    ensure!(update.is_err(), "an update that hangs has succeeded");
+    // What hangs ends with its pod, and takes what it has started along.
+    fs::remove_file(&pids)?;
+    let removed = async {
+        let pids = written(&pids, 2).await?;
+        pod.remove_all().await?;
+        end(&pids).await
+    };
+    let (exec, removed) = tokio::join!(other.exec(["true"]), removed);
+    removed?;
+    ensure!(exec.is_err(), "an exec that hangs has succeeded");
+    node.assert_no_leak(&before).await?;
+    node.stop().await
 }
 
 async fn an_oci_runtime_that_disappears(lone: &Lone) -> Result<()> {

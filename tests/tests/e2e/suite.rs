@@ -26,6 +26,7 @@ const NOT_IN_MACHINES: &[(&str, &str)] = &[
     ("pod::a_pods_init_killed_from_outside", "the pod's processes are the guest's"),
     ("pod::a_container_killed_from_outside", "the pod's processes are the guest's"),
     ("bad::an_oci_runtime_that_disappears", "the OCI runtime is in the guest"),
+    ("bad::an_oci_runtime_that_hangs", "the OCI runtime is in the guest"),
     ("bad::an_oci_runtime_that_is_too_old", "the OCI runtime is in the guest"),
     ("kuasarctl::starts_that_fail_are_told", "its failure is the OCI runtime's on the node"),
     ("namespaces::the_nodes_processes", "a virtual machine has none of the node's namespaces"),
