@@ -17,7 +17,6 @@ use kuasar_runc::{RuncConfig, RuncSandboxer, Runtime};
 use kuasar_sandboxers::{
     Container, Error, Result, Sandbox, SandboxContext, Sandboxer,
     cgroup::{Cgroup, Stats},
-    event::EventSink,
     fdstore::FdStore,
     id::{ContainerId, ExecId},
     reaper::Reaper,
@@ -76,7 +75,6 @@ struct Inner {
     sandboxer: RuncSandboxer,
     reaper: Reaper,
     events: Events,
-    sink: EventSink,
     /// `None` before the machine was made the pod's.
     pod: Mutex<Option<Arc<Pod>>>,
     made: watch::Sender<Option<Arc<Pod>>>,
@@ -110,7 +108,7 @@ impl Guest {
     /// Inside a tokio runtime.
     #[must_use]
     pub fn new(place: Place, runtime: Runtime, reaper: Reaper, booted: watch::Receiver<bool>, ready_us: u64) -> Self {
-        let (events, sink) = Events::collect();
+        let events = Events::default();
         let config = RuncConfig { root: place.root.join("runc"), ..RuncConfig::default() };
         let sandboxer = RuncSandboxer::new(config, runtime.clone(), reaper.clone());
         Self(Arc::new(Inner {
@@ -119,7 +117,6 @@ impl Guest {
             sandboxer,
             reaper,
             events,
-            sink,
             pod: Mutex::default(),
             made: watch::Sender::new(None),
             containers: Lanes::new("container", CONTAINERS),
@@ -172,7 +169,7 @@ impl Guest {
         }
         let context = SandboxContext {
             dir: self.0.place.root.join("state"),
-            events: self.0.sink.clone(),
+            notices: self.0.events.notices(),
             reaper: self.0.reaper.clone(),
             streams: StreamHub::default(),
             fds: FdStore::default(),
@@ -370,6 +367,7 @@ impl Guest {
                 self.release(&container).await?;
                 turn.set(None);
             }
+            self.0.events.forget(id.as_str());
             return Ok(());
         }
         let exec: ExecId = exec.parse()?;

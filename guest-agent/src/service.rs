@@ -135,7 +135,12 @@ impl Agent for Service {
     /// May take as long as the process lives, so it ends with its connection.
     async fn wait(&self, _: &Context, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
         let ProcessRequest { container, exec, .. } = request;
-        self.0.with(&container, &exec, async |process| process.wait().await).await.map_err(|error| status(&error))
+        let ended = self.0.with(&container, &exec, async |process| process.wait().await).await;
+        let mut ended = ended.map_err(|error| status(&error))?;
+        if exec.is_empty() {
+            ended.oom_kills = self.0.events().kills(&container);
+        }
+        Ok(ended)
     }
 
     async fn resize(&self, _: &Context, request: ResizeRequest) -> ttrpc::Result<Empty> {

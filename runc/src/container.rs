@@ -7,17 +7,17 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
-use futures::{FutureExt, future::join_all};
+use futures::future::join_all;
 use kuasar_sandboxers::{
     Container, Error, Process, Result,
     cgroup::{Cgroup, OomWatch, Stats, expect_move},
-    event::EventKind,
+    event::Notice,
     failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
     mount,
@@ -44,6 +44,8 @@ use crate::{
 
 /// How long the OCI runtime may take to delete what has ended, before it is forced to.
 const DELETE: Duration = Duration::from_secs(15);
+/// How long the exit of a container waits until the notice of its out-of-memory kill is saved.
+const REPORTED: Duration = Duration::from_secs(1);
 
 /// A container and all that belongs to it.
 #[derive(Debug)]
@@ -61,6 +63,8 @@ pub(crate) struct Contained {
     /// Its root filesystem is ours to unmount.
     mounted: bool,
     paused: AtomicBool,
+    /// Out-of-memory kills that were seen.
+    oom_kills: AtomicU64,
     io: Io,
     ending: Ending,
     execs: Mutex<HashMap<ExecId, Weak<Executed>>>,
@@ -126,6 +130,7 @@ impl RuncContainer {
             own_pids: record.own_pids,
             mounted: record.mounted,
             paused: AtomicBool::new(record.paused),
+            oom_kills: AtomicU64::new(0),
             io,
             ending: Ending::pending(),
             execs: Mutex::default(),
@@ -198,6 +203,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         own_pids: rewrite::has_own_pids(&oci),
         mounted,
         paused: AtomicBool::new(false),
+        oom_kills: AtomicU64::new(0),
         io: born.io,
         ending: Ending::pending(),
         execs: Mutex::default(),
@@ -259,7 +265,8 @@ impl Contained {
     /// Makes it known to its pod, and watches for its end.
     fn begin(self: Arc<Self>, exiting: Exiting) {
         self.pod.add(&self);
-        let oom = self.process.as_ref().and(self.cgroup.as_ref()).and_then(|cgroup| {
+        // Also of one that has ended while no daemon ran: its group is there until it is deleted, and knows how.
+        let oom = self.cgroup.as_ref().and_then(|cgroup| {
             cgroup.oom_watch().inspect_err(|error| debug!(error = error.report(), "no out-of-memory events")).ok()
         });
         tokio::spawn(self.watch(exiting, oom).in_current_span());
@@ -271,19 +278,24 @@ impl Contained {
             None => exit.await,
             Some(mut oom) => {
                 tokio::pin!(exit);
-                let mut watching = true;
+                let (mut watching, mut reported) = (true, None);
                 let exit = loop {
                     tokio::select! {
                         exit = &mut exit => break exit,
-                        kill = oom.next(), if watching => match kill {
-                            Some(()) => self.out_of_memory(),
+                        kills = oom.next(), if watching => match kills {
+                            Some(kills) => reported = Some(self.out_of_memory(kills)),
                             None => watching = false,
                         },
                     }
                 };
-                // The kernel told of the kill before the process was gone, and both came the same way; who sees the exit must know.
-                while watching && oom.next().now_or_never().flatten().is_some() {
-                    self.out_of_memory();
+                if let Some(kills) = oom.counted() {
+                    reported = Some(self.out_of_memory(kills));
+                }
+                // Who sees the exit must know.
+                if let Some(reported) = reported
+                    && timeout(REPORTED, reported).await.is_err()
+                {
+                    warn!(container = %self.head.id, "an out-of-memory kill is reported after the exit: the state is not saved");
                 }
                 exit
             }
@@ -301,8 +313,9 @@ impl Contained {
         self.ending.tell(exit);
     }
 
-    fn out_of_memory(&self) {
-        self.pod.context.events.send(&self.pod.spec.namespace, &self.head.id, EventKind::OutOfMemory);
+    fn out_of_memory(&self, kills: u64) -> impl Future<Output = ()> + use<> {
+        self.oom_kills.store(kills, Ordering::Relaxed);
+        self.pod.context.notices.report(&self.head.id, Notice::OutOfMemory { kills: Some(kills) })
     }
 
     pub(crate) fn execs(&self) -> MutexGuard<'_, HashMap<ExecId, Weak<Executed>>> {
@@ -508,12 +521,17 @@ impl Container for RuncContainer {
     }
 
     async fn stats(&self) -> Result<Stats> {
-        match &self.0.cgroup {
+        let measured = match &self.0.cgroup {
             Some(cgroup) => cgroup.stats(),
             None => Err(Error::Unavailable {
                 what: format!("resource use of container {}", self.0.head.id),
                 why: "the OCI runtime has put it into no control group of its own; give it one in linux.cgroupsPath".into(),
             }),
+        };
+        match measured {
+            // A systemd scope goes with its last process. How that ended is what containerd asks for then.
+            Err(_) if self.0.ending.known().is_some() => Stats::of_ended(self.0.oom_kills.load(Ordering::Relaxed)),
+            measured => measured,
         }
     }
 

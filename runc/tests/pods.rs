@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test may
 
 mod host;
+#[path = "host/oom.rs"]
+mod oom;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +20,7 @@ use futures::FutureExt;
 use kuasar_runc::{RuncConfig, RuncSandboxer, Runtime};
 use kuasar_sandboxers::{
     Code, Container, Error, Leftover, Sandbox, SandboxContext, Sandboxer, busybox,
-    event::{EventKind, EventSink, Sent},
+    event::{EventSink, Noticed, Notices},
     fdstore::MemoryHolder,
     reaper::Reaper,
     registry::Registry,
@@ -26,6 +28,7 @@ use kuasar_sandboxers::{
     types::{ContainerHead, ContainerSpec, ExecSpec, IdMapping, IdMappings, NamespaceMode, SandboxSpec, WindowSize},
 };
 use nix::{sys::stat::Mode, unistd::mkfifo};
+use oom::out_of_memory;
 use serde_json::{Value, json};
 use tokio::{sync::mpsc::UnboundedReceiver, time::timeout};
 
@@ -39,8 +42,8 @@ struct Node {
     runtime: Runtime,
     reaper: Reaper,
     sandboxer: RuncSandboxer,
-    sink: EventSink,
-    events: UnboundedReceiver<Sent>,
+    notices: Notices,
+    noticed: UnboundedReceiver<Noticed>,
     holder: MemoryHolder,
 }
 
@@ -49,9 +52,9 @@ impl Node {
         let dir = tempfile::tempdir().unwrap();
         let rootfs = dir.path().join("rootfs");
         busybox::make_rootfs(&rootfs).unwrap();
-        let (sink, events) = EventSink::channel();
+        let (notices, noticed) = Notices::channel();
         let sandboxer = Self::sandboxer(dir.path(), &runtime, &reaper);
-        Self { dir, rootfs, runtime, reaper, sandboxer, sink, events, holder: MemoryHolder::default() }
+        Self { dir, rootfs, runtime, reaper, sandboxer, notices, noticed, holder: MemoryHolder::default() }
     }
 
     fn sandboxer(dir: &Path, runtime: &Runtime, reaper: &Reaper) -> RuncSandboxer {
@@ -68,7 +71,7 @@ impl Node {
         let dir = self.dir.path().join("state");
         SandboxContext {
             dir,
-            events: self.sink.clone(),
+            notices: self.notices.clone(),
             reaper: self.reaper.clone(),
             streams: StreamHub::default(),
             fds: self.holder.store(),
@@ -321,7 +324,7 @@ async fn failed_starts_name_their_stage(node: &mut Node) {
     let sandboxer: Arc<dyn Sandboxer> = Arc::new(Node::sandboxer(node.dir.path(), &node.runtime, &node.reaper));
     let (sandboxers, store) = (BTreeMap::from([("runc".to_owned(), sandboxer)]), node.holder.store());
     let registry =
-        Registry::new(&state, sandboxers, node.sink.clone(), StreamHub::default(), node.reaper.clone(), store).unwrap();
+        Registry::new(&state, sandboxers, EventSink::channel().0, StreamHub::default(), node.reaper.clone(), store).unwrap();
     // What the last failure was, of which the error tells the same.
     let last = |error: Error| {
         let failure = registry.failures().unwrap().pop().unwrap();
@@ -471,31 +474,6 @@ async fn a_stop_with_grace(node: &mut Node) {
     assert_eq!(within(pod.exited()).await.status, 0);
     polite.delete().await.unwrap();
     deaf.delete().await.unwrap();
-    node.end(pod).await;
-}
-
-async fn out_of_memory(node: &mut Node) {
-    if !Path::new("/sys/fs/cgroup/memory").exists()
-        && !fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").is_ok_and(|list| list.contains("memory"))
-    {
-        eprintln!("SKIP out_of_memory: no memory controller");
-        return;
-    }
-    let pod = node.pod(NamespaceMode::Container).await;
-    let mut spec = node.spec("greedy", &["tail", "/dev/zero"], None);
-    spec.spec.as_value_mut()["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
-    spec.spec.as_value_mut()["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
-    let container = node.run(&pod, spec).await;
-    assert_eq!(within(container.exited()).await.status, 137);
-    // It has come before the exit could be seen.
-    let event = node.events.try_recv().expect("an exit for want of memory without its event").event;
-    assert!(matches!(event.kind, EventKind::OutOfMemory) && event.container.as_str() == "greedy");
-    container.delete().await.unwrap();
-    let container = node.run(&pod, node.spec("modest", &["true"], None)).await;
-    within(container.exited()).await;
-    container.delete().await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(node.events.try_recv().is_err(), "the end of a group was taken for a kill");
     node.end(pod).await;
 }
 

@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use crate::{
     cgroup::Stats,
     error::Result,
-    event::EventSink,
+    event::Notices,
     fdstore::FdStore,
     id::{ContainerId, ExecId, Namespace, SandboxId},
     inside::{Program, ProgramIo, Section, on_the_node},
@@ -86,8 +86,8 @@ pub struct SandboxContext {
     /// A directory of the sandbox's own, mode 0711, made before create and removed after delete. Nothing else writes in it but
     /// the state store (`state.json`).
     pub dir: PathBuf,
-    /// Where the backend tells what it noticed by itself (an OOM kill).
-    pub events: EventSink,
+    /// Where the backend reports what it notices by itself (an OOM kill): before the exit that follows from it.
+    pub notices: Notices,
     /// How child processes are started and waited for.
     pub reaper: Reaper,
     /// Streams that containerd opens for `io_type = "streaming"`.

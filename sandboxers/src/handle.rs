@@ -6,9 +6,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures::future::join_all;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+use tracing::debug;
 
 use crate::{
     cgroup::Stats,
@@ -18,7 +23,9 @@ use crate::{
     inside::{Program, ProgramIo, Section},
     lane::Scope,
     lifecycle::{ProcessState, SandboxState},
+    measure,
     owner::{Key, Owner, Reply, Request, Subject},
+    requests::Measurable,
     stdio::Stdio,
     types::{ContainerSpec, ExecSpec, Exit, PodResources, ProcessInfo, SandboxSpec, WindowSize},
 };
@@ -205,12 +212,26 @@ impl SandboxHandle {
         self.call(move |owner, reply| owner.update(resources, reply)).await
     }
 
-    /// Resource use of the whole, where the technique can tell.
+    /// Resource use of the whole: of its control group, or else the sum of what its containers use. What cannot be measured in time is
+    /// taken from the last time, or left out.
     ///
     /// # Errors
-    /// What the backend says.
-    pub async fn metrics(&self) -> Result<Option<Stats>> {
-        self.sandbox().await?.metrics().await
+    /// [`Error::NotFound`] when it is gone.
+    pub async fn metrics(&self) -> Result<Stats> {
+        let (sandbox, meter, containers) =
+            self.read(|owner| Ok((owner.sandbox.clone(), owner.meter.clone(), owner.all_measurable()))).await?;
+        match meter.read(format!("sandbox {}", self.id), async move { sandbox.metrics().await }).await {
+            Ok(Some(stats)) => return Ok(stats),
+            Ok(None) => {}
+            Err(error) => {
+                debug!(sandbox_id = %self.id, error = error.report(), "cannot measure a sandbox; adding up its containers")
+            }
+        }
+        let measured = join_all(containers.into_iter().map(Measurable::measure)).await;
+        match Stats::sum(measured.into_iter().flatten())? {
+            Some(sum) => Ok(sum),
+            None => Stats::of_ended(0),
+        }
     }
 
     /// Runs a program beside the containers, to its end.
@@ -337,24 +358,30 @@ impl ContainerHandle {
         self.sandbox.call(move |owner, reply| owner.add_exec(container, spec, reply)).await
     }
 
-    /// All processes in the container; never empty.
+    /// All processes in the container, or its first one when it takes too long to list them; never empty.
     ///
     /// # Errors
     /// What the backend says.
     pub async fn pids(&self) -> Result<Vec<ProcessInfo>> {
         let id = self.id.clone();
-        let container = self.sandbox.read(move |owner| Ok(owner.container(&id)?.container.clone())).await?;
-        container.pids().await
+        let find = move |owner: &mut Owner| {
+            let entry = owner.container(&id)?;
+            Ok((entry.container.clone(), entry.init.state.pid()))
+        };
+        let (container, first) = self.sandbox.read(find).await?;
+        match timeout(measure::LIMIT, tokio::spawn(async move { container.pids().await })).await {
+            Ok(listed) => listed.map_err(Error::failed("list processes"))?,
+            Err(_) => Ok(vec![ProcessInfo { pid: first, exec: None }]),
+        }
     }
 
     /// Resource use.
     ///
     /// # Errors
-    /// [`Error::NotFound`] when it has ended; else what the backend says.
+    /// [`Error::NotFound`] when it is gone; else what the backend says.
     pub async fn stats(&self) -> Result<Stats> {
         let key = self.key(None);
-        let container = self.sandbox.read(move |owner| owner.measurable(&key)).await?;
-        container.stats().await
+        self.sandbox.read(move |owner| owner.measurable(&key)).await?.measure().await
     }
 
     /// Applies an OCI `linux.resources` object.

@@ -265,8 +265,8 @@ impl ProcessState {
             (P::Created, R::Start | R::Kill | R::Delete | R::Update | R::Stats | R::Resize | R::CloseStdin) => return Ok(()),
             (P::Running, R::Kill | R::Exec | R::Pause | R::Update | R::Stats | R::Resize | R::CloseStdin) => return Ok(()),
             (P::Paused, R::Kill | R::Resume | R::Update | R::Stats | R::Resize | R::CloseStdin) => return Ok(()),
-            // Closing twice is what a client does that lost an answer.
-            (P::Stopped, R::Delete | R::CloseStdin) => return Ok(()),
+            // Closing twice is what a client does that lost an answer. containerd measures one that was killed, to see whether by its memory limit.
+            (P::Stopped, R::Delete | R::CloseStdin | R::Stats) => return Ok(()),
             (P::Created, R::Exec | R::Pause | R::Resume) => "start it first",
             (P::Running | P::Paused, R::Start) => "a process is started once",
             (P::Running | P::Paused, R::Delete) => "kill it and wait for its exit first",
@@ -442,7 +442,7 @@ mod tests {
         }
         let stopped = ProcessState::Stopped { pid: 1, exit: Exit::now(0) };
         for request in PROCESS_REQUESTS {
-            let allowed = matches!(request, ProcessRequest::Delete | ProcessRequest::CloseStdin);
+            let allowed = matches!(request, ProcessRequest::Delete | ProcessRequest::CloseStdin | ProcessRequest::Stats);
             assert_eq!(stopped.admit("container", "web", request).is_ok(), allowed, "{request:?}");
         }
     }

@@ -12,7 +12,7 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     panic::AssertUnwindSafe,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::FutureExt;
@@ -24,13 +24,16 @@ use tokio::{
 use tracing::{Instrument, error, info, info_span};
 
 use crate::{
-    contract::{Container, Process, Sandbox, SandboxContext},
+    cgroup::Stats,
+    contract::{Container, Process, Sandbox},
     error::{Error, Result},
-    event::{Event, EventKind},
+    event::{Event, EventKind, Notice, Noticed},
     failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
     lane::{Lane, Scope, Track},
     lifecycle::{Denial, ProcessRequest, ProcessState, ProcessStep, SandboxState, SandboxStep},
+    measure::Meter,
+    outbox::Outbox,
     recovery::{Lost, Unrecovered},
     registry::Registry,
     store::{ContainerRecord, DeletedRecord, ExecRecord, SandboxRecord},
@@ -44,8 +47,8 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 /// Deletions that are remembered. A request that a daemon's death has left without an answer is repeated to the next daemon at once, so
 /// these need to cover what can be deleted in a pod in an instant.
 const DELETED: usize = 32;
-/// Events of one sandbox that are saved.
-const OUTBOX: usize = 256;
+/// Out-of-memory kills of one container within this time are told once: containerd writes each to its disk, in the one queue of all pods.
+const OUT_OF_MEMORY: Duration = Duration::from_secs(1);
 /// When to save what can wait, unless something else has it saved before: that an event was taken (a daemon that dies before tells it
 /// again), and what could not be saved because the disk is full.
 const REST: Duration = Duration::from_millis(500);
@@ -92,6 +95,17 @@ pub(crate) struct ContainerEntry {
     pub(crate) container: Arc<dyn Container>,
     pub(crate) init: ProcessEntry,
     pub(crate) execs: BTreeMap<ExecId, ProcessEntry>,
+    pub(crate) oom: OutOfMemory,
+    pub(crate) meter: Meter<Stats>,
+}
+
+/// Out-of-memory kills in a container.
+#[derive(Default)]
+pub(crate) struct OutOfMemory {
+    /// How many have been told, or need not be.
+    pub(crate) kills: u64,
+    /// When last.
+    pub(crate) told: Option<Instant>,
 }
 
 /// The state of one sandbox. Only its task touches it.
@@ -99,7 +113,6 @@ pub(crate) struct Owner {
     pub(crate) spec: Arc<SandboxSpec>,
     pub(crate) capabilities: Arc<Capabilities>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
-    pub(crate) context: SandboxContext,
     pub(crate) registry: Registry,
     pub(crate) state: SandboxState,
     pub(crate) created_at: SystemTime,
@@ -123,9 +136,8 @@ pub(crate) struct Owner {
     pub(crate) news: watch::Sender<()>,
     /// The last deletions, in order.
     pub(crate) deleted: VecDeque<DeletedRecord>,
-    /// Events that are to be saved as long as nobody has taken them, in order, each with its number.
-    outbox: VecDeque<(u64, Event)>,
-    events: u64,
+    outbox: Outbox,
+    pub(crate) meter: Meter<Option<Stats>>,
     /// Something is to be saved that can wait.
     stale: bool,
     /// The last save has failed.
@@ -140,7 +152,6 @@ impl Owner {
         spec: Arc<SandboxSpec>,
         capabilities: Arc<Capabilities>,
         sandbox: Arc<dyn Sandbox>,
-        context: SandboxContext,
         registry: Registry,
         state: SandboxState,
         created_at: SystemTime,
@@ -153,7 +164,6 @@ impl Owner {
             spec,
             capabilities,
             sandbox,
-            context,
             registry,
             state,
             created_at,
@@ -170,8 +180,8 @@ impl Owner {
             lost: BTreeMap::new(),
             news: watch::channel(()).0,
             deleted: VecDeque::new(),
-            outbox: VecDeque::new(),
-            events: 0,
+            outbox: Outbox::default(),
+            meter: Meter::default(),
             stale: false,
             unsaved: false,
             sealed: false,
@@ -217,6 +227,10 @@ impl Owner {
             while let Some(done) = self.jobs.join_next().await {
                 self.finish(done);
                 self.settle().await;
+            }
+            // Nobody keeps them any more.
+            for event in self.outbox.rest() {
+                self.registry.events().send(event, || {});
             }
         };
         work.instrument(span).await;
@@ -291,6 +305,7 @@ impl Owner {
                 })
                 .chain(self.lost.get(&entry.head.id).and_then(Lost::execs).into_iter().flatten().cloned())
                 .collect(),
+            oom_kills: entry.oom.kills,
         });
         let lost = self.lost.values().filter(|lost| lost.execs().is_none()).map(|lost| lost.record.clone());
         SandboxRecord {
@@ -300,7 +315,7 @@ impl Owner {
             backend: self.sandbox.record(),
             containers: containers.chain(lost).collect(),
             deleted: self.deleted.iter().cloned().collect(),
-            events: self.outbox.iter().map(|(_, event)| event.clone()).collect(),
+            events: self.outbox.events().cloned().collect(),
         }
     }
 
@@ -335,29 +350,50 @@ impl Owner {
 
     /// Has an event saved until it is taken; nobody is told it yet.
     pub(crate) fn keep_event(&mut self, event: Event) -> u64 {
-        if self.outbox.len() == OUTBOX {
-            self.outbox.pop_front();
-        }
-        self.events += 1;
-        self.outbox.push_back((self.events, event));
         self.changed();
-        self.events
+        self.outbox.keep(event)
     }
 
     pub(crate) fn tell_event(&mut self, number: u64) {
-        let Some((_, event)) = self.outbox.iter().find(|(kept, _)| *kept == number) else { return };
-        let (registry, spec) = (self.registry.clone(), self.spec.clone());
-        self.context.events.send_kept(event.clone(), move || {
-            let Ok(sandbox) = registry.sandbox(&spec.namespace, &spec.id) else { return };
-            sandbox.post(move |owner| {
-                owner.drop_event(number);
-                owner.stale = true;
+        self.outbox.release(number);
+        self.send_events();
+    }
+
+    fn send_events(&mut self) {
+        for (number, event) in self.outbox.due() {
+            let (registry, spec) = (self.registry.clone(), self.spec.clone());
+            self.registry.events().send(event, move || {
+                let Ok(sandbox) = registry.sandbox(&spec.namespace, &spec.id) else { return };
+                sandbox.post(move |owner| {
+                    owner.drop_event(number);
+                    owner.stale = true;
+                    owner.send_events();
+                });
             });
-        });
+        }
     }
 
     pub(crate) fn drop_event(&mut self, number: u64) {
-        self.outbox.retain(|(kept, _)| *kept != number);
+        self.outbox.remove(number);
+    }
+
+    /// What the backend has noticed by itself.
+    pub(crate) fn notice(&mut self, noticed: Noticed) {
+        let Noticed { container: id, notice: Notice::OutOfMemory { kills }, kept } = noticed;
+        // A guest may name any container, and any number.
+        let Some(entry) = self.containers.get_mut(&id) else { return };
+        let kills = kills.unwrap_or(entry.oom.kills.saturating_add(1));
+        if kills <= entry.oom.kills {
+            return;
+        }
+        entry.oom.kills = kills;
+        if self.outbox.tells_out_of_memory(&id) || entry.oom.told.is_some_and(|told| told.elapsed() < OUT_OF_MEMORY) {
+            self.stale = true;
+            return;
+        }
+        entry.oom.told = Some(Instant::now());
+        self.publish(&id, EventKind::OutOfMemory);
+        self.after_save(move |_, _| drop(kept));
     }
 
     /// Remembers a deletion for whoever asks for it again.

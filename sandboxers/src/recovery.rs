@@ -31,7 +31,8 @@ use crate::{
     id::{ContainerId, ExecId, Namespace, SandboxId},
     lane::Track,
     lifecycle::{ProcessState, ProcessStep, SandboxState},
-    owner::{Call, ContainerEntry, Key, Owner, ProcessEntry, Reply, Request, Subject, panicked},
+    measure::Meter,
+    owner::{Call, ContainerEntry, Key, OutOfMemory, Owner, ProcessEntry, Reply, Request, Subject, panicked},
     registry::Registry,
     stdio::parked_names,
     store::{ContainerRecord, ExecRecord, SandboxRecord},
@@ -122,16 +123,16 @@ impl Registry {
     async fn recover_sandbox(&self, record: SandboxRecord) -> Result<Owner> {
         let sandboxer = self.sandboxer(&record.spec.sandboxer)?;
         let spec = Arc::new(record.spec);
-        let context = self.context(self.store().dir(&spec.namespace, &spec.id));
-        let sandbox = sandboxer.recover(spec.clone(), context.clone(), record.backend).await?;
+        let context = self.context(&spec, self.store().dir(&spec.namespace, &spec.id));
+        let sandbox = sandboxer.recover(spec.clone(), context, record.backend).await?;
         let capabilities = self.capabilities(&spec.sandboxer)?;
-        let mut owner = Owner::new(spec, capabilities, sandbox, context, self.clone(), record.state, record.created_at);
+        let mut owner = Owner::new(spec, capabilities, sandbox, self.clone(), record.state, record.created_at);
         record.events.into_iter().for_each(|event| owner.publish_event(event));
         owner.deleted = record.deleted.into();
         for container in record.containers {
             let id = container.head.id.clone();
             let mut lost = Lost::new(container);
-            let (found, outcome) = lost.part.attempt(&*owner.sandbox.clone(), &owner.context.fds.clone(), &owner.key()).await;
+            let (found, outcome) = lost.part.attempt(&*owner.sandbox.clone(), &owner.registry.fds().clone(), &owner.key()).await;
             owner.take_over(&id, found);
             if let Err(error) = outcome {
                 error!(container = %id, error = error.report(), "failed to recover a container; it is tried again");
@@ -357,7 +358,7 @@ impl Part {
         fds: &FdStore,
         key: &(Namespace, SandboxId),
     ) -> Result<()> {
-        let ContainerRecord { head, state, backend, .. } = self.record.clone();
+        let ContainerRecord { head, state, backend, oom_kills, .. } = self.record.clone();
         let id = head.id.clone();
         let parked = parked_names(&key.0, &key.1, Some(&id));
         let container = match &self.container {
@@ -370,7 +371,9 @@ impl Part {
         if !self.known {
             guarded(found.note((id.clone(), None), state, &*container)).await?;
             let init = ProcessEntry::new(container.clone(), state, head.stdio.clone());
-            found.entry = Some(ContainerEntry { init, head, container: container.clone(), execs: BTreeMap::new() });
+            let oom = OutOfMemory { kills: oom_kills, ..OutOfMemory::default() };
+            let (execs, meter) = (BTreeMap::new(), Meter::default());
+            found.entry = Some(ContainerEntry { init, head, container: container.clone(), execs, oom, meter });
             self.known = true;
         }
         let mut outcome = Ok(());
@@ -447,7 +450,7 @@ impl Owner {
     fn recover_again(&mut self, id: &ContainerId) {
         let Some(lost) = self.lost.get_mut(id) else { return };
         lost.busy = true;
-        let (mut part, sandbox, fds, key) = (lost.part.clone(), self.sandbox.clone(), self.context.fds.clone(), self.key());
+        let (mut part, sandbox, fds, key) = (lost.part.clone(), self.sandbox.clone(), self.registry.fds().clone(), self.key());
         let id = id.clone();
         // As one that is being created: it has no lane of its own.
         self.creating += 1;
@@ -573,7 +576,7 @@ impl Owner {
             return self.job(Track::Sandbox, wait, |owner, _| owner.end_lost(then));
         }
         let (registry, key, sandboxer, keep) = (self.registry.clone(), self.key(), self.spec.sandboxer.clone(), self.kept(&id));
-        let (mut part, sandbox, fds) = (lost.part.clone(), self.sandbox.clone(), self.context.fds.clone());
+        let (mut part, sandbox, fds) = (lost.part.clone(), self.sandbox.clone(), self.registry.fds().clone());
         if let Some(lost) = self.lost.get_mut(&id) {
             lost.busy = true;
         }

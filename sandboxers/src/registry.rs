@@ -20,7 +20,7 @@ use tracing::{error, info, warn};
 use crate::{
     contract::{Known, Leftover, SandboxContext, Sandboxer},
     error::{Error, Result},
-    event::EventSink,
+    event::{EventSink, Notices},
     failures::{Attempt, Failure, Failures},
     fdstore::FdStore,
     handle::{ContainerHandle, SandboxHandle},
@@ -107,6 +107,10 @@ impl Registry {
     fn index(&self) -> MutexGuard<'_, Index> {
         // Every change of the index is a single call.
         self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn events(&self) -> &EventSink {
+        &self.0.events
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -240,17 +244,17 @@ impl Registry {
     async fn create_now(&self, spec: SandboxSpec, undo: &mut Undo) -> Result<()> {
         let sandboxer = self.sandboxer(&spec.sandboxer)?;
         stages::enter("make the sandbox's directory");
-        let context = self.context(self.store().make(&spec.namespace, &spec.id)?);
+        let context = self.context(&spec, self.store().make(&spec.namespace, &spec.id)?);
         let (store, namespace, id) = (self.store().clone(), spec.namespace.clone(), spec.id.clone());
         undo.push("remove the sandbox's directory", async move { store.remove(&namespace, &id) });
         let spec = Arc::new(spec);
-        let sandbox = sandboxer.create(spec.clone(), context.clone()).await?;
+        let sandbox = sandboxer.create(spec.clone(), context).await?;
         let made = sandbox.clone();
         undo.push("delete the sandbox", async move { made.delete().await });
         stages::enter(SAVE);
         let (state, now) = (SandboxState::Created, SystemTime::now());
         let capabilities = self.capabilities(&spec.sandboxer)?;
-        let owner = Owner::new(spec, capabilities, sandbox, context, self.clone(), state, now);
+        let owner = Owner::new(spec, capabilities, sandbox, self.clone(), state, now);
         let (store, record) = (self.store().clone(), owner.record());
         let saved = tokio::task::spawn_blocking(move || store.save(&record)).await;
         saved.map_err(Error::failed("save the sandbox's state"))??;
@@ -258,14 +262,15 @@ impl Registry {
         Ok(())
     }
 
-    pub(crate) fn context(&self, dir: std::path::PathBuf) -> SandboxContext {
-        SandboxContext {
-            dir,
-            events: self.0.events.clone(),
-            streams: self.0.streams.clone(),
-            reaper: self.0.reaper.clone(),
-            fds: self.0.fds.clone(),
-        }
+    pub(crate) fn context(&self, spec: &SandboxSpec, dir: std::path::PathBuf) -> SandboxContext {
+        let (registry, namespace, id) = (self.clone(), spec.namespace.clone(), spec.id.clone());
+        let notices = Notices::to(move |noticed| {
+            // One that is gone has no containers to notice anything of.
+            if let Ok(sandbox) = registry.sandbox(&namespace, &id) {
+                sandbox.post(move |owner| owner.notice(noticed));
+            }
+        });
+        SandboxContext { dir, notices, streams: self.0.streams.clone(), reaper: self.0.reaper.clone(), fds: self.0.fds.clone() }
     }
 
     /// Lets an owner run and makes it known.
@@ -413,6 +418,10 @@ impl Registry {
     /// Lets go of descriptors that an earlier daemon has left, under names that begin so.
     pub(crate) fn release_parked(&self, prefixes: &[String]) {
         prefixes.iter().for_each(|prefix| drop(self.0.fds.take_all(prefix)));
+    }
+
+    pub(crate) fn fds(&self) -> &FdStore {
+        &self.0.fds
     }
 
     pub(crate) fn sandboxer(&self, name: &str) -> Result<&dyn Sandboxer> {

@@ -12,13 +12,15 @@ use tokio::time::timeout;
 use tracing::error;
 
 use crate::{
+    cgroup::Stats,
     contract::{Container, Process},
     error::{Error, Result},
     event::{Event, EventKind},
     handle::{ContainerStatus, ProcessStatus, SandboxStatus},
     lane::{Scope, Track},
     lifecycle::{ProcessRequest, ProcessState, ProcessStep, SandboxRequest, SandboxState, SandboxStep},
-    owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply, name},
+    measure::Meter,
+    owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply},
     registry::SAVE,
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, Support},
 };
@@ -303,6 +305,8 @@ impl Owner {
                 container: container.clone(),
                 init,
                 execs: std::collections::BTreeMap::new(),
+                oom: Default::default(),
+                meter: Default::default(),
             };
             owner.containers.insert(head.id.clone(), entry);
             let (bundle, stdio) = (head.bundle.clone(), head.stdio.clone());
@@ -627,12 +631,33 @@ impl Owner {
     }
 
     /// The container, if it can be measured.
-    pub(crate) fn measurable(&mut self, init: &Key) -> Result<Arc<dyn Container>> {
-        self.admit(init, ProcessRequest::Stats).map_err(|error| match error {
-            // kubelet asks for stats of containers that have just ended; containerd skips those that are not found.
-            Error::Denied(_) => Error::NotFound { kind: "running container", id: name(init).1.to_owned() },
-            error => error,
-        })?;
-        Ok(self.container(&init.0)?.container.clone())
+    pub(crate) fn measurable(&mut self, init: &Key) -> Result<Measurable> {
+        self.admit(init, ProcessRequest::Stats)?;
+        let entry = self.container(&init.0)?;
+        Ok(Measurable { id: init.0.clone(), container: entry.container.clone(), meter: entry.meter.clone() })
+    }
+
+    /// All containers.
+    pub(crate) fn all_measurable(&self) -> Vec<Measurable> {
+        let measurable = |entry: &ContainerEntry| Measurable {
+            id: entry.head.id.clone(),
+            container: entry.container.clone(),
+            meter: entry.meter.clone(),
+        };
+        self.containers.values().map(measurable).collect()
+    }
+}
+
+/// A container with what it used last.
+pub(crate) struct Measurable {
+    id: crate::id::ContainerId,
+    container: Arc<dyn Container>,
+    meter: Meter<Stats>,
+}
+
+impl Measurable {
+    pub(crate) async fn measure(self) -> Result<Stats> {
+        let Self { id, container, meter } = self;
+        meter.read(format!("container {id}"), async move { container.stats().await }).await
     }
 }

@@ -82,6 +82,9 @@ pub struct ContainerRecord {
     pub backend: Value,
     /// Additional processes.
     pub execs: Vec<ExecRecord>,
+    /// Out-of-memory kills that have been told.
+    #[serde(default)]
+    pub oom_kills: u64,
 }
 
 /// Everything known of an exec.
@@ -438,6 +441,7 @@ mod tests {
                 state: ProcessState::Stopped { pid: 3, exit: Exit { status: 1, at: SystemTime::UNIX_EPOCH } },
                 backend: serde_json::json!({"pid": 3}),
                 execs: Vec::new(),
+                oom_kills: 0,
             }],
             deleted: Vec::new(),
             events: Vec::new(),

@@ -146,11 +146,18 @@ async fn out_of_memory_kills_are_told_and_the_end_is_not_one() {
     let script = "read go; head -c 100M /dev/zero | tail";
     let mut child = Command::new("sh").args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     group.add(child.id()).unwrap();
+    // Not noticed by anyone until the process is gone: it is counted all the same.
+    let mut late = group.oom_watch().unwrap();
+    assert_eq!(late.counted(), None);
     drop(child.stdin.take());
-    assert_eq!(timeout(LIMIT, watch.next()).await.unwrap(), Some(()));
     reap(child).await;
+    assert_eq!(late.counted(), Some(1));
+    assert_eq!(late.counted(), None);
+    assert_eq!(timeout(LIMIT, watch.next()).await.unwrap(), Some(1));
     group.kill().await.unwrap();
+    // One that begins to watch later knows, too.
     let mut quiet = group.oom_watch().unwrap();
+    assert_eq!(timeout(LIMIT, quiet.next()).await.unwrap(), Some(1));
     group.remove().await.unwrap();
     // Nothing more but, perhaps, kills that were signalled together with the end.
     timeout(LIMIT, async { while watch.next().await.is_some() {} }).await.unwrap();

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use kuasar_sandboxers::{
     Error, Known, Leftover, Result, Sandbox, SandboxContext, Sandboxer,
     collect::{Collected, Kind, Outcome},
-    event::EventSink,
+    event::{EventSink, Notices},
     fake::{self, Behaviour, FakeSandboxer, World},
     fdstore::FdStore,
     id::{Namespace, SandboxId},
@@ -99,7 +99,7 @@ impl Node {
     async fn leave(&self, id: &str) -> u32 {
         let context = SandboxContext {
             dir: self.dir.path().join(id),
-            events: EventSink::channel().0,
+            notices: Notices::channel().0,
             reaper: self.reaper.clone(),
             streams: StreamHub::default(),
             fds: FdStore::default(),

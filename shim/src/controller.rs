@@ -178,10 +178,11 @@ impl controller_server::Controller for Controller {
 
     async fn metrics(&self, request: Request<ControllerMetricsRequest>) -> Result<Response<ControllerMetricsResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
+        // containerd passes over a sandbox that is unavailable or gone; after any other error it tells of no sandbox at all.
         let work = |sandbox: SandboxHandle| async move {
-            sandbox.metrics().await?.ok_or_else(|| Error::Unsupported {
-                operation: "metrics of a sandbox",
-                why: "it has no cgroup of its own; ask for its containers".into(),
+            sandbox.metrics().await.map_err(|error| match error {
+                Error::NotFound { .. } => error,
+                error => Error::Unavailable { what: "the sandbox's resource use".into(), why: error.report() },
             })
         };
         let stats = self.on("Controller.Metrics", &metadata, &request.sandbox_id, work).await?;

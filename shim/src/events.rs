@@ -1,8 +1,8 @@
 //! Events for containerd: task events, in order, over containerd's ttrpc events service.
 //!
-//! containerd may be away (its restart is routine), so events wait here, bounded; when too many wait the oldest go, counted.
-//! An event is sent again when its answer was lost, be it by our own death, so containerd may see one twice; its consumers allow for
-//! that. Exits do not depend on events (containerd waits for those with Task.Wait), OOM kills do.
+//! containerd may be away (its restart is routine), so events wait: each sandbox keeps its own, and hands a few at a time to the
+//! publisher, which therefore needs no bound. An event is sent again when its answer was lost, be it by our own death, so containerd may
+//! see one twice; its consumers allow for that. Exits do not depend on events (containerd waits for those with Task.Wait), OOM kills do.
 
 use std::{
     collections::VecDeque,
@@ -32,8 +32,6 @@ use ttrpc::{r#async::Client, asynchronous::transport::Socket, context};
 
 /// The package of containerd's events.
 const PACKAGE: &str = "containerd.events";
-/// Events that may wait.
-const WAITING: usize = 4096;
 /// How long containerd may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Pauses between attempts to reach containerd: the first, doubled each time, up to the last.
@@ -49,9 +47,9 @@ pub fn address(containerd: &Path) -> PathBuf {
 
 /// Publishes events until told to stop and all that can be sent is sent, or until nobody can send any more.
 pub async fn publish(address: PathBuf, mut events: UnboundedReceiver<Sent>, stop: CancellationToken) {
-    let mut publisher = Publisher { address, client: None, waiting: VecDeque::new(), dropped: 0, pause: PAUSE.0 };
+    let mut publisher = Publisher { address, client: None, waiting: VecDeque::new(), pause: PAUSE.0 };
     loop {
-        // Everything that has come, so that what waits is bounded here.
+        // What has come before a stop is sent, too.
         while let Ok(event) = events.try_recv() {
             publisher.add(event);
         }
@@ -68,7 +66,7 @@ pub async fn publish(address: PathBuf, mut events: UnboundedReceiver<Sent>, stop
                 debug!(%error, "cannot reach containerd with an event; trying again");
             }
             if stop.is_cancelled() {
-                warn!(waiting = publisher.waiting.len(), %error, "events not published: containerd is away");
+                info!(waiting = publisher.waiting.len(), %error, "containerd is away: its events are left to the next daemon");
                 return;
             }
             publisher.client = None;
@@ -85,7 +83,6 @@ struct Publisher {
     address: PathBuf,
     client: Option<EventsClient>,
     waiting: VecDeque<(Envelope, Sent)>,
-    dropped: u64,
     pause: Duration,
 }
 
@@ -99,13 +96,6 @@ impl Publisher {
                 return sent.delivered();
             }
         };
-        if self.waiting.len() == WAITING {
-            self.pop();
-            if self.dropped == 0 {
-                warn!(waiting = WAITING, "containerd takes no events; the oldest are dropped from now on");
-            }
-            self.dropped += 1;
-        }
         self.waiting.push_back((envelope, sent));
     }
 
@@ -136,10 +126,6 @@ impl Publisher {
         failpoint::reach(Failpoint::Published);
         self.pop();
         self.pause = PAUSE.0;
-        if self.dropped > 0 {
-            info!(dropped = self.dropped, "containerd takes events again");
-            self.dropped = 0;
-        }
         Ok(())
     }
 }
@@ -363,12 +349,11 @@ mod tests {
         let (sink, events) = EventSink::channel();
         let stop = CancellationToken::new();
         let publisher = tokio::spawn(publish(path.clone(), events, stop.clone()));
-        let (namespace, container) = ("k8s.io".parse().unwrap(), "c1".parse().unwrap());
-        let send = |pid| sink.send(&namespace, &container, EventKind::Started { pid });
+        let send = |pid| sink.send(event("c1", EventKind::Started { pid }), || {});
 
         // Nobody there yet.
         send(1);
-        sink.send(&namespace, &container, EventKind::Paused);
+        sink.send(event("c1", EventKind::Paused), || {});
         send(2);
         let containerd = Arc::new(Containerd::default());
         let mut server = containerd.serve(&path).await;
@@ -390,17 +375,6 @@ mod tests {
         stop.cancel();
         publisher.await.unwrap();
         assert_eq!(containerd.seen(21).await.len(), 21);
-    }
-
-    #[test]
-    fn waiting_events_are_bounded_and_the_newest_stay() {
-        let mut publisher =
-            Publisher { address: "/none".into(), client: None, waiting: VecDeque::new(), dropped: 0, pause: PAUSE.0 };
-        for pid in 0..WAITING as u32 + 5 {
-            publisher.add(event("c1", EventKind::Started { pid }).into());
-        }
-        assert_eq!((publisher.waiting.len(), publisher.dropped), (WAITING, 5));
-        assert_eq!(unpack::<TaskStart>(&publisher.waiting[0].0).pid, 5);
     }
 
     #[test]

@@ -314,6 +314,11 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
         () = leave.cancelled() => {
             parted.cancel();
             hand_over(&calls, control, &hush, &registry, grace).await;
+            // What is not sent in time is saved, and sent by the next worker.
+            silence.cancel();
+            if timeout(FLUSH, publisher).await.is_err() {
+                info!("events are left to the next worker");
+            }
             return Ok(Served::Left);
         }
     };

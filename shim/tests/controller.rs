@@ -4,6 +4,7 @@
 mod daemon;
 
 use daemon::{Daemon, LONG, annotated, create, request};
+use kuasar_sandboxers::fake::Behaviour;
 use kuasar_shim::proto::{
     admin::{InspectRequest, ListRequest, VersionRequest},
     sandbox::{
@@ -150,7 +151,7 @@ async fn anything_on_an_unknown_id_is_not_found() {
 }
 
 #[tokio::test]
-async fn resources_are_updated_and_metrics_refused_with_a_reason() {
+async fn resources_are_updated_and_measured() {
     let daemon = Daemon::start().await;
     let mut controller = daemon.pod("p1").await;
     let any = Any {
@@ -167,10 +168,15 @@ async fn resources_are_updated_and_metrics_refused_with_a_reason() {
     let broken = controller.update(request(update(Any { value: b"{".to_vec(), ..any }))).await.unwrap_err();
     assert_eq!(broken.code(), Code::InvalidArgument);
 
-    let metrics = ControllerMetricsRequest { sandbox_id: "p1".into(), ..Default::default() };
-    let metrics = controller.metrics(request(metrics)).await.unwrap_err();
-    assert_eq!(metrics.code(), Code::Unimplemented);
-    assert!(metrics.message().contains("cgroup"), "{metrics}");
+    // A pod without a control group of its own is the sum of its containers: of none, too, or containerd tells of no pod at all.
+    let metrics = || request(ControllerMetricsRequest { sandbox_id: "p1".into(), ..Default::default() });
+    let metric = controller.metrics(metrics()).await.unwrap().into_inner().metrics.unwrap();
+    assert_eq!(metric.id, "p1");
+    assert!(metric.data.unwrap().type_url.ends_with(".Metrics"));
+    let task = daemon.task().await;
+    task.create(daemon::context(), &daemon.container("p1", "c1", &Behaviour::Run.process())).await.unwrap();
+    let metric = controller.metrics(metrics()).await.unwrap().into_inner().metrics.unwrap();
+    assert_eq!(metric.data.unwrap().type_url, "io.containerd.cgroups.v2.Metrics");
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::sync::{
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
     self, ContainerRequest, CreateContainerRequest, ExecRequest, HugePages, ProcessRequest, ResizeRequest, SignalRequest,
-    Storage, UpdateRequest, WaitResponse, state_response::State,
+    Storage, UpdateRequest, state_response::State,
 };
 use kuasar_sandboxers::{
     Code, Container, Error, Process, Result,
@@ -27,10 +27,11 @@ use kuasar_sandboxers::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{sync::Notify, time::timeout};
-use tracing::{Instrument, debug, warn};
+use tracing::{Instrument, warn};
 
 use crate::{
     agent::{QUICK, SLOW},
+    ended::{OomKills, exit},
     pod::{Guest, Pod},
     relay::{self, Relay},
     rewrite::{self, VolumeKind},
@@ -52,6 +53,8 @@ struct Running {
     ending: Ending,
     /// Whether somebody waits for it to die of SIGKILL.
     doomed: AtomicBool,
+    /// Of a container's first process.
+    oom_kills: OomKills,
     /// Nobody reads what it has left behind any more.
     deleted: Notify,
 }
@@ -112,7 +115,8 @@ impl Running {
     /// Watches for its end.
     fn begin(pod: Arc<Pod>, guest: Option<Arc<Guest>>, request: ProcessRequest, pid: u32, relay: Relay) -> Arc<Self> {
         let (ending, doomed, deleted) = (Ending::pending(), AtomicBool::new(false), Notify::new());
-        let running = Arc::new(Self { pod, request, pid, relay, ending, doomed, deleted });
+        let oom_kills = OomKills::default();
+        let running = Arc::new(Self { pod, request, pid, relay, ending, doomed, oom_kills, deleted });
         tokio::spawn(running.clone().watch(guest).in_current_span());
         running
     }
@@ -127,6 +131,7 @@ impl Running {
             self.relay.settle(exit.as_ref(), guest.agent(), &self.request).await;
             self.relay.close().await;
         }
+        self.oom_kills.report(&self.pod.context.notices, &self.request, exit.as_ref()).await;
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
         if let Some(guest) = guest.filter(|_| more) {
             // As on the node, where it has the process's own output. containerd reads on until that has ended.
@@ -189,34 +194,6 @@ impl Running {
     async fn delete(&self) -> Result<()> {
         self.deleted.notify_one();
         delete(&self.pod, &self.request).await
-    }
-}
-
-/// What the guest tells of the end of a process; `None` when the machine ended first.
-pub(crate) async fn exit(guest: &Guest, request: &ProcessRequest) -> Option<WaitResponse> {
-    loop {
-        let wait = guest.agent().call("wait for a process", None, |client, context| {
-            let request = request.clone();
-            async move { client.wait(context, &request).await }
-        });
-        let error = tokio::select! {
-            biased;
-            waited = wait => match waited {
-                Ok(exit) => return Some(exit),
-                Err(error) => error,
-            },
-            _ = guest.ended() => return None,
-        };
-        if error.code() == Code::NotFound {
-            // Nobody can tell any more.
-            warn!(container = request.container, exec = request.exec, "the guest does not know the process");
-            return Some(WaitResponse { status: 255, ..WaitResponse::default() });
-        }
-        debug!(error = error.report(), "cannot wait for a process in the guest");
-        // The machine ends when its agent is gone for good, so one of the two comes.
-        if !guest.agent_is_back().await {
-            return None;
-        }
     }
 }
 
@@ -543,7 +520,12 @@ impl Container for VmContainer {
     }
 
     async fn stats(&self) -> Result<Stats> {
-        self.0.process.pod.guest()?.stats(&self.0.head.id.to_string()).await
+        let process = &self.0.process;
+        let measured = match process.pod.guest() {
+            Ok(guest) => guest.stats(self.0.head.id.as_str()).await,
+            Err(error) => Err(error),
+        };
+        process.oom_kills.or_ended(measured, &process.ending)
     }
 
     async fn update(&self, mut resources: Value) -> Result<()> {

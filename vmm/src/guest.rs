@@ -18,8 +18,7 @@ use kuasar_guest_protocol::agent::{
     ContainerRequest, EventsRequest, OnlineRequest, SetTimeRequest, ShutDownRequest, events_response::event::Kind,
 };
 use kuasar_sandboxers::{
-    Error, Result, SandboxContext, cgroup::Stats, event::EventKind, fdstore::FdStore, id::Namespace, process::Ending,
-    types::Exit,
+    Error, Result, SandboxContext, cgroup::Stats, event::Notice, fdstore::FdStore, process::Ending, types::Exit,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -35,7 +34,6 @@ use crate::{
     console::Console,
     hypervisor::Vm,
     launch::{LaunchRecord, Launched},
-    share::SharedDir,
     spec::Disk,
 };
 
@@ -222,8 +220,8 @@ impl Guest {
     }
 
     /// Begins to look after a guest that is up.
-    pub(crate) fn tend(self: &Arc<Self>, namespace: Namespace, context: &SandboxContext, shared: SharedDir) {
-        let events = context.events.clone();
+    pub(crate) fn tend(self: &Arc<Self>, context: &SandboxContext) {
+        let notices = context.notices.clone();
         let weak = Arc::downgrade(self);
         let housekeeping = async move {
             let (mut look, mut clock) = (interval(LOOK), interval(CLOCK));
@@ -259,13 +257,20 @@ impl Guest {
                 };
                 match happened {
                     Ok(happened) => {
+                        let mut saved = Vec::new();
                         for event in happened.events.into_iter().take(EVENTS) {
                             after = after.max(event.number);
                             let Ok(container) = event.container.parse() else { continue };
-                            // Of its own containers: the guest may name any.
-                            if event.kind.enum_value() == Ok(Kind::OUT_OF_MEMORY) && shared.has(&container) {
-                                events.send(&namespace, &container, EventKind::OutOfMemory);
+                            if event.kind.enum_value() == Ok(Kind::OUT_OF_MEMORY) {
+                                let kills = Some(event.oom_kills).filter(|kills| *kills > 0);
+                                saved.push(notices.report(&container, Notice::OutOfMemory { kills }));
                             }
+                        }
+                        // The guest forgets what it is told was noted.
+                        tokio::select! {
+                            biased;
+                            _ = guest.ended() => return,
+                            _ = join_all(saved) => {}
                         }
                         // A guest can make up as many as it likes.
                         sleep(AGAIN).await;

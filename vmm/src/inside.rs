@@ -32,6 +32,7 @@ use crate::{
     agent::{QUICK, SLOW, tame, within},
     container,
     dial::Connection,
+    ended,
     pod::{Guest, Pod},
 };
 
@@ -178,7 +179,7 @@ async fn carry(guest: &Guest, process: &ProcessRequest, program: &Program, strea
     let (told, exit) = watch::channel(None::<WaitResponse>);
     let taken = async {
         let ended = async {
-            let exit = container::exit(guest, process).await.ok_or_else(|| guest.gone())?;
+            let exit = ended::exit(guest, process).await.ok_or_else(|| guest.gone())?;
             told.send_replace(Some(exit.clone()));
             Ok(exit)
         };

@@ -23,6 +23,7 @@ pub mod config;
 mod console;
 mod container;
 mod dial;
+mod ended;
 mod features;
 mod guest;
 pub mod hypervisor;

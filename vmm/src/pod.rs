@@ -255,7 +255,7 @@ impl Pod {
             saved.helpers.into_iter().map(|helper| self.sandboxer.adopt_helper(helper, &place)).collect::<Result<_>>()?;
         dial::outwait(&self.context.fds);
         let guest = Guest::watch(vm, helpers, Console::of(&self.dir), self.context.fds.clone());
-        guest.tend(self.spec.namespace.clone(), &self.context, self.shared.clone());
+        guest.tend(&self.context);
         match Forwarder::adopt(&self.context.fds, &self.forwarder_name()) {
             Ok(Some(forwarder)) => self.forward(&guest, forwarder),
             Ok(None) => {}
@@ -405,7 +405,7 @@ impl Pod {
             // Only port-forward needs it.
             Err(error) => debug!(error = error.report(), "ports of the pod cannot be forwarded"),
         }
-        guest.tend(self.spec.namespace.clone(), &self.context, self.shared.clone());
+        guest.tend(&self.context);
         self.adopt(guest);
         Ok(())
     }

@@ -107,11 +107,6 @@ impl SharedDir {
         Ok(places)
     }
 
-    /// Whether a container has a place here.
-    pub(crate) fn has(&self, id: &ContainerId) -> bool {
-        self.containers().is_ok_and(|all| all.contains(id.as_str()))
-    }
-
     /// Makes a container's place, in which nothing of an earlier attempt is.
     pub(crate) async fn add_container(&self, id: &ContainerId) -> Result<ContainerDir> {
         self.remove_container(id).await?;

@@ -22,7 +22,7 @@ use kuasar_guest_protocol::VERSION;
 use kuasar_sandboxers::{
     Code, Error, Process, Result, SandboxContext, Sandboxer,
     cgroup::Cgroup,
-    event::{EventKind, EventSink, Sent},
+    event::{EventKind, EventSink, Notices, Sent},
     fake,
     fdstore::MemoryHolder,
     handle::{ContainerHandle, SandboxHandle},
@@ -137,7 +137,7 @@ impl Node {
     fn context(&self) -> SandboxContext {
         SandboxContext {
             dir: self.dir.path().join("state"),
-            events: EventSink::channel().0,
+            notices: Notices::channel().0,
             reaper: reaper(),
             streams: StreamHub::default(),
             fds: self.holder.store(),
@@ -523,8 +523,8 @@ async fn events_are_believed_of_own_containers_and_not_faster_than_they_can_be()
             told += 1;
         }
     }
-    // Of 64 that are taken at a time, every tenth of a second.
-    assert!((1..3000).contains(&told), "{told}");
+    // Nobody has taken it, so it stands for all that followed.
+    assert_eq!(told, 1);
 }
 
 /// A daemon that is killed in the middle of a start, and the one after it: which ends what it finds half made, and can start it again.

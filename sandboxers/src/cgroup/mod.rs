@@ -11,6 +11,7 @@ mod files;
 mod hierarchy;
 mod moving;
 mod oom;
+mod sum;
 pub mod v1;
 pub mod v2;
 
@@ -52,6 +53,29 @@ pub enum Stats {
     V1(Box<v1::Stats>),
     /// From cgroup v2.
     V2(Box<v2::Stats>),
+}
+
+impl Stats {
+    /// What is left to say of a group that has ended, in the form of this host: nothing is used, and how often memory ran out.
+    ///
+    /// # Errors
+    /// When the host's hierarchy cannot be read.
+    pub fn of_ended(oom_kills: u64) -> Result<Self> {
+        Ok(match Hierarchy::of_host()?.version() {
+            Version::V2 => Self::ended_v2(oom_kills),
+            Version::V1 | Version::Hybrid => {
+                let memory_oom_control = Some(v1::MemoryOomControl { oom_kill: oom_kills, ..Default::default() });
+                Self::V1(Box::new(v1::Stats { memory_oom_control, ..Default::default() }))
+            }
+        })
+    }
+
+    /// The same of a group in a guest, which has cgroup v2.
+    #[must_use]
+    pub fn ended_v2(oom_kill: u64) -> Self {
+        let memory_events = Some(v2::MemoryEvents { oom_kill, ..Default::default() });
+        Self::V2(Box::new(v2::Stats { memory_events, ..Default::default() }))
+    }
 }
 
 /// A control group, by its path below the mount point of each tree.

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use futures::future::join_all;
 use kuasar_tests::cri::k8s_cri::v1::{
     ContainerState, LinuxContainerResources, ListContainerStatsRequest, ListPodSandboxMetricsRequest,
 };
@@ -20,6 +21,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         everything_of_a_pod_is_below_its_cgroup,
         use_is_told,
         out_of_memory,
+        many_out_of_memory_at_once,
         a_child_out_of_memory,
         limits_that_cannot_be,
         paused_and_resumed,
@@ -186,6 +188,26 @@ async fn out_of_memory(case: &Case) -> Result<()> {
     let status = container.status().await?;
     named.with_context(|| format!("{status:?}"))?;
     assert_eq!(status.exit_code, 137);
+    Ok(())
+}
+
+/// The more at once, the sooner an exit is seen before what the kernel says of its cause.
+async fn many_out_of_memory_at_once(case: &Case) -> Result<()> {
+    let count = if case.is_machine() { 3 } else { 10 };
+    let pod = case.run(case.spec().quick()).await?;
+    let names: Vec<String> = (0..count).map(|number| format!("c{number}")).collect();
+    let run = |name: &String| {
+        let spec = ContainerSpec::new(name).command(&["tail", "/dev/zero"]).memory_limit(16 * MIB);
+        let pod = &pod;
+        async move { pod.run(spec).await }
+    };
+    for container in join_all(names.iter().map(run)).await {
+        let container = container?;
+        assert_eq!(container.wait_exit().await?.exit_code, 137);
+        let named = eventually("the reason", || async { Ok(container.status().await?.reason == "OOMKilled") }).await;
+        let status = container.status().await?;
+        named.with_context(|| format!("{status:?}"))?;
+    }
     Ok(())
 }
 
