@@ -7,6 +7,7 @@ fn main() -> std::io::Result<()> {
             "proto/services/containers/v1/containers.proto",
             "proto/services/sandbox/v1/sandbox.proto",
             "proto/services/streaming/v1/streaming.proto",
+            "proto/services/tasks/v1/tasks.proto",
             "proto/types/runtimeoptions/v1/api.proto",
             "proto/types/transfer/streaming.proto",
         ],

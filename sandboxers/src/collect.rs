@@ -35,6 +35,8 @@ type Key = (Namespace, SandboxId);
 pub enum Kind {
     /// A sandbox that containerd does not know.
     Forgotten,
+    /// A container that containerd has given up.
+    Abandoned,
     /// What a daemon has left of a sandbox that nobody knows.
     Leftover,
     /// A sandbox whose state file cannot be read.

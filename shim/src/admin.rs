@@ -93,6 +93,15 @@ fn describe(SetAside { entry, why, processes }: SetAside) -> Value {
     })
 }
 
+/// Of a pod's annotations Kubernetes allows 256 KiB, too much in a list of all; Inspect has them.
+fn without_annotations(status: &SandboxStatus) -> serde_json::Result<Value> {
+    let mut value = serde_json::to_value(status)?;
+    if let Some(spec) = value["spec"].as_object_mut() {
+        spec.remove("annotations");
+    }
+    Ok(value)
+}
+
 fn document(value: &impl Serialize) -> Result<Response<Document>, Status> {
     let json = serde_json::to_string(value).map_err(Error::failed("write the answer as JSON")).grpc()?;
     Ok(Response::new(Document { json }))
@@ -108,7 +117,7 @@ impl admin_server::Admin for Admin {
         let work =
             async move { Ok((sandboxes(registry.clone(), namespace.clone()).await?, set_aside(registry, namespace).await?)) };
         let (live, aside) = self.calls.run("Admin.List", "all", work).await.grpc()?;
-        let live = live.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
+        let live = live.iter().map(without_annotations).collect::<Result<Vec<_>, _>>();
         let live = live.map_err(Error::failed("write the answer as JSON")).grpc()?;
         document(&live.into_iter().chain(aside).collect::<Vec<_>>())
     }

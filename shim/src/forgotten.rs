@@ -20,7 +20,7 @@ use std::{
 use kuasar_sandboxers::{
     Error, Result,
     handle::{SandboxHandle, SandboxStatus},
-    id::{Namespace, SandboxId},
+    id::{ContainerId, Namespace, SandboxId},
     lifecycle::ProcessState,
     registry::Registry,
 };
@@ -31,9 +31,10 @@ use tonic::{
     metadata::MetadataValue,
     transport::{Channel, Endpoint},
 };
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::{
+    abandoned::Comparison,
     calls::Calls,
     proto::{
         containers::{ListContainersRequest, containers_client::ContainersClient},
@@ -50,20 +51,53 @@ const FIRST: u32 = 5;
 /// Looks between two in which sandboxes with containers are compared, too.
 const QUICK: usize = 11;
 
-/// Looks for forgotten sandboxes, and removes them, for as long as it is polled.
-pub async fn collect(containerd: PathBuf, memory: PathBuf, registry: Registry, calls: Calls, interval: Duration) {
+/// Failed looks in a row after which the log says so.
+const FAILURES: u32 = 6;
+
+/// Sandboxes that containerd is asked for at a time: the answer repeats their annotations, which Kubernetes allows 256 KiB of.
+const ASKED: usize = 32;
+
+/// The largest answer taken, in bytes: the largest that containerd sends.
+const ANSWER_BYTES: usize = 16 << 20;
+
+/// Looks for forgotten sandboxes and abandoned containers, and removes them, for as long as it is polled.
+pub(crate) async fn collect(
+    containerd: PathBuf,
+    memory: PathBuf,
+    comparison: Comparison,
+    registry: Registry,
+    calls: Calls,
+    interval: Duration,
+) {
     let eyes = Eyes::new(containerd, memory);
-    let mut collector = Collector { eyes, registry, calls, quick: 0, missing: BTreeSet::new() };
+    let (missing, abandoned) = (BTreeSet::new(), BTreeSet::new());
+    let mut collector = Collector { eyes, comparison, registry, calls, quick: 0, missing, abandoned };
+    let mut failures = 0;
     // Soon for the first time: while there are sandboxes that containerd lists, it shows that it is the one that is to be believed.
     let mut pause = interval / FIRST;
     loop {
         sleep(pause).await;
         pause = interval;
-        if let Err(error) = collector.look().await {
-            // containerd is away: nothing is known, so nothing is forgotten. It may come back with less than it had.
-            collector.missing.clear();
-            collector.quick = 0;
-            debug!(error = error.report(), "cannot ask containerd which sandboxes it knows");
+        match collector.look().await {
+            Ok(()) => {
+                if std::mem::take(&mut failures) >= FAILURES {
+                    info!("containerd tells again which sandboxes it knows");
+                }
+            }
+            Err(error) => {
+                // containerd is away: nothing is known, so nothing is forgotten. It may come back with less than it had.
+                collector.missing.clear();
+                collector.abandoned.clear();
+                collector.quick = 0;
+                failures += 1;
+                match failures {
+                    FAILURES => warn!(
+                        error = error.report(),
+                        "containerd does not tell which sandboxes it knows; what it has forgotten stays"
+                    ),
+                    _ => debug!(error = error.report(), "cannot ask containerd which sandboxes it knows"),
+                }
+            }
         }
     }
 }
@@ -76,7 +110,7 @@ struct Memory<A, N> {
 }
 
 /// What an earlier daemon has written down of that containerd. Without it, it is found out again.
-fn remembered(memory: &Path, containerd: &Path) -> BTreeSet<Namespace> {
+pub(crate) fn remembered(memory: &Path, containerd: &Path) -> BTreeSet<Namespace> {
     let known: Option<Memory<PathBuf, BTreeSet<Namespace>>> =
         fs::read(memory).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     known.filter(|known| known.containerd == containerd).map(|known| known.namespaces).unwrap_or_default()
@@ -144,7 +178,9 @@ impl Eyes {
         let channel = connect(&self.containerd).await?;
         let mut missing = Vec::new();
         for (namespace, suspects) in suspects {
-            let known = sandboxes(&channel, &namespace).await?;
+            let asked: Vec<_> =
+                all.iter().filter(|sandbox| sandbox.namespace == namespace).map(|sandbox| sandbox.id.as_str()).collect();
+            let known = sandboxes(&channel, &namespace, &asked).await?;
             let ours = |sandbox: &&SandboxHandle| sandbox.namespace == namespace && known.contains(sandbox.id.as_str());
             if all.iter().any(|sandbox| ours(&sandbox)) && self.believed.insert(namespace.clone()) {
                 self.remember();
@@ -172,12 +208,15 @@ impl Eyes {
 
 struct Collector {
     eyes: Eyes,
+    comparison: Comparison,
     registry: Registry,
     calls: Calls,
     /// Looks until sandboxes with containers are compared, too.
     quick: usize,
     /// What containerd did not know at the last look.
     missing: BTreeSet<(Namespace, SandboxId)>,
+    /// Containers that it had given up then.
+    abandoned: BTreeSet<(Namespace, ContainerId)>,
 }
 
 impl Collector {
@@ -198,6 +237,17 @@ impl Collector {
             }
         }
         self.missing = missing;
+        let mut abandoned = BTreeSet::new();
+        for found in self.comparison.find(&self.registry).await? {
+            let key = found.key();
+            if !self.abandoned.contains(&key) {
+                abandoned.insert(key);
+            } else if found.end(&self.calls).await.is_err() {
+                // The log says why; at the next look again.
+                abandoned.insert(key);
+            }
+        }
+        self.abandoned = abandoned;
         Ok(())
     }
 }
@@ -217,29 +267,33 @@ pub(crate) async fn remove(calls: &Calls, sandbox: SandboxHandle) -> Result<()> 
     removed
 }
 
-async fn status(sandbox: &SandboxHandle) -> Option<SandboxStatus> {
+pub(crate) async fn status(sandbox: &SandboxHandle) -> Option<SandboxStatus> {
     timeout(ANSWER, sandbox.status()).await.ok()?.ok()
 }
 
-async fn connect(containerd: &Path) -> Result<Channel> {
+pub(crate) async fn connect(containerd: &Path) -> Result<Channel> {
     let failed = |error| Error::failed(format!("connect to containerd at {}", containerd.display()))(error);
     let endpoint = Endpoint::try_from(format!("unix://{}", containerd.display())).map_err(failed)?;
     endpoint.timeout(ANSWER).connect_timeout(ANSWER).connect().await.map_err(failed)
 }
 
-fn request<T>(namespace: &Namespace, message: T) -> Result<Request<T>> {
+pub(crate) fn request<T>(namespace: &Namespace, message: T) -> Result<Request<T>> {
     let mut request = Request::new(message);
     let header = MetadataValue::try_from(namespace.as_str()).map_err(Error::failed("name a namespace in a request"))?;
     request.metadata_mut().insert("containerd-namespace", header);
     Ok(request)
 }
 
-/// The ids that containerd's store has in a namespace.
-async fn sandboxes(channel: &Channel, namespace: &Namespace) -> Result<BTreeSet<String>> {
-    let request = request(namespace, StoreListRequest { filters: Vec::new() })?;
-    let answer = StoreClient::new(channel.clone()).list(request).await;
-    let answer = answer.map_err(Error::failed("list containerd's sandboxes"))?;
-    Ok(answer.into_inner().list.into_iter().map(|sandbox| sandbox.sandbox_id).collect())
+/// Which of these ids containerd's store has in a namespace.
+pub(crate) async fn sandboxes(channel: &Channel, namespace: &Namespace, ids: &[&str]) -> Result<BTreeSet<String>> {
+    let mut known = BTreeSet::new();
+    for ids in ids.chunks(ASKED) {
+        let request = request(namespace, StoreListRequest { filters: ids.iter().map(|id| format!("id=={id:?}")).collect() })?;
+        let answer = StoreClient::new(channel.clone()).max_decoding_message_size(ANSWER_BYTES).list(request).await;
+        let answer = answer.map_err(Error::failed("list containerd's sandboxes"))?;
+        known.extend(answer.into_inner().list.into_iter().map(|sandbox| sandbox.sandbox_id));
+    }
+    Ok(known)
 }
 
 /// Whether containerd knows one of a sandbox's containers. The sandbox itself is one for who has made it without the Sandbox API.
@@ -247,7 +301,7 @@ async fn knows_any(channel: &Channel, namespace: &Namespace, status: &SandboxSta
     let containers = status.containers.iter().map(|container| container.id.as_str());
     let ids: Vec<&str> = containers.chain([status.spec.id.as_str()]).collect();
     let request = request(namespace, ListContainersRequest { filters: ids.iter().map(|id| format!("id=={id:?}")).collect() })?;
-    let answer = ContainersClient::new(channel.clone()).list(request).await;
+    let answer = ContainersClient::new(channel.clone()).max_decoding_message_size(ANSWER_BYTES).list(request).await;
     let answer = answer.map_err(Error::failed("list containerd's containers"))?;
     Ok(answer.into_inner().containers.iter().any(|container| ids.contains(&container.id.as_str())))
 }

@@ -12,6 +12,7 @@ use kuasar_sandboxers::{
 use serde::Serialize;
 
 use crate::{
+    abandoned::{Abandoned, Comparison},
     calls::Calls,
     forgotten::{self, Eyes, Missing, Scope},
 };
@@ -23,6 +24,8 @@ pub struct Gc {
     pub containerd: PathBuf,
     /// The file that says in which namespaces containerd lists our sandboxes.
     pub memory: PathBuf,
+    /// Finds containers that containerd has given up.
+    pub(crate) comparison: Comparison,
 }
 
 /// How a collection went.
@@ -38,6 +41,7 @@ impl Gc {
     /// Collects, or only tells what would be.
     pub(crate) async fn run(self, registry: Registry, calls: Calls, dry_run: bool) -> Result<Report> {
         let mut collected = Vec::new();
+        let comparison = self.comparison.clone();
         let unanswered = match Eyes::new(self.containerd, self.memory).look(&registry, Scope::All).await {
             Ok(missing) => {
                 for missing in missing {
@@ -46,6 +50,15 @@ impl Gc {
                 None
             }
             Err(error) => Some(error.report()),
+        };
+        let unanswered = match comparison.find(&registry).await {
+            Ok(abandoned) => {
+                for abandoned in abandoned {
+                    collected.push(give_up(abandoned, &calls, dry_run).await);
+                }
+                unanswered
+            }
+            Err(error) => unanswered.or_else(|| Some(error.report())),
         };
         collected.extend(registry.collect(dry_run).await?);
         Ok(Report { dry_run, unanswered, collected })
@@ -72,6 +85,25 @@ async fn forget(missing: Missing, calls: &Calls, dry_run: bool) -> Collected {
             (false, _) => Outcome::Kept,
             (true, true) => Outcome::WouldRemove,
             (true, false) => match forgotten::remove(calls, missing.sandbox).await {
+                Ok(()) => Outcome::Removed,
+                Err(error) => Outcome::Failed(error.report()),
+            },
+        },
+    }
+}
+
+async fn give_up(abandoned: Abandoned, calls: &Calls, dry_run: bool) -> Collected {
+    let sandbox = abandoned.sandbox.clone();
+    Collected {
+        kind: Kind::Abandoned,
+        namespace: sandbox.namespace,
+        sandbox: sandbox.id,
+        what: format!("container {}", abandoned.status.id),
+        why: "containerd has given it up: it has lost its connection, and containerd has no task of it".into(),
+        processes: abandoned.processes(),
+        outcome: match dry_run {
+            true => Outcome::WouldRemove,
+            false => match abandoned.end(calls).await {
                 Ok(()) => Outcome::Removed,
                 Err(error) => Outcome::Failed(error.report()),
             },

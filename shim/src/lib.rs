@@ -14,6 +14,7 @@
 //!
 //! Not here: shim v2's `start` (containers without a sandbox of their own come with a later issue), and checkpoints.
 
+mod abandoned;
 pub mod admin;
 pub mod backends;
 pub mod calls;

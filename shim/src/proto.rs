@@ -19,6 +19,11 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.streaming.v1");
             }
         }
+        pub mod tasks {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.tasks.v1");
+            }
+        }
     }
     pub mod types {
         tonic::include_proto!("containerd.types");
@@ -39,6 +44,6 @@ pub mod admin {
 }
 
 pub use containerd::{
-    services::{containers::v1 as containers, sandbox::v1 as sandbox},
+    services::{containers::v1 as containers, sandbox::v1 as sandbox, tasks::v1 as tasks},
     types,
 };

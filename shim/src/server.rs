@@ -37,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
+    abandoned::Comparison,
     admin::Admin,
     calls::Calls,
     controller::Controller,
@@ -284,11 +285,13 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let publisher = tokio::spawn(events::publish(events::address(&containerd), events, silence.clone()));
 
     let tidier = tokio::spawn(tidy(calls.clone()));
-    let gc = Gc { containerd: containerd.clone(), memory: state.path().join(LISTED) };
-    let collector =
-        tokio::spawn(forgotten::collect(containerd, gc.memory.clone(), registry.clone(), calls.clone(), look_interval));
+    let memory = state.path().join(LISTED);
+    let comparison = Comparison::new(containerd.clone(), memory.clone());
+    let gc = Gc { containerd: containerd.clone(), memory: memory.clone(), comparison: comparison.clone() };
+    let looking = forgotten::collect(containerd, memory, comparison.clone(), registry.clone(), calls.clone(), look_interval);
+    let collector = tokio::spawn(looking);
 
-    let task = TaskService::new(registry.clone(), calls.clone());
+    let task = TaskService::new(registry.clone(), calls.clone(), comparison);
     let task_limit = task_connections();
     let source = match sockets.task {
         TaskSocket::Ours(listener) => Source::Listener(Acceptor::new(listener, task_limit)),

@@ -7,19 +7,26 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
 use containerd_shim_protos::{
     Task,
-    api::{DeleteRequest, DeleteResponse, StateRequest, StateResponse, Status as TaskStatus},
+    api::{
+        DeleteRequest, DeleteResponse, Empty, KillRequest, StateRequest, StateResponse, Status as TaskStatus, WaitRequest,
+        WaitResponse,
+    },
     create_task,
     protobuf::{Message, well_known_types::timestamp::Timestamp},
     shim::oci::Options,
     ttrpc::{self, Code, Server, TtrpcContext},
     types::introspection::RuntimeInfo,
 };
+use kuasar_shim::task::CLEAN_UP;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 
@@ -216,7 +223,7 @@ fn start_and_version_are_answered() {
 
 /// A daemon that knows one container.
 struct Daemon {
-    running: bool,
+    running: AtomicBool,
 }
 
 fn status(code: Code) -> ttrpc::Error {
@@ -225,7 +232,7 @@ fn status(code: Code) -> ttrpc::Error {
 
 impl Task for Daemon {
     fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        assert!(!self.running, "a running container is not to be deleted");
+        assert!(!self.running.load(Ordering::SeqCst), "a running container is not to be deleted");
         assert_eq!(request.id, "c1");
         let exited_at = Some(Timestamp::from(SystemTime::UNIX_EPOCH + Duration::from_secs(77))).into();
         Ok(DeleteResponse { pid: 4, exit_status: 3, exited_at, ..Default::default() })
@@ -237,8 +244,20 @@ impl Task for Daemon {
         if request.id != "c1" {
             return Err(status(Code::NOT_FOUND));
         }
-        let status = if self.running { TaskStatus::RUNNING } else { TaskStatus::STOPPED };
+        assert!(context.metadata.contains_key(CLEAN_UP), "it is taken for containerd");
+        let status = if self.running.load(Ordering::SeqCst) { TaskStatus::RUNNING } else { TaskStatus::STOPPED };
         Ok(StateResponse { id: request.id, pid: 4, status: status.into(), ..Default::default() })
+    }
+
+    fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        assert_eq!((request.id.as_str(), request.signal, request.all), ("c1", 9, true));
+        self.running.store(false, Ordering::SeqCst);
+        Ok(Empty::default())
+    }
+
+    fn wait(&self, _: &TtrpcContext, _: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        assert!(!self.running.load(Ordering::SeqCst), "it is waited for before it is killed");
+        Ok(WaitResponse::default())
     }
 }
 
@@ -247,7 +266,7 @@ fn serve(place: &Place, running: bool) -> (Server, PathBuf) {
     let mut server = Server::new()
         .bind(&format!("unix://{}", socket.display()))
         .unwrap()
-        .register_service(create_task(Arc::new(Daemon { running })));
+        .register_service(create_task(Arc::new(Daemon { running: running.into() })));
     server.start().unwrap();
     (server, socket)
 }
@@ -264,13 +283,14 @@ fn delete_tells_how_the_container_ended() {
     server.shutdown();
 }
 
+/// containerd has given it up, and another will be made in its place.
 #[test]
-fn delete_leaves_a_running_container_alone() {
+fn delete_ends_a_running_container() {
     let place = Place::new(None);
     let (server, socket) = serve(&place, true);
     let (response, said) = place.delete(Some(&socket));
-    assert_eq!((response.pid, response.exit_status), (4, 255));
-    assert!(said.contains("still exists as process 4"), "{said}");
+    assert_eq!((response.pid, response.exit_status, response.exited_at.seconds), (4, 3, 77));
+    assert_eq!(said, "");
     server.shutdown();
 }
 

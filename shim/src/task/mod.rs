@@ -8,7 +8,11 @@ pub mod connection;
 mod journal;
 mod replay;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -37,7 +41,7 @@ use tokio_util::sync::CancellationToken;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use self::replay::or_earlier;
-use crate::{calls::Calls, events, metrics, status::IntoStatus};
+use crate::{abandoned::Comparison, calls::Calls, events, metrics, status::IntoStatus};
 
 /// Names of the service: containerd 2.x asks for the first, 1.7 for the second.
 const NAMES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
@@ -46,26 +50,32 @@ const NAMES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
 /// not know that the container was created: then it keeps the connection, and a task that it takes for live, until it restarts.
 const UNCLOSED: Duration = Duration::from_secs(10);
 
+/// The metadata that `containerd-shim-kuasar-v1 delete` adds to its calls: they are not containerd's.
+pub const CLEAN_UP: &str = "kuasar-clean-up";
+
 /// The service.
 #[derive(Clone)]
 pub struct TaskService {
     registry: Registry,
     calls: Calls,
+    comparison: Comparison,
     /// Cancelled when the connection is gone; cancelling it ends the connection.
     connection: CancellationToken,
+    /// The containers that the connection is for: one, where containerd has made it.
+    attached: Arc<Mutex<BTreeSet<(Namespace, ContainerId)>>>,
 }
 
 impl TaskService {
     /// A service over `registry`.
     #[must_use]
-    pub fn new(registry: Registry, calls: Calls) -> Self {
-        Self { registry, calls, connection: CancellationToken::new() }
+    pub(crate) fn new(registry: Registry, calls: Calls, comparison: Comparison) -> Self {
+        Self { registry, calls, comparison, connection: CancellationToken::new(), attached: Arc::default() }
     }
 
     /// The service under its names, for the connection that ends with `connection`.
     #[must_use]
     pub fn services(&self, connection: &CancellationToken) -> HashMap<String, Service> {
-        let service = Arc::new(Self { connection: connection.clone(), ..self.clone() });
+        let service = Arc::new(Self { connection: connection.clone(), attached: Arc::default(), ..self.clone() });
         NAMES
             .into_iter()
             .flat_map(|name| {
@@ -76,7 +86,24 @@ impl TaskService {
     }
 
     fn container(&self, context: &TtrpcContext, id: &str) -> Result<ContainerHandle> {
-        self.registry.container(&namespace(context)?, &id.parse()?)
+        let (namespace, id) = (namespace(context)?, id.parse()?);
+        let container = self.registry.container(&namespace, &id)?;
+        if !context.metadata.contains_key(CLEAN_UP) {
+            self.attach((namespace, id));
+        }
+        Ok(container)
+    }
+
+    /// The container is looked after by whoever is at the other end, as long as the connection is there.
+    fn attach(&self, key: (Namespace, ContainerId)) {
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        if attached.insert(key.clone()) {
+            let (attachment, connection) = (self.comparison.attached.add(key), self.connection.clone());
+            tokio::spawn(async move {
+                connection.cancelled().await;
+                drop(attachment);
+            });
+        }
     }
 
     /// Runs an operation on one container.
@@ -199,9 +226,13 @@ impl Task for TaskService {
         let id: ContainerId = request.id.parse().ttrpc()?;
         let (registry, named) = (self.registry.clone(), (namespace, id));
         let (namespace, id) = named.clone();
+        self.attach(named.clone());
+        let (comparison, calls) = (self.comparison.clone(), self.calls.clone());
         let work = async move {
             let (sandbox, spec) = bundle::read(id.clone(), request)?;
-            let pid = registry.sandbox(&namespace, &sandbox)?.create_container(spec).await?;
+            let sandbox = registry.sandbox(&namespace, &sandbox)?;
+            comparison.before_create(&registry, &calls, &sandbox).await?;
+            let pid = sandbox.create_container(spec).await?;
             Ok((pid, registry.container(&namespace, &id)?))
         };
         let created = self.calls.run("Task.Create", named.1.clone(), work).await;

@@ -24,6 +24,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         the_keeper_is_killed,
         the_keeper_is_killed_under_systemd,
         the_keeper_and_containerd_are_killed,
+        a_kill_for_want_of_memory_outlives_worker_and_containerd,
         kuasard_is_stopped_while_calls_are_in_flight,
         several_sandboxers,
     ]);
@@ -302,17 +303,31 @@ async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
     let mut pids = Vec::new();
     for container in node.cri.containers().await? {
         let pid = node.cri.container(&container.id).pid().await?;
-        pids.push((pid, census::start_time(pid)));
+        pids.push((container.pod_sandbox_id, pid, census::start_time(pid)));
     }
     kuasard(&mut node)?.kill()?;
     kuasard(&mut node)?.start().await?;
-    // A lost connection is the container's death to containerd, which never dials again; the processes run on.
-    for container in node.cri.containers().await? {
-        assert_eq!(node.cri.container(&container.id).wait_exit().await?.exit_code, 255);
+    // A lost connection is the container's death to containerd, which never dials again. Before kubelet has it made anew, it is ended.
+    let again = wait::until("a container to be made anew", kuasar_tests::cri::SOON, || async {
+        Ok(pods[0].run(ContainerSpec::new("again").sleep()).await.ok())
+    })
+    .await?;
+    let first = node.cri.containers().await?.into_iter().filter(|container| container.pod_sandbox_id == pods[0].id);
+    for container in first.filter(|container| container.id != again.id) {
+        let code = node.cri.container(&container.id).wait_exit().await?.exit_code;
+        ensure!([137, 255].contains(&code), "{code}");
     }
-    for (pid, start) in &pids {
-        assert_eq!(census::start_time(*pid), *start, "{pid}");
+    for (_, pid, start) in pids.iter().filter(|(pod, ..)| *pod == pods[0].id) {
+        ensure!(census::start_time(*pid) != *start, "process {pid} runs on beside the one in its place");
     }
+    // And those in whose place nothing is made are ended, too.
+    for (_, pid, start) in &pids {
+        wait::until(&format!("process {pid} to be ended"), kuasar_tests::cri::SOON, || async {
+            Ok((census::start_time(*pid) != *start).then_some(()))
+        })
+        .await?;
+    }
+    assert_eq!(again.sh("echo on").await?.stdout(), "on\n");
     // What becomes of its containers is containerd's word; that they can be removed, wholly, is ours.
     for pod in pods {
         wait::until("the pod to be removed", kuasar_tests::cri::SOON, || async {
@@ -406,6 +421,45 @@ async fn the_keeper_is_killed_under_systemd(lone: &Lone) -> Result<()> {
     kuasard(&mut node)?.stop()?;
     ensure!(kuasard(&mut node)?.supervisor().is_some_and(|supervisor| supervisor.has_heard("STOPPING=1")), "no STOPPING=1");
     kuasard(&mut node)?.start().await?;
+    node.stop().await
+}
+
+/// containerd learns of it by an event alone, and is away; the worker that noticed it, if any did, is gone when it comes back.
+async fn a_kill_for_want_of_memory_outlives_worker_and_containerd(lone: &Lone) -> Result<()> {
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let flags = node.dir().join("run/flags");
+    fs::create_dir(&flags)?;
+    let pod = node.run_pod(lone.pod()).await?;
+    let greedy = |name: &str| {
+        let script = format!("until test -e /flags/{name}; do sleep 0.01; done; exec tail /dev/zero");
+        ContainerSpec::new(name).sh(&script).mount(&flags, "/flags", true).memory_limit(24 << 20)
+    };
+    // One that ends before the worker does, and one while there is none or a new one.
+    let (early, late) = (pod.run(greedy("early")).await?, pod.run(greedy("late")).await?);
+    let pids = (early.pid().await?, late.pid().await?);
+    node.containerd.kill()?;
+    fs::write(flags.join("early"), "")?;
+    if !tools::is_machine(&lone.handler) {
+        gone(pids.0).await?;
+    }
+    fs::write(flags.join("late"), "")?;
+    kill_worker(&mut node).await?;
+    if !tools::is_machine(&lone.handler) {
+        gone(pids.1).await?;
+    }
+    node.containerd.start().await?;
+    for container in [&early, &late] {
+        assert_eq!(container.wait_exit().await?.exit_code, 137);
+        let named = wait::until("the reason", kuasar_tests::cri::SOON, || async {
+            Ok((container.status().await?.reason == "OOMKilled").then_some(()))
+        });
+        let named = named.await;
+        named.with_context(|| format!("{}", container.id))?;
+    }
+    node.cri.remove_all_pods().await?;
+    fs::remove_dir_all(&flags)?;
+    node.assert_no_leak(&before).await?;
     node.stop().await
 }
 

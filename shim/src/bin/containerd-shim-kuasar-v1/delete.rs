@@ -1,28 +1,33 @@
 //! `delete`: containerd has lost the connection under which it knew a container, has given it up, and asks how it ended.
 //!
-//! Nothing is killed here. What still runs belongs to kuasard, which ends containers that containerd no longer knows by itself;
-//! a shim that "cleaned up" by force would turn a restart of containerd into an outage. The daemon's address is in the bundle,
+//! What still runs is ended: containerd calls this only after it has given a container up (`cleanupAfterDeadShim`), reports it as exited,
+//! and whoever asked for it makes another. A restart of containerd, which finds its containers again, does not come here. Where kuasard
+//! cannot be reached it compares its containers with containerd's itself, before it makes another. The daemon's address is in the bundle,
 //! where containerd noted it; so this works whatever the daemon's configuration is.
 
 use std::{
     fs::File,
     io::Read,
     path::Path,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::{
     TaskClient,
-    api::{DeleteRequest, DeleteResponse, StateRequest, Status},
+    api::{DeleteRequest, DeleteResponse, KillRequest, StateRequest, Status, WaitRequest},
     protobuf::{Message, well_known_types::timestamp::Timestamp},
     ttrpc::{self, Code},
 };
 
+use kuasar_shim::task::CLEAN_UP;
+
 use crate::args::Args;
 
 /// containerd gives this program 5 s in all.
-const LIMIT: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(4);
+
+const SIGKILL: u32 = 9;
 
 /// What containerd itself assumes of a container whose end nobody saw.
 const UNKNOWN_STATUS: u32 = 255;
@@ -66,23 +71,40 @@ fn task_address(bundle: &Path) -> Result<String> {
 fn ask(address: &str, args: &Args) -> Result<DeleteResponse> {
     let client = ttrpc::Client::connect(address).with_context(|| format!("kuasard does not listen at {address}"))?;
     let tasks = TaskClient::new(client);
-    let mut context = ttrpc::context::with_duration(LIMIT);
-    context.add("containerd-namespace-ttrpc".into(), args.namespace.clone());
+    let deadline = Instant::now() + LIMIT;
+    let context = || {
+        let mut context = ttrpc::context::with_duration(deadline.saturating_duration_since(Instant::now()));
+        context.add("containerd-namespace-ttrpc".into(), args.namespace.clone());
+        context.add(CLEAN_UP.into(), "1".into());
+        context
+    };
     let id = args.id.clone();
-    let state = match tasks.state(context.clone(), &StateRequest { id: id.clone(), ..Default::default() }) {
+    let state = match tasks.state(context(), &StateRequest { id: id.clone(), ..Default::default() }) {
         Ok(state) => state,
-        Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => return Ok(unknown(0)),
+        Err(error) if is_gone(&error) => return Ok(unknown(0)),
         Err(error) => return Err(error).with_context(|| format!("kuasard at {address} does not tell its state")),
     };
-    // Deleting a container that has not started yet would kill its first process, so only one that has ended is deleted.
-    if state.status() != Status::STOPPED {
-        eprintln!("container {id} still exists as process {}; kuasard keeps it until its pod is removed", state.pid());
-        return Ok(unknown(state.pid()));
+    // One that was created and never started is killed by its deletion.
+    if !matches!(state.status(), Status::STOPPED | Status::CREATED) {
+        let kill = KillRequest { id: id.clone(), signal: SIGKILL, all: true, ..Default::default() };
+        let ended = match tasks.kill(context(), &kill) {
+            Err(error) if !is_gone(&error) => Err(error),
+            _ => tasks.wait(context(), &WaitRequest { id: id.clone(), ..Default::default() }).map(drop),
+        };
+        ended.with_context(|| {
+            format!("kuasard at {address} does not end it; it compares its containers with containerd's later")
+        })?;
     }
     // containerd will not ask for this again.
-    tasks
-        .delete(context, &DeleteRequest { id, ..Default::default() })
-        .with_context(|| format!("kuasard at {address} does not delete it"))
+    match tasks.delete(context(), &DeleteRequest { id, ..Default::default() }) {
+        // kuasard has been quicker.
+        Err(error) if is_gone(&error) => Ok(unknown(state.pid())),
+        deleted => deleted.with_context(|| format!("kuasard at {address} does not delete it")),
+    }
+}
+
+fn is_gone(error: &ttrpc::Error) -> bool {
+    matches!(error, ttrpc::Error::RpcStatus(status) if status.code() == Code::NOT_FOUND)
 }
 
 fn unknown(pid: u32) -> DeleteResponse {

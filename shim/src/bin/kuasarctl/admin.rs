@@ -25,6 +25,9 @@ const ACCOUNT_LIMIT: Duration = Duration::from_secs(60);
 /// How long an upgrade may take: what the keeper gives the two workers, and the calls before them.
 const UPGRADE: Duration = Duration::from_secs(90);
 
+/// The largest answer taken, in bytes: a list of some thousand pods.
+const ANSWER_BYTES: usize = 64 << 20;
+
 /// How often a daemon that is being upgraded is asked whether it is.
 const AGAIN: Duration = Duration::from_millis(20);
 
@@ -60,7 +63,7 @@ impl Daemon {
             .connect()
             .await
             .with_context(|| format!("kuasard at {} does not speak gRPC", socket.display()))?;
-        Ok(Self(AdminClient::new(channel)))
+        Ok(Self(AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES)))
     }
 
     /// Every sandbox.

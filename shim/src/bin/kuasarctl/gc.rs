@@ -60,6 +60,7 @@ impl Report {
                 };
                 let kind = match item.kind {
                     Kind::Forgotten => "forgotten",
+                    Kind::Abandoned => "abandoned",
                     Kind::Leftover => "leftover",
                     Kind::SetAside => "set aside",
                     Kind::Unrecovered => "unrecovered",
