@@ -22,7 +22,7 @@ use kuasar_sandboxers::{
     registry::Registry,
 };
 use prost_types::{Any, Timestamp};
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use crate::{
@@ -234,12 +234,23 @@ fn state(state: SandboxState) -> &'static str {
 /// it knows are in there; the rest has a key of ours.
 fn info(status: &SandboxStatus) -> Result<HashMap<String, String>> {
     let cri = json!({
-        "pid": pid(status),
+        // Not in the answer to Start: containerd would write the namespaces of that process into every container's specification.
+        "pid": status.detail["init"].as_u64().unwrap_or(pid(status).into()),
         "processStatus": status.state.phase().name(),
         "runtimeType": status.spec.sandboxer,
+        "runtimeSpec": { "ociVersion": "1.0.2", "linux": { "namespaces": namespaces(status) } },
     });
     let ours = serde_json::to_string(status).map_err(Error::failed("write the sandbox's status as JSON"))?;
     Ok([("info".to_owned(), cri.to_string()), ("kuasar".to_owned(), ours)].into())
+}
+
+/// Where the pod's namespaces on the node are, as in an OCI specification. Those that are the node's own are left out.
+fn namespaces(status: &SandboxStatus) -> Vec<Value> {
+    let network = status.spec.netns.as_ref().map(|netns| json!({ "type": "network", "path": netns }));
+    let found = &status.detail["namespaces"];
+    let others = [("ipc", &found["ipc"]), ("uts", &found["uts"]), ("user", &found["user"]), ("pid", &found["pid"]["shared"])];
+    let others = others.into_iter().filter_map(|(kind, path)| Some(json!({ "type": kind, "path": path.as_str()? })));
+    network.into_iter().chain(others).collect()
 }
 
 /// The platform containers run on, in Go's words.
@@ -291,6 +302,42 @@ mod tests {
         let other = update(&request(&["extensions", "labels"], &[])).unwrap_err();
         assert_eq!(other.code(), Code::Unimplemented);
         assert!(other.report().contains("labels"));
+    }
+
+    #[test]
+    fn inspectp_shows_process_and_namespaces_where_there_are_any() {
+        let mut status = SandboxStatus {
+            spec: kuasar_sandboxers::types::SandboxSpec {
+                netns: Some("/run/netns/cni-1".into()),
+                ..kuasar_sandboxers::fake::spec("p")
+            }
+            .into(),
+            state: SandboxState::Ready { pid: None, since: SystemTime::UNIX_EPOCH },
+            created_at: SystemTime::UNIX_EPOCH,
+            technique: "runc".into(),
+            detail: json!({
+                "namespaces": { "network": "/run/netns/cni-1", "ipc": "/s/ipc", "uts": null, "user": null, "pid": { "shared": "/s/pid" } },
+                "init": 42,
+            }),
+            containers: Vec::new(),
+        };
+        let told = |status: &SandboxStatus| serde_json::from_str::<Value>(&info(status).unwrap()["info"]).unwrap();
+        let one = told(&status);
+        assert_eq!(one["pid"], 42);
+        let namespaces = json!([
+            { "type": "network", "path": "/run/netns/cni-1" },
+            { "type": "ipc", "path": "/s/ipc" },
+            { "type": "pid", "path": "/s/pid" },
+        ]);
+        assert_eq!(one["runtimeSpec"]["linux"]["namespaces"], namespaces);
+        assert_eq!(pid(&status), 0, "what Start tells");
+        // A pod on the node's network whose containers have process ids of their own; one in a virtual machine.
+        status.spec = kuasar_sandboxers::fake::spec("p").into();
+        for detail in [json!({ "namespaces": { "pid": "own" }, "init": null }), json!({ "hypervisor": "qemu" })] {
+            status.detail = detail;
+            let one = told(&status);
+            assert_eq!((&one["pid"], &one["runtimeSpec"]["linux"]["namespaces"]), (&json!(0), &json!([])));
+        }
     }
 
     #[test]
