@@ -16,7 +16,10 @@ use futures::FutureExt;
 use kuasar_sandboxers::{Error, Result};
 use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{Instrument, debug, debug_span, error};
+use tracing::{Instrument, debug, debug_span, error, warn};
+
+/// Between two lines of the log about calls whose clients have gone.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs calls. Clones share one table.
 #[derive(Clone, Debug)]
@@ -31,6 +34,7 @@ struct Inner {
     parting: CancellationToken,
     begun: Notify,
     running: Mutex<Running>,
+    unanswered: Lines,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +59,54 @@ struct Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         self.inner.table().calls.remove(&self.number);
+    }
+}
+
+/// Somebody who waits for the answer of a call.
+struct Asking<'a> {
+    inner: &'a Inner,
+    name: &'static str,
+    subject: &'a str,
+    since: Instant,
+    answered: bool,
+}
+
+impl Asking<'_> {
+    fn answered(mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        if self.answered || self.inner.stopping.is_cancelled() {
+            return;
+        }
+        // ttrpc's own line for it does not say whom it is about.
+        let seconds = self.since.elapsed().as_secs_f32();
+        let Self { name, subject, .. } = self;
+        match self.inner.unanswered.admit() {
+            Some(0) => warn!(name, subject, seconds, "the client did not wait for the end of a call, which goes on"),
+            Some(untold) => warn!(name, subject, seconds, untold, "clients did not wait for the end of calls, which go on"),
+            None => debug!(name, subject, seconds, "the client did not wait for the end of a call, which goes on"),
+        }
+    }
+}
+
+/// Lets one line pass per [`PAUSE`]: a guest that hangs may cause as many as there are calls.
+#[derive(Debug, Default)]
+struct Lines(Mutex<(Option<Instant>, u64)>);
+
+impl Lines {
+    /// Whether the line may be written; with the number of those before it that were not.
+    fn admit(&self) -> Option<u64> {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.0.is_some_and(|last| last.elapsed() < PAUSE) {
+            lines.1 += 1;
+            return None;
+        }
+        lines.0 = Some(Instant::now());
+        Some(std::mem::take(&mut lines.1))
     }
 }
 
@@ -87,6 +139,7 @@ impl Calls {
             parting: CancellationToken::new(),
             begun: Notify::new(),
             running: Mutex::default(),
+            unanswered: Lines::default(),
         }))
     }
 
@@ -103,6 +156,7 @@ impl Calls {
             return Err(stopping());
         }
         let subject = subject.to_string();
+        let asking = Asking { inner: &self.0, name, subject: &subject, since: Instant::now(), answered: false };
         let span = debug_span!("call", name, subject);
         let entry = self.0.enter(name, subject.clone());
         self.0.begun.notify_one();
@@ -117,6 +171,7 @@ impl Calls {
             error!(name, subject, %broken, "a call panicked");
             Err(defect(name))
         });
+        asking.answered();
         note(name, &subject, &result);
         result
     }
@@ -261,5 +316,13 @@ mod tests {
         assert_eq!(left.len(), 1);
         assert!(left[0].starts_with("Start pod for"), "{left:?}");
         stuck.abort();
+    }
+
+    #[test]
+    fn lines_are_few_and_count_the_others() {
+        let lines = Lines::default();
+        assert_eq!((lines.admit(), lines.admit(), lines.admit()), (Some(0), None, None));
+        lines.0.lock().unwrap().0 = None;
+        assert_eq!((lines.admit(), lines.admit()), (Some(2), None));
     }
 }

@@ -119,7 +119,8 @@ impl TaskService {
         W: Future<Output = Result<T>> + Send + 'static,
     {
         let container = self.container(context, id)?;
-        self.calls.run(name, id, work(container)).await
+        let subject = format!("{id} of sandbox {}", container.sandbox().id);
+        self.calls.run(name, subject, work(container)).await
     }
 
     /// The state of a process, be it deleted by the daemon before this one.
