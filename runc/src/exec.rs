@@ -88,7 +88,7 @@ impl Taken {
         let exiting = match (ended, &process) {
             (Some(ended), _) => Exiting::Known(ended.exit),
             (None, Some(_)) => Exiting::Adopted(reaper.clone()),
-            (None, None) => Exiting::Late(exit),
+            (None, None) => Exiting::late(exit, mark.ticks(), reaper),
         };
         Ok(Self { identity: Identity { pid, start: start.unwrap_or(UNSEEN) }, mark, process, exiting })
     }
@@ -96,7 +96,7 @@ impl Taken {
     /// One that has been recorded.
     fn again(identity: Identity, mark: Mark, reaper: &Reaper) -> Result<Self> {
         if identity.start == UNSEEN {
-            let exiting = Exiting::Late(reaper.exit_of(identity.pid, mark));
+            let exiting = Exiting::late(reaper.exit_of(identity.pid, mark), mark.ticks(), reaper);
             return Ok(Self { identity, mark, process: None, exiting });
         }
         let process = Tracked::find(identity)?;

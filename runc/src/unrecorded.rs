@@ -4,9 +4,9 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use kuasar_sandboxers::{
-    Result,
+    Error, Result,
     id::{Namespace, SandboxId},
-    process::{Identity, Tracked, is_dead, pids},
+    process::{Identity, Tracked, has_ended, is_dead, pids},
 };
 use serde_json::Value;
 
@@ -59,8 +59,13 @@ fn first_process(state: &Value) -> Option<Identity> {
 fn grouped(containers: &[String], found: &mut BTreeSet<u32>) -> Result<()> {
     for pid in pids()? {
         let pid = pid?;
-        // Whatever cannot be read has just ended.
-        let Ok(groups) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
+        let path = format!("/proc/{pid}/cgroup");
+        let groups = match fs::read_to_string(&path) {
+            Ok(groups) => groups,
+            Err(error) if has_ended(&error) => continue,
+            // It may be the container's, which is not to be taken for empty.
+            Err(error) => return Err(Error::io("read", path)(error)),
+        };
         if is_in(&groups, containers) && !is_dead(pid) {
             found.insert(pid);
         }

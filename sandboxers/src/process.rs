@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 
 use crate::{
     error::{Error, Result},
-    reaper::{ExitFuture, Reaper},
+    reaper::{ExitFuture, Reaper, start_of},
     sys,
     types::Exit,
 };
@@ -31,8 +31,12 @@ const UNKNOWN_STATUS: u32 = 255;
 /// How long the parent of a dead process may take to reap it.
 const REAPING: Duration = Duration::from_secs(2);
 
-/// How long the keeper may take to tell of an exit that it has seen.
-const TELLING: Duration = Duration::from_secs(1);
+/// How long the keeper may take to tell of an exit that it has seen, on a node that swaps; one that it does not remember any more is
+/// unknown then.
+const TELLING: Duration = Duration::from_secs(60);
+
+/// The same where a keeper before this one may have seen it: nobody will tell then.
+const TELLING_OTHERS: Duration = Duration::from_secs(1);
 
 /// How often is looked for what a process that is being killed has started.
 const ROUNDS: usize = 5;
@@ -69,22 +73,30 @@ pub fn pids() -> Result<impl Iterator<Item = Result<u32>>> {
     Ok(entries.filter_map(pid))
 }
 
-/// Whether a process has ended, reaped or not.
+/// Whether a process has ended, reaped or not. One that cannot be looked at has not.
 pub fn is_dead(pid: u32) -> bool {
-    !matches!(Stat::read(pid), Ok(Some(Stat { zombie: false, .. })))
+    matches!(Stat::read(pid), Ok(None | Some(Stat { zombie: true, .. })))
 }
 
-/// Shows every process of this host, by pid and the beginning of its command line, whose arguments end with a zero each. Whatever
-/// cannot be read has just ended, and is left out.
+/// Whether an error in reading a file below `/proc/<pid>` means that the process has ended.
+pub fn has_ended(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// Shows every process of this host, by pid and the beginning of its command line, whose arguments end with a zero each. One that has just
+/// ended is left out.
 pub fn command_lines(mut visit: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<()> {
     // There may be thousands, and this is done before a new daemon serves: one buffer, and no question for the size of what has none.
     let mut buffer = vec![0; COMMAND_LINE];
     for pid in pids()? {
         let pid = pid?;
-        let Ok(length) = File::open(format!("/proc/{pid}/cmdline")).and_then(|mut file| file.read(&mut buffer)) else {
-            continue;
-        };
-        visit(pid, &buffer[..length])?;
+        let path = format!("/proc/{pid}/cmdline");
+        match File::open(&path).and_then(|mut file| file.read(&mut buffer)) {
+            Ok(length) => visit(pid, &buffer[..length])?,
+            Err(error) if has_ended(&error) => {}
+            // It may be what is looked for.
+            Err(error) => return Err(Error::io("read", path)(error)),
+        }
     }
     Ok(())
 }
@@ -96,7 +108,7 @@ impl Stat {
             Ok(text) => {
                 Self::parse(&text).map(Some).ok_or_else(|| Error::invalid(path.display().to_string(), "it cannot be read"))
             }
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+            Err(error) if has_ended(&error) => Ok(None),
             Err(error) => Err(Error::io("read", path)(error)),
         }
     }
@@ -309,8 +321,8 @@ pub enum Exiting {
     Known(Exit),
     /// It runs, and an earlier daemon has started it.
     Adopted(Reaper),
-    /// It has ended; whoever has seen that may not have told yet.
-    Late(ExitFuture),
+    /// It has ended, and who has seen that may not have told yet, for so long at most.
+    Late(ExitFuture, Duration),
 }
 
 impl Exiting {
@@ -319,8 +331,18 @@ impl Exiting {
         match (process, reaper.known(identity.pid, identity.start)) {
             (_, Some(exit)) => Self::Known(exit),
             (Some(_), None) => Self::Adopted(reaper.clone()),
-            (None, None) => Self::Late(reaper.exit_of_started(identity.pid, identity.start)),
+            (None, None) => Self::late(reaper.exit_of_started(identity.pid, identity.start), identity.start, reaper),
         }
+    }
+
+    /// The exit of a process that was started at `start` or later, and has been reaped. What this daemon has started is told for sure: who
+    /// has reaped it still lives.
+    pub fn late(exit: ExitFuture, start: u64, reaper: &Reaper) -> Self {
+        if start >= reaper.begun().ticks() {
+            return Self::Ours(exit);
+        }
+        let seen = reaper.keeper().and_then(start_of).is_none_or(|keeper| keeper <= start);
+        Self::Late(exit, if seen { TELLING } else { TELLING_OTHERS })
     }
 }
 
@@ -332,7 +354,7 @@ impl Exiting {
             (Self::Known(exit), _) => exit,
             (Self::Adopted(reaper), Some(process)) => process.exit(&reaper).await,
             // Unknown when it ended while no daemon ran at all.
-            (Self::Late(exit), _) => timeout(TELLING, exit).await.unwrap_or_else(|_| Exit::now(UNKNOWN_STATUS)),
+            (Self::Late(exit, limit), _) => timeout(limit, exit).await.unwrap_or_else(|_| Exit::now(UNKNOWN_STATUS)),
             (Self::Adopted(_), None) => Exit::now(UNKNOWN_STATUS),
         }
     }
@@ -364,6 +386,17 @@ mod tests {
         assert!(Tracked::find(Identity { start: ours.identity().start + 1, ..ours.identity() }).unwrap().is_none());
         assert!(Tracked::open(0).unwrap().is_none());
         assert!(Tracked::open(u32::MAX).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_this_daemon_has_started_is_waited_for() {
+        let reaper = Reaper::under(std::process::id());
+        let limit = |start: u64| match Exiting::late(reaper.exit_of_started(7, start), start, &reaper) {
+            Exiting::Late(_, limit) => Some(limit),
+            _ => None,
+        };
+        let (begun, keeper) = (reaper.begun().ticks(), start_of(std::process::id()).unwrap());
+        assert_eq!([begun + 1, keeper, keeper - 1].map(limit), [None, Some(TELLING), Some(TELLING_OTHERS)]);
     }
 
     #[tokio::test]

@@ -26,7 +26,6 @@ use nix::{
     sys::{
         prctl,
         signal::{Signal, kill},
-        wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
     time::{ClockId, clock_gettime},
     unistd::{self, Pid, SysconfVar, sysconf},
@@ -43,6 +42,7 @@ use tracing::warn;
 
 use crate::{
     error::{Error, Result},
+    sys::{self, ChildState},
     types::Exit,
 };
 
@@ -52,9 +52,27 @@ const REMEMBERED: usize = 2048;
 /// What a helper program may print before the rest is thrown away, in bytes.
 const OUTPUT_LIMIT: usize = 1 << 20;
 
+/// The start of a process that nobody saw: descriptors had run out. No process starts with the kernel itself.
+pub const UNSEEN: u64 = 0;
+
+/// Stops of children that are undone at a time. One that stops itself again and again must not keep the others waiting.
+const STOPS: usize = 64;
+
 /// A point in time, for telling processes of the same pid apart: in clock ticks since boot, as the kernel tells a process's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Mark(u64);
+
+impl Mark {
+    fn now() -> Self {
+        Self(ticks_since_boot(Duration::ZERO))
+    }
+
+    /// Clock ticks since boot.
+    #[must_use]
+    pub fn ticks(self) -> u64 {
+        self.0
+    }
+}
 
 impl fmt::Display for Mark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -74,10 +92,17 @@ impl FromStr for Mark {
 pub struct Ended {
     /// The pid it had.
     pub pid: u32,
-    /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22).
+    /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22); [`UNSEEN`] where that could not be read.
     pub start: u64,
     /// How and when it ended.
     pub exit: Exit,
+}
+
+impl Ended {
+    /// When it ended, in clock ticks since boot.
+    fn end(&self) -> u64 {
+        ticks_since_boot(self.exit.at.elapsed().unwrap_or_default())
+    }
 }
 
 /// Which process of a pid is meant.
@@ -91,9 +116,11 @@ enum Which {
 
 impl Which {
     fn is(self, ended: &Ended) -> bool {
-        match self {
-            Self::Since(mark) => ended.start >= mark.0,
-            Self::Started(start) => ended.start == start,
+        match (self, ended.start) {
+            // No other process can have had the pid from the start of the one that is meant until its end.
+            (Self::Since(Mark(start)) | Self::Started(start), UNSEEN) => ended.end() >= start,
+            (Self::Since(mark), start) => start >= mark.0,
+            (Self::Started(start), other) => start == other,
         }
     }
 }
@@ -104,6 +131,7 @@ pub struct Reaper {
     table: Arc<Mutex<Table>>,
     /// The subreaper that tells us what it sees, where that is another process.
     keeper: Option<u32>,
+    begun: Mark,
 }
 
 #[derive(Debug, Default)]
@@ -171,17 +199,29 @@ impl Reaper {
 
     fn run_loop(keeper: Option<u32>) -> Result<Self> {
         let mut children = signal(SignalKind::child()).map_err(Error::failed("listen for SIGCHLD"))?;
-        let reaper = Self { table: Arc::default(), keeper };
+        let reaper = Self { table: Arc::default(), keeper, begun: Mark::now() };
         let table = reaper.clone();
         tokio::spawn(async move {
             loop {
                 reap().into_iter().for_each(|ended| table.hear(ended));
+                // Where somebody else is the subreaper all children are programs of ours, and no container's process.
+                if keeper.is_some() {
+                    for (pid, program) in continue_stopped(None) {
+                        warn!(pid, program, "a program was stopped by a signal: it is continued");
+                    }
+                }
                 if children.recv().await.is_none() {
                     return;
                 }
             }
         });
         Ok(reaper)
+    }
+
+    /// One that is only told, for tests; it began later than everything that runs.
+    #[cfg(test)]
+    pub(crate) fn under(keeper: u32) -> Self {
+        Self { table: Arc::default(), keeper: Some(keeper), begun: Mark(Mark::now().0 + 1) }
     }
 
     /// The parent that is the subreaper, where that is not this process.
@@ -205,10 +245,13 @@ impl Reaper {
     /// A pid is not reused within the hundredth of a second in which all processes have the same start.
     #[must_use]
     pub fn mark(&self) -> Mark {
-        // Neither fails: the clock and the variable exist on every Linux.
-        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-        let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().map_or(100, |ticks| u128::from(ticks.unsigned_abs()));
-        Mark(u64::try_from(now.as_nanos() * ticks / 1_000_000_000).unwrap_or(u64::MAX))
+        Mark::now()
+    }
+
+    /// Since when children are reaped here.
+    #[must_use]
+    pub fn begun(&self) -> Mark {
+        self.begun
     }
 
     /// The exit of `pid`, a child or orphan of ours that was forked after `since`. Ready at once if it has ended already.
@@ -293,36 +336,102 @@ impl Reaper {
     }
 }
 
-/// Reaps every child that has ended.
+/// Clock ticks since boot, so long ago.
+fn ticks_since_boot(ago: Duration) -> u64 {
+    // Neither fails: the clock and the variable exist on every Linux.
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().map_or(100, |ticks| u128::from(ticks.unsigned_abs()));
+    u64::try_from(now.saturating_sub(ago).as_nanos() * ticks / 1_000_000_000).unwrap_or(u64::MAX)
+}
+
+/// Reaps every child that has ended, whatever it has ended of.
 #[must_use]
 pub fn reap() -> Vec<Ended> {
     let mut all = Vec::new();
     loop {
         // First without reaping: the start is told only as long as it is a zombie.
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
-        let (pid, status) = match waitid(Id::All, flags | WaitPidFlag::WNOWAIT) {
-            Ok(WaitStatus::Exited(pid, code)) => (pid, code.unsigned_abs()),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + (signal as i32).unsigned_abs()),
-            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return all,
-            Ok(_) | Err(Errno::EINTR) => continue,
+        let ChildState { pid, status } = match sys::child_state(None, libc::WEXITED | libc::WNOWAIT) {
+            Ok(Some(child)) => child,
+            Ok(None) => return all,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ECHILD) => return all,
+                Some(libc::EINTR) => continue,
+                _ => {
+                    warn!(%error, "cannot wait for children");
+                    return all;
+                }
+            },
+        };
+        let start = start_of(pid).unwrap_or_else(|| {
+            warn!(pid, "cannot read when a child that has ended was started");
+            UNSEEN
+        });
+        let reaped = sys::child_state(Some(pid), libc::WEXITED);
+        // It has ended, however this went; what is told twice does no harm.
+        all.push(Ended { pid, start, exit: Exit::now(status) });
+        match reaped {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => warn!(pid, "a child was reaped by somebody else"),
             Err(error) => {
-                warn!(%error, "cannot wait for children");
+                // It is the first to be seen the next time, too.
+                warn!(%error, pid, "cannot reap a child");
                 return all;
             }
-        };
-        let start = start_of(pid.as_raw().unsigned_abs()).unwrap_or(0);
-        match waitid(Id::Pid(pid), flags) {
-            Ok(_) => all.push(Ended { pid: pid.as_raw().unsigned_abs(), start, exit: Exit::now(status) }),
-            Err(error) => warn!(%error, %pid, "cannot reap a child"),
         }
     }
 }
 
-/// When a process started, in clock ticks since boot (proc_pid_stat(5)); `None` when there is none.
-fn start_of(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+/// Continues children that a signal has stopped: this one, or any. Returns their pids and names.
+pub fn continue_stopped(which: Option<u32>) -> Vec<(u32, String)> {
+    let mut all = Vec::new();
+    // An error means that there are no children, or not this one.
+    while let Ok(Some(ChildState { pid, .. })) = sys::child_state(which, libc::WSTOPPED)
+        && all.len() < STOPS
+    {
+        match kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT) {
+            Ok(()) => {
+                let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+                all.push((pid, name.trim_end().to_owned()));
+            }
+            Err(error) => warn!(%error, pid, "cannot continue a child that was stopped"),
+        }
+    }
+    all
+}
+
+/// When a process started, in clock ticks since boot (proc_pid_stat(5)); `None` when there is none, or it cannot be read.
+#[must_use]
+pub fn start_of(pid: u32) -> Option<u64> {
+    let text = spare::read(&format!("/proc/{pid}/stat")).ok()?;
     // The name in the second field may hold anything, so count from its end, where the third begins.
     text[text.rfind(')')? + 1..].split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+}
+
+/// A descriptor in reserve: what has to be read does not fail because descriptors have run out.
+mod spare {
+    use std::{
+        fs::{self, File},
+        io,
+        sync::{Mutex, PoisonError},
+    };
+
+    static SPARE: Mutex<Option<File>> = Mutex::new(None);
+
+    pub(super) fn read(path: &str) -> io::Result<String> {
+        // One at a time: the place of the spare is for one.
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = match fs::read_to_string(path) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) && spare.take().is_some() => {
+                fs::read_to_string(path)
+            }
+            read => read,
+        };
+        if spare.is_none() {
+            // Without it this works as long as there are others.
+            *spare = File::open("/dev/null").ok();
+        }
+        read
+    }
 }
 
 impl Table {
@@ -401,6 +510,8 @@ impl Captured {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     fn ended(pid: u32, start: u64, status: u32) -> Ended {
@@ -412,7 +523,7 @@ mod tests {
     }
 
     fn reaper() -> Reaper {
-        Reaper { table: Arc::default(), keeper: None }
+        Reaper { table: Arc::default(), keeper: None, begun: Mark::now() }
     }
 
     #[tokio::test]
@@ -429,6 +540,20 @@ mod tests {
         reaper.hear(ended(8, 11, 5));
         assert_eq!(reaper.exit_of(8, Mark(11)).await, exit(5));
         assert_eq!((reaper.known(7, 11), reaper.known(7, 10), reaper.known(7, 10)), (None, Some(exit(1)), Some(exit(1))));
+    }
+
+    #[tokio::test]
+    async fn an_exit_whose_start_was_not_seen_reaches_its_claim() {
+        let reaper = reaper();
+        let mark = reaper.mark();
+        let before = Ended { pid: 7, start: UNSEEN, exit: Exit { status: 1, at: SystemTime::now() - Duration::from_secs(60) } };
+        reaper.hear(before);
+        let (since, started) = (reaper.exit_of(7, mark), reaper.exit_of_started(7, mark.0));
+        assert_eq!(reaper.known(7, mark.0), None);
+        let exit = Exit::now(2);
+        reaper.hear(Ended { pid: 7, start: UNSEEN, exit });
+        assert_eq!((since.await, started.await, reaper.exit_of(7, mark).await), (exit, exit, exit));
+        assert_eq!(reaper.known(7, mark.0 + 60 * 100), None, "one that started after that end");
     }
 
     #[tokio::test]

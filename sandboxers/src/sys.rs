@@ -34,6 +34,37 @@ pub(crate) fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> 
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What waitid(2) tells of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChildState {
+    pub(crate) pid: u32,
+    /// How it has ended, as a shell says it: the exit code, or 128 and the signal. The signal alone of one that is stopped.
+    pub(crate) status: u32,
+}
+
+/// waitid(2) for one child or any, without waiting; `None` when none has changed as `flags` say. The libraries' types leave out real-time
+/// signals: they fail for a child that one has killed.
+pub(crate) fn child_state(pid: Option<u32>, flags: libc::c_int) -> io::Result<Option<ChildState>> {
+    let (kind, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid));
+    // SAFETY: zeros are a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one siginfo_t to `info`, which lives during the call.
+    if unsafe { libc::waitid(kind, id, &raw mut info, flags | libc::WNOHANG) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: waitid has filled in both, or left the zeros.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    if pid == 0 {
+        return Ok(None);
+    }
+    let status = match info.si_code {
+        libc::CLD_KILLED | libc::CLD_DUMPED => 128 + status,
+        // A code of a kernel to come must not keep the child from being reaped.
+        _ => status,
+    };
+    Ok(Some(ChildState { pid: pid.unsigned_abs(), status: status.unsigned_abs() }))
+}
+
 /// The wait status of a process that has been reaped, from its pidfd (Linux 6.15); `None` while it has not been.
 pub(crate) fn wait_status(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     // SAFETY: the struct has integers only.

@@ -14,7 +14,7 @@ use kuasar_sandboxers::{
     process::Tracked,
     reaper::{Output, Reaper},
 };
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 // One test, because a process has one reaper.
 #[tokio::test(flavor = "multi_thread")]
@@ -46,6 +46,36 @@ async fn runs_programs() {
     assert_eq!(error.to_string(), "failed to start /nonexistent/program");
 
     the_status_of_anothers_child(&reaper).await;
+    a_child_may_die_of_any_signal(&reaper).await;
+}
+
+/// Those that end a process by default (signal(7)). What glibc has started ignores 32 and 33, which it uses itself.
+fn deadly() -> impl Iterator<Item = u32> {
+    (1..=64).filter(|signal| ![17, 18, 19, 20, 21, 22, 23, 28, 32, 33].contains(signal))
+}
+
+async fn a_child_may_die_of_any_signal(reaper: &Reaper) {
+    let limit = Duration::from_secs(20);
+    // Of each kind: a program of ours, an orphan that is younger than another that such a signal has killed, and one after them.
+    for signal in deadly() {
+        let output = reaper.run(Command::new("sh").args(["-c", &format!("kill -{signal} $$")]), limit).await.unwrap();
+        assert_eq!(output.status, 128 + signal);
+        // A shell lets what is in the background ignore these.
+        if [2, 3].contains(&signal) {
+            continue;
+        }
+        let mark = reaper.mark();
+        // Their shell would reap those that end before it does.
+        let alone = "while kill -0 $0 2>&-; do :; done";
+        let script = format!("sh -c '{alone}; kill -{signal} $$' $$ & echo $!; sh -c '{alone}; exit 7' $$ & echo $!");
+        let output = reaper.run(Command::new("sh").args(["-c", &script]), limit).await.unwrap();
+        let pids: Vec<u32> = String::from_utf8(output.stdout).unwrap().lines().map(|pid| pid.parse().unwrap()).collect();
+        for (pid, status) in pids.into_iter().zip([128 + signal, 7]) {
+            let exit = timeout(limit, reaper.exit_of(pid, mark)).await;
+            assert_eq!(exit.unwrap().status, status, "signal {signal}");
+        }
+    }
+    assert_eq!(reaper.run(Command::new("true").arg("later"), limit).await.unwrap().status, 0);
 }
 
 async fn the_status_of_anothers_child(reaper: &Reaper) {
