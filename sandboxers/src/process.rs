@@ -59,6 +59,7 @@ struct Stat {
     group: u32,
     start: u64,
     zombie: bool,
+    stopped: bool,
     /// As wait(2) gives it; only for a zombie, and 0 without the right to trace it.
     wait_status: i32,
 }
@@ -76,6 +77,11 @@ pub fn pids() -> Result<impl Iterator<Item = Result<u32>>> {
 /// Whether a process has ended, reaped or not. One that cannot be looked at has not.
 pub fn is_dead(pid: u32) -> bool {
     matches!(Stat::read(pid), Ok(None | Some(Stat { zombie: true, .. })))
+}
+
+/// Whether a signal has stopped a process (as SIGSTOP, not a debugger).
+pub fn is_stopped(pid: u32) -> bool {
+    matches!(Stat::read(pid), Ok(Some(Stat { stopped: true, .. })))
 }
 
 /// Whether an error in reading a file below `/proc/<pid>` means that the process has ended.
@@ -122,6 +128,7 @@ impl Stat {
             group: field(5)?.parse().ok()?,
             start: field(22)?.parse().ok()?,
             zombie: matches!(field(3)?, "Z" | "X"),
+            stopped: field(3)? == "T",
             wait_status: field(52).and_then(|status| status.parse().ok()).unwrap_or(0),
         })
     }

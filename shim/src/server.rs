@@ -66,8 +66,10 @@ const NEW: &str = ".new";
 
 /// gRPC connections at a time; containerd has one, kuasarctl one for a moment.
 const CONTROL_CONNECTIONS: usize = 64;
-/// Task connections at a time are at most half of the descriptors the process may have, within these bounds.
+/// Task connections at a time take at most half of the descriptors the process may have, within these bounds.
 const TASK_CONNECTIONS: (u64, u64) = (64, 8192);
+/// Descriptors of a Task connection: the socket and its journal.
+const OF_CONNECTION: u64 = 2;
 /// How often memory is given back at most, while there are calls.
 const TIDY: Duration = Duration::from_secs(2);
 /// How long answers that are ready may take to leave at a shutdown.
@@ -396,7 +398,7 @@ async fn tidy(calls: Calls) {
 fn task_connections() -> usize {
     let (least, most) = TASK_CONNECTIONS;
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(least, |(soft, _)| soft);
-    usize::try_from((descriptors / 2).clamp(least, most)).unwrap_or(usize::MAX)
+    usize::try_from((descriptors / 2 / OF_CONNECTION).clamp(least, most)).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

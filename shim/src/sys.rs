@@ -98,6 +98,34 @@ pub fn listen_fds() -> Vec<(String, OwnedFd)> {
     }
 }
 
+/// Lets signals do nothing but say so on standard error. Programs that this one starts get them as if this had not been.
+pub fn say_that_ignored(signals: impl Iterator<Item = libc::c_int>) {
+    for signal in signals {
+        // SAFETY: zeros are a valid sigaction, of the default action with an empty mask.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = say_ignored as extern "C" fn(libc::c_int) as usize;
+        action.sa_flags = libc::SA_RESTART;
+        // SAFETY: `action` is valid, and its handler does only what a handler may (signal-safety(7)).
+        // Fails for signals that the C library has for itself, which then do what they did.
+        unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
+    }
+}
+
+extern "C" fn say_ignored(signal: libc::c_int) {
+    let mut text = *b"kuasard: signal 00 is ignored\n";
+    // Below 100, so both are digits.
+    text[16] += (signal / 10) as u8;
+    text[17] += (signal % 10) as u8;
+    // SAFETY: write(2) may be called in a handler, `text` lives during the call, and errno is as before for what was interrupted. Nothing
+    // can be done about a failure.
+    unsafe {
+        let errno = libc::__errno_location();
+        let before = *errno;
+        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
+        *errno = before;
+    }
+}
+
 /// How far into what has not been read the next peek begins (SO_PEEK_OFF, unix(7)).
 ///
 /// # Errors

@@ -22,6 +22,7 @@ use kuasar_shim::{
     config::{Config, LogLevel},
     keeper::{
         CONFIG, is_stored, keep,
+        wire::Message,
         worker::{self, Inheritance, Keeper, Parked},
     },
     server::{LOCK, Parts, Served, StateDir, serve},
@@ -32,7 +33,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::{
     runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
-    sync::mpsc::unbounded_channel,
+    sync::mpsc::{self, unbounded_channel},
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
@@ -45,6 +46,9 @@ use tracing_subscriber::{
 
 /// How long operations may take to finish after SIGTERM, below systemd's default of 90 s before it kills.
 const GRACE: Duration = Duration::from_secs(30);
+
+/// How long the keeper may take to take what a worker leaves to the next.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// How often the keeper is told that the worker works. It takes silence of three times that for a worker that hangs.
 const ALIVE: Duration = Duration::from_secs(20);
@@ -99,6 +103,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         // Of interest to an upgrade. The keeper may be why this worker fails.
         let _ = keeper.failed(&format!("{error:#}"));
     }
+    keeper.flush(FLUSH);
     served
 }
 
@@ -120,8 +125,10 @@ fn work(args: &Args, mut inherited: Inheritance) -> Result<ExitCode> {
         .build()
         .context("cannot start the worker threads")?;
     let faces = Builder::new_current_thread().enable_all().build().context("cannot start the main loop")?;
+    let keeper = inherited.keeper.clone();
     let served = faces.block_on(daemon(config, fresh, &state, &workers, inherited));
     if matches!(served, Ok(Served::Left)) {
+        keeper.flush(FLUSH);
         // Nothing is closed, removed or given back: it is the next worker's now.
         std::process::exit(0);
     }
@@ -167,11 +174,12 @@ async fn daemon(
     mut inherited: Inheritance,
 ) -> Result<Served> {
     let fds = inherited.fd_store();
-    let Inheritance { keeper, mut parked, exits, upgraded, upgrade, .. } = inherited;
+    let Inheritance { keeper, mut parked, exits, upgraded, upgrade, cut, .. } = inherited;
     let upgrades = Upgrades::new(keeper.clone(), upgraded);
-    // What a supervisor has stored is for the daemon that it starts next, so it is left as for another worker.
     let stop = CancellationToken::new();
-    stop_on_signals(if is_stored() { upgrades.leave() } else { stop.clone() })?;
+    let (order, orders) = mpsc::channel(1);
+    // What a supervisor has stored is for the daemon that it starts next, so it is left as for another worker.
+    stop_when_told(orders, if is_stored() { upgrades.leave() } else { stop.clone() }, upgrades.leave())?;
     let hub = StreamHub::default();
     let (sink, events) = EventSink::channel();
     // Among the workers, because owner tasks live where they are made.
@@ -203,13 +211,20 @@ async fn daemon(
     tokio::spawn({
         let (keeper, stop, upgrades) = (keeper.clone(), stop.clone(), upgrades.clone());
         async move {
-            let error = keeper.listen(&reaper, &tell, |outcome| upgrades.note(outcome)).await;
+            let other = |message| match message {
+                Message::Upgraded(outcome) => upgrades.note(outcome),
+                // One that is not taken yet is enough.
+                Message::Stop => drop(order.try_send(())),
+                _ => {}
+            };
+            let error = keeper.listen(&reaper, &tell, cut, other).await;
             if !stop.is_cancelled() {
                 error!(%error, "cannot go on without the keeper: stopping");
                 stop.cancel();
             }
         }
     });
+    workers.spawn(Keeper::keep_going());
     tokio::spawn({
         let (keeper, workers) = (keeper.clone(), workers.handle().clone());
         async move {
@@ -246,18 +261,20 @@ async fn daemon(
     serve(state, sockets, parts, stop).await.map_err(report)
 }
 
-/// Cancels by SIGTERM or SIGINT. A second one ends the process at once.
-fn stop_on_signals(stop: CancellationToken) -> Result<()> {
+/// Cancels `stop` by the keeper's order, and `leave` by SIGTERM or SIGINT, which anybody may send to this process alone: another takes its
+/// place. The second of them ends the process at once.
+fn stop_when_told(mut orders: mpsc::Receiver<()>, stop: CancellationToken, leave: CancellationToken) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     tokio::spawn(async move {
         for first in [true, false] {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            let how = tokio::select! {
+                _ = terminate.recv() => &leave,
+                _ = interrupt.recv() => &leave,
+                Some(()) = orders.recv() => &stop,
+            };
             if first {
-                stop.cancel();
+                how.cancel();
             } else {
                 warn!("told to stop again: not waiting for calls");
                 std::process::exit(0);

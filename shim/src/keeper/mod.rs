@@ -20,7 +20,9 @@
 //! The keeper's own death ends the worker too; containers run on, and the next daemon finds them by their state. Under [`systemd`] it
 //! finds what was parked as well, so containerd does not notice.
 
+mod log;
 mod parent;
+mod signals;
 mod succession;
 mod systemd;
 pub mod wire;

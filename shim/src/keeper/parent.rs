@@ -13,13 +13,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::reaper::{Ended, reap};
+use kuasar_sandboxers::reaper::{Ended, continue_stopped, reap};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         prctl,
-        signal::{SigSet, Signal, kill},
-        signalfd::{SfdFlags, SignalFd},
+        signal::{Signal, kill},
+        signalfd::SignalFd,
     },
     unistd::Pid,
 };
@@ -32,9 +32,11 @@ use rustix::{
 use crate::sys;
 
 use super::{
+    log,
+    signals::{self, Asked},
     succession::{self, Estate, Origin},
-    systemd,
-    wire::{self, Message, Outcome},
+    systemd::{self, Notifier},
+    wire::{self, Message, Outcome, Received},
     worker::VARIABLE,
 };
 
@@ -47,11 +49,21 @@ const STABLE: Duration = Duration::from_secs(10);
 const AT_ONCE: u32 = 3;
 /// How long a worker may say nothing; one that hangs for longer is killed. Several times what it takes on a machine that swaps.
 const HUNG: Duration = Duration::from_secs(60);
+/// How long a worker may live on without its socket: between closing it and its end there is a moment.
+const CLOSED: Duration = Duration::from_secs(1);
+/// How long a worker may take to stop before it is killed: its grace for calls, and what comes after.
+const STOPPING: Duration = Duration::from_secs(60);
+/// How long what is to be parked may wait for descriptors.
+const ROOM: Duration = Duration::from_secs(5);
+/// How often the keeper is looked at anew when systemd was not told that it lives.
+const UNWELL: Duration = Duration::from_secs(1);
+/// The pause after the kernel has refused something that it never refuses.
+const TROUBLE: Duration = Duration::from_millis(100);
 /// The status of a process that was killed.
 const KILLED: u32 = 128 + Signal::SIGKILL as u32;
 /// Of one that ended by what was passed on to it.
 const STOPPED: [u32; 2] = [128 + Signal::SIGTERM as u32, 128 + Signal::SIGINT as u32];
-/// How long to accept nothing after descriptors have run out.
+/// How long to take nothing after descriptors have run out.
 const FULL: Duration = Duration::from_millis(100);
 /// How long a worker may take to finish what it is about before another program's takes its place. A stop takes 30 s at most.
 const LEAVE: Duration = Duration::from_secs(45);
@@ -69,7 +81,12 @@ struct Keeper {
     exits: VecDeque<Ended>,
     /// Until when nothing is accepted, because descriptors have run out.
     full: Cell<Option<Instant>>,
+    /// The journal of the next connection: one that is accepted must have one.
+    journal: Option<OwnedFd>,
+    notifier: Notifier,
     worker: Option<Worker>,
+    /// Since when there is none.
+    vacant: Option<Instant>,
     /// When to start one.
     restart: Option<Instant>,
     /// Workers that have failed, one after the other.
@@ -77,7 +94,7 @@ struct Keeper {
     /// A worker has been ready.
     ready: bool,
     /// Told to end.
-    stopping: bool,
+    stopping: Option<Instant>,
     upgrade: Option<Upgrade>,
     /// Which upgrade this keeper is still to follow, and to which program.
     successor: Option<(String, PathBuf)>,
@@ -94,13 +111,28 @@ struct Worker {
     /// In order; descriptors are looked up when a message is sent, and one of what was dropped meanwhile is left out.
     outbox: VecDeque<Message>,
     started: Instant,
-    /// When it has said something last.
+    /// When it has said something last, or was killed for saying nothing.
     heard: Instant,
+    /// When it has said something last, or was started.
+    lived: Instant,
+    /// It has closed its socket: when to kill it.
+    closed: Option<Instant>,
+    /// Since when what it parks waits for descriptors.
+    waiting: Option<Instant>,
     /// It answers calls.
     ready: bool,
 }
 
 impl Worker {
+    fn new(pid: u32, socket: OwnedFd, outbox: VecDeque<Message>, ready: bool) -> Self {
+        let now = Instant::now();
+        Self { pid, socket, outbox, started: now, heard: now, lived: now, closed: None, waiting: None, ready }
+    }
+
+    fn has_closed(&mut self) {
+        self.closed.get_or_insert_with(|| Instant::now() + CLOSED);
+    }
+
     /// Whether its end is likely to repeat itself soon. To be killed is no failure of its own.
     fn failed(&self, ended: &Ended) -> bool {
         !self.ready || ended.exit.status != KILLED && self.started.elapsed() < STABLE
@@ -131,57 +163,23 @@ pub fn keep() -> io::Result<ExitCode> {
         Origin::Successor(estate) => Some(estate),
         Origin::First => None,
     };
+    log::to_stderr();
     prctl::set_child_subreaper(true)?;
-    let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
-    mask.thread_block()?;
-    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let signals = signals::block()?;
     let mut keeper = match estate {
         Some(estate) => Keeper::succeed(estate)?,
         None => {
-            let mut keeper = Keeper::with(systemd::stored());
+            let mut notifier = Notifier::new(BTreeMap::new());
+            let parked = systemd::stored(&mut notifier);
+            let mut keeper = Keeper::with(parked, notifier);
             keeper.worker = Some(keeper.start(None)?);
             keeper
         }
     };
-    let watchdog = systemd::watchdog();
-    let mut fed = watchdog.map(|_| Instant::now());
-    loop {
-        keeper.wait(&signals, fed)?;
-        if let (Some(interval), Some(at)) = (watchdog, fed)
-            && at <= Instant::now()
-        {
-            systemd::alive();
-            fed = Some(Instant::now() + interval);
-        }
-        while let Some(signal) = signals.read_signal()? {
-            let signal = Signal::try_from(signal.ssi_signo.cast_signed()).ok();
-            let Some(signal) = signal.filter(|signal| *signal != Signal::SIGCHLD) else { continue };
-            if signal != Signal::SIGHUP && !keeper.stopping {
-                keeper.stopping = true;
-                systemd::stopping();
-            }
-            match &keeper.worker {
-                Some(worker) => tell(worker.pid, signal),
-                None if keeper.stopping => return Ok(ExitCode::SUCCESS),
-                None => {}
-            }
-        }
-        keeper.hear_worker();
-        keeper.watch_worker();
-        for ended in reap() {
-            if let Some(status) = keeper.ended(ended) {
-                return Ok(u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from));
-            }
-        }
-        keeper.start_worker();
-        keeper.accept();
-        keeper.speak();
-        keeper.leave_to_successor();
-        if std::mem::take(&mut keeper.idle) {
-            // What waiting needs is little of the program.
-            sys::forget_program();
-        }
-    }
+    let status = keeper.run(&signals);
+    // What is not stored would be lost.
+    keeper.notifier.finish(&keeper.parked);
+    Ok(u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 fn pause(crashes: u32) -> Duration {
@@ -191,6 +189,12 @@ fn pause(crashes: u32) -> Duration {
     }
 }
 
+/// Says that the kernel has refused something, and lets that pass: it is tried again at once, and may be refused again.
+fn trouble(what: &str, error: io::Error) {
+    eprintln!("kuasard: the keeper cannot {what}: {error}; trying again");
+    std::thread::sleep(TROUBLE);
+}
+
 fn tell(pid: u32, signal: Signal) {
     if let Err(error) = kill(Pid::from_raw(pid.cast_signed()), signal) {
         eprintln!("kuasard: cannot send {signal} to the worker {pid}: {error}");
@@ -198,42 +202,135 @@ fn tell(pid: u32, signal: Signal) {
 }
 
 impl Keeper {
+    /// Until the end; the status to end with. Nothing that the kernel refuses on the way is a reason to end.
+    fn run(&mut self, signals: &SignalFd) -> u32 {
+        let watchdog = systemd::watchdog();
+        let mut fed = watchdog.map(|_| Instant::now());
+        loop {
+            self.wait(signals, fed);
+            if let (Some(interval), Some(at)) = (watchdog, fed)
+                && at <= Instant::now()
+            {
+                // Else systemd starts all anew.
+                let is_well = self.is_well();
+                if is_well {
+                    self.notifier.alive();
+                }
+                fed = Some(Instant::now() + if is_well { interval } else { UNWELL });
+            }
+            if let Some(status) = self.take_signals(signals) {
+                return status;
+            }
+            self.hear_worker();
+            self.watch_worker();
+            for ended in reap() {
+                if let Some(status) = self.ended(ended) {
+                    return status;
+                }
+            }
+            self.continue_worker();
+            self.start_worker();
+            self.accept();
+            self.speak();
+            self.leave_to_successor();
+            self.notifier.send(&self.parked);
+            if std::mem::take(&mut self.idle) {
+                // What waiting needs is little of the program.
+                sys::forget_program();
+            }
+        }
+    }
+
+    /// Whether a worker lives, or another is about to.
+    fn is_well(&self) -> bool {
+        let since = self.worker.as_ref().map(|worker| worker.lived).or(self.vacant);
+        since.is_none_or(|since| since.elapsed() < 2 * HUNG)
+    }
+
+    /// Does what signals ask for; the status to end with, if this is the end.
+    fn take_signals(&mut self, signals: &SignalFd) -> Option<u32> {
+        loop {
+            let signal = match signals.read_signal() {
+                Ok(signal) => signal?.ssi_signo.cast_signed(),
+                Err(error) => {
+                    trouble("read signals", error.into());
+                    return None;
+                }
+            };
+            match signals::asked(signal) {
+                Asked::Nothing => {}
+                Asked::Stop(signal) => {
+                    if let Some(status) = self.stop(signal) {
+                        return Some(status);
+                    }
+                }
+                Asked::Unknown if signal == libc::SIGHUP => {
+                    eprintln!("kuasard: SIGHUP is ignored; `kuasarctl upgrade` lets the configuration be read again");
+                }
+                Asked::Unknown => eprintln!("kuasard: signal {signal} is ignored"),
+            }
+        }
+    }
+
+    fn stop(&mut self, signal: Signal) -> Option<u32> {
+        let again = self.stopping.replace(self.stopping.unwrap_or_else(Instant::now)).is_some();
+        if !again {
+            self.notifier.stopping();
+        }
+        match &mut self.worker {
+            // One that has not got that far has nothing to finish.
+            Some(worker) if worker.ready && !again => worker.outbox.push_back(Message::Stop),
+            Some(worker) => tell(worker.pid, signal),
+            None => return Some(0),
+        }
+        None
+    }
+
+    /// Continues the worker, if a signal has stopped it.
+    fn continue_worker(&mut self) {
+        let Some(worker) = &self.worker else { return };
+        if !continue_stopped(Some(worker.pid)).is_empty() {
+            eprintln!("kuasard: the worker {} was stopped by a signal: it is continued", worker.pid);
+        }
+    }
+
     /// One that goes on with what an earlier one has parked.
-    fn with(parked: BTreeMap<String, Vec<OwnedFd>>) -> Self {
+    fn with(parked: BTreeMap<String, Vec<OwnedFd>>, notifier: Notifier) -> Self {
         // Connections are numbered; a number must not come again.
         let number = |name: &String| name.rsplit_once('/')?.1.parse().ok();
         let connections = parked.keys().filter_map(number).max().unwrap_or(0);
-        Self { parked, connections, ..Self::default() }
+        Self { parked, connections, notifier, ..Self::default() }
     }
 
     fn park(&mut self, name: String, descriptors: Vec<OwnedFd>) {
-        let earlier = self.parked.get(&name).map_or(0, Vec::len);
-        systemd::store(&name, &descriptors, earlier);
+        self.notifier.changed(&name, self.parked.get(&name).map_or(0, Vec::len));
         self.parked.insert(name, descriptors);
+    }
+
+    fn drop_parked(&mut self, name: &str) {
+        if let Some(dropped) = self.parked.remove(name) {
+            self.notifier.changed(name, dropped.len());
+        }
+        self.accepting.remove(name);
     }
 
     /// One that goes on where an earlier program was.
     fn succeed(estate: Estate) -> io::Result<Self> {
-        let Estate { parked, accepting, connections, exits, worker: (pid, socket), outcome } = estate;
+        let Estate { parked, accepting, connections, exits, worker: (pid, socket), outcome, unsent } = estate;
         let socket = sys::own_inherited(socket)?;
-        let parked = parked.into_iter().map(|(name, numbers)| {
-            let owned = numbers.into_iter().map(sys::own_inherited).collect::<io::Result<_>>()?;
-            Ok((name, owned))
+        let parked = parked.into_iter().filter_map(|(name, numbers)| {
+            let owned: io::Result<_> = numbers.into_iter().map(sys::own_inherited).collect();
+            // The others are not to be lost with it.
+            let failed = |error: &io::Error| eprintln!("kuasard: {name} was not handed on: {error}");
+            owned.inspect_err(failed).ok().map(|owned| (name, owned))
         });
-        let worker = Worker {
-            pid,
-            socket,
-            outbox: outcome.clone().map(Message::Upgraded).into_iter().collect(),
-            started: Instant::now(),
-            heard: Instant::now(),
-            ready: true,
-        };
         Ok(Self {
-            parked: parked.collect::<io::Result<_>>()?,
+            parked: parked.collect(),
             accepting,
             connections,
             exits: exits.into(),
-            worker: Some(worker),
+            notifier: Notifier::new(unsent),
+            worker: Some(Worker::new(pid, socket, outcome.clone().map(Message::Upgraded).into_iter().collect(), true)),
             ready: true,
             outcome,
             ..Self::default()
@@ -262,7 +359,7 @@ impl Keeper {
         };
         let outbox = told.chain(role).chain([Message::Complete]).collect();
         // Its handle is of no use: whoever ends is reaped by pid.
-        Ok(Worker { pid: child.id(), socket: ours, outbox, started: Instant::now(), heard: Instant::now(), ready: false })
+        Ok(Worker::new(child.id(), ours, outbox, false))
     }
 
     /// Starts a worker when there is none and it is time.
@@ -272,7 +369,7 @@ impl Keeper {
         }
         self.restart = None;
         match self.start(self.upgrade.as_ref()) {
-            Ok(started) => self.worker = Some(started),
+            Ok(started) => (self.worker, self.vacant) = (Some(started), None),
             Err(error) => match self.upgrade.take() {
                 Some(upgrade) => {
                     self.upgrade_failed(upgrade, format!("cannot be started: {error}"));
@@ -295,24 +392,30 @@ impl Keeper {
 
     /// Ends a worker that takes too long.
     fn watch_worker(&mut self) {
-        let Some(worker) = self.worker.as_mut().filter(|_| !self.stopping) else { return };
-        let late = self.upgrade.as_mut().filter(|upgrade| upgrade.by <= Instant::now());
-        let why = match late {
-            Some(upgrade) if upgrade.tried => {
+        let Some(worker) = &mut self.worker else { return };
+        let now = Instant::now();
+        let late = self.upgrade.as_mut().filter(|upgrade| upgrade.by <= now);
+        let why = match (self.stopping, late) {
+            _ if worker.closed.is_some_and(|at| at <= now) => "has closed its socket".to_owned(),
+            (Some(since), _) if since.elapsed() < STOPPING => return,
+            (Some(_), _) => format!("did not stop within {} s", STOPPING.as_secs()),
+            (None, Some(upgrade)) if upgrade.tried => {
                 let why = format!("did not serve within {} s", TRIAL.as_secs());
                 upgrade.why = Some(format!("it {why}"));
                 why
             }
             // What it has not finished is begun again by the next.
-            Some(_) => format!("did not leave within {} s", LEAVE.as_secs()),
-            None if worker.heard.elapsed() >= HUNG => format!("has been silent for {} s", HUNG.as_secs()),
-            None => return,
+            (None, Some(_)) => format!("did not leave within {} s", LEAVE.as_secs()),
+            (None, None) if worker.heard.elapsed() >= HUNG => format!("has been silent for {} s", HUNG.as_secs()),
+            (None, None) => return,
         };
         eprintln!("kuasard: the worker {} {why}: it is killed", worker.pid);
         tell(worker.pid, Signal::SIGKILL);
-        worker.heard = Instant::now();
+        worker.heard = now;
+        worker.closed = worker.closed.map(|_| now + HUNG);
+        self.stopping = self.stopping.map(|_| now);
         if let Some(upgrade) = &mut self.upgrade {
-            upgrade.by = Instant::now() + HUNG;
+            upgrade.by = now + HUNG;
         }
     }
 
@@ -320,7 +423,7 @@ impl Keeper {
     fn leave_to_successor(&mut self) {
         let is_told = self.worker.as_ref().is_some_and(|worker| worker.outbox.is_empty());
         // The next upgrade comes first, if there is one already: it would be forgotten.
-        if self.stopping || self.upgrade.is_some() || !is_told {
+        if self.stopping.is_some() || self.upgrade.is_some() || !is_told {
             return;
         }
         let Some((id, binary)) = self.successor.take() else { return };
@@ -333,6 +436,7 @@ impl Keeper {
             exits: self.exits.iter().copied().collect(),
             worker: (worker.pid, number(&worker.socket)),
             outcome: Some(Outcome { id: id.clone(), error: None }),
+            unsent: self.notifier.rest().clone(),
         };
         let descriptors: Vec<_> = self.parked.values().flatten().chain([&worker.socket]).map(AsFd::as_fd).collect();
         let error = succession::replace(&binary, &estate, &descriptors);
@@ -350,26 +454,32 @@ impl Keeper {
     }
 
     /// Waits until there is something to do, at most until `at`.
-    fn wait(&self, signals: &SignalFd, at: Option<Instant>) -> io::Result<()> {
-        let hung = self.worker.as_ref().map(|worker| worker.heard + HUNG);
-        let late = self.upgrade.as_ref().map(|upgrade| upgrade.by);
-        let mut watched = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        if let Some(worker) = &self.worker {
-            let mut flags = PollFlags::POLLIN;
-            flags.set(PollFlags::POLLOUT, !worker.outbox.is_empty());
-            watched.push(PollFd::new(worker.socket.as_fd(), flags));
-        }
+    fn wait(&self, signals: &SignalFd, at: Option<Instant>) {
         let full = self.full.get().filter(|until| *until > Instant::now());
+        let worker = self.worker.as_ref();
+        let mut times = vec![at, self.restart, full, self.notifier.again(), self.stopping.map(|since| since + STOPPING)];
+        times.push(self.upgrade.as_ref().map(|upgrade| upgrade.by));
+        times.extend(worker.map(|worker| [Some(worker.heard + HUNG), worker.closed]).into_iter().flatten());
+        let mut watched = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        // At its end a socket is always ready.
+        if let Some(worker) = worker.filter(|worker| worker.closed.is_none()) {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::POLLIN, worker.waiting.is_none() || full.is_none());
+            flags.set(PollFlags::POLLOUT, !worker.outbox.is_empty());
+            if !flags.is_empty() {
+                watched.push(PollFd::new(worker.socket.as_fd(), flags));
+            }
+        }
         if full.is_none() {
             watched.extend(self.listeners().map(|(_, listener)| PollFd::new(listener, PollFlags::POLLIN)));
         }
-        let timeout = [at, self.restart, hung, late, full].into_iter().flatten().min().map_or(PollTimeout::NONE, |at| {
+        let timeout = times.into_iter().flatten().min().map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         match poll(&mut watched, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
-            Err(error) => Err(error.into()),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => trouble("wait", error.into()),
         }
     }
 
@@ -387,45 +497,71 @@ impl Keeper {
 
     fn listen(&mut self, worker: &mut Worker) {
         loop {
-            let received = wire::receive(&worker.socket, RecvFlags::DONTWAIT);
-            if received.is_ok() {
-                worker.heard = Instant::now();
+            if self.must_wait(worker) {
+                return;
             }
-            match received {
-                Ok(Some((Message::Park(name), descriptors))) => self.park(name, descriptors),
-                Ok(Some((Message::Drop(name), _))) => {
-                    let dropped = self.parked.remove(&name);
-                    systemd::forget(&name, dropped.map_or(0, |descriptors| descriptors.len()));
-                    self.accepting.remove(&name);
+            let received = wire::receive(&worker.socket, RecvFlags::DONTWAIT);
+            if matches!(received, Ok(Some(_))) {
+                (worker.heard, worker.lived) = (Instant::now(), Instant::now());
+            }
+            let Received { message, descriptors, is_cut } = match received {
+                Ok(Some(received)) => received,
+                Ok(None) => return worker.has_closed(),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::InvalidData => {
+                        eprintln!("kuasard: from the worker: {error}");
+                        continue;
+                    }
+                    // As good as closed.
+                    _ => return worker.has_closed(),
+                },
+            };
+            match message {
+                Message::Park(name) if is_cut => {
+                    eprintln!("kuasard: descriptors have run out: {name} is not held for the next worker; raise the limit");
+                    worker.outbox.push_back(Message::Lost(name));
                 }
-                Ok(Some((Message::Accept(name), _))) => {
-                    self.accepting.insert(name);
-                }
-                Ok(Some((Message::Ready, _))) => self.worker_is_ready(worker),
-                Ok(Some((Message::Upgrade { id, binary }, _))) if self.upgrade.is_none() => {
+                Message::Park(name) => self.park(name, descriptors),
+                Message::Again(name) => worker.outbox.push_back(Message::Park(name)),
+                Message::Drop(name) => self.drop_parked(&name),
+                Message::Accept(name) => drop(self.accepting.insert(name)),
+                Message::Ready => self.worker_is_ready(worker),
+                Message::Upgrade { id, binary } if self.upgrade.is_none() => {
                     self.upgrade = Some(Upgrade { id, binary, tried: false, by: Instant::now() + LEAVE, why: None });
                 }
-                Ok(Some((Message::Failed(why), _))) => {
+                Message::Failed(why) => {
                     if let Some(upgrade) = &mut self.upgrade {
                         upgrade.why = Some(why);
                     }
                 }
-                Ok(Some((Message::Alive, _))) => self.idle = true,
+                Message::Alive => self.idle = true,
                 // Not for us.
-                Ok(Some((Message::Exit(_) | Message::Complete | Message::Upgrade { .. } | Message::Upgraded(_), _))) => {}
-                Ok(None) => return,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => eprintln!("kuasard: from the worker: {error}"),
-                Err(error) => return eprintln!("kuasard: cannot hear the worker {}: {error}", worker.pid),
+                Message::Exit(_) | Message::Complete | Message::Upgrade { .. } | Message::Upgraded(_) => {}
+                Message::Stop | Message::Lost(_) => {}
             }
         }
+    }
+
+    /// Whether the worker's next message is to wait for descriptors: taken now it would come without its own. Others may get free only by
+    /// what comes behind it, so not for ever.
+    fn must_wait(&self, worker: &mut Worker) -> bool {
+        if !matches!(wire::parks_next(&worker.socket), Ok(true)) || wire::has_room(&worker.socket) {
+            worker.waiting = None;
+            return false;
+        }
+        let waits = worker.waiting.get_or_insert_with(Instant::now).elapsed() < ROOM;
+        if waits {
+            self.full.set(Some(Instant::now() + FULL));
+        }
+        waits
     }
 
     fn worker_is_ready(&mut self, worker: &mut Worker) {
         worker.ready = true;
         if !self.ready {
             self.ready = true;
-            systemd::ready();
+            self.notifier.ready();
         }
         if let Some(upgrade) = self.upgrade.take_if(|upgrade| upgrade.tried) {
             self.successor = Some((upgrade.id, upgrade.binary));
@@ -444,10 +580,12 @@ impl Keeper {
         };
         // What it said last may still be in the socket.
         self.listen(&mut dead);
+        self.vacant = Some(Instant::now());
         let status = ended.exit.status;
+        let is_stopping = self.stopping.is_some();
         // Told to stop before it had learned to listen.
-        let obeyed = self.stopping && (STOPPED.contains(&status));
-        if self.stopping || !self.ready {
+        let obeyed = is_stopping && STOPPED.contains(&status);
+        if is_stopping || !self.ready {
             return Some(if obeyed { 0 } else { status });
         }
         self.restart = Some(Instant::now());
@@ -481,11 +619,21 @@ impl Keeper {
     /// Accepts what has connected. Without a worker too: a connection is to wait in the keeper, not to be refused.
     fn accept(&mut self) {
         let mut accepted = Vec::new();
-        for (name, listener) in self.listeners() {
+        let names: Vec<_> = self.accepting.iter().cloned().collect();
+        for name in names {
             // Not for ever: the worker has something to do as well.
             for _ in 0..64 {
+                // Where the worker writes down what it has read and not answered. A connection without it would have to be closed.
+                if self.journal.is_none() {
+                    self.journal = memfd_create("journal", MemfdFlags::CLOEXEC).ok();
+                }
+                let listener = self.parked.get(&name).and_then(|parked| parked.first());
+                let (Some(listener), Some(_)) = (listener, &self.journal) else {
+                    self.full.set(Some(Instant::now() + FULL));
+                    break;
+                };
                 match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                    Ok(connection) => accepted.push((name.clone(), connection)),
+                    Ok(connection) => accepted.extend(self.journal.take().map(|journal| (name.clone(), [connection, journal]))),
                     Err(rustix::io::Errno::AGAIN) => break,
                     // Descriptors have run out.
                     Err(_) => {
@@ -495,12 +643,10 @@ impl Keeper {
                 }
             }
         }
-        for (listener, connection) in accepted {
-            // Where the worker writes down what it has read and not answered. Without it the client has to come again.
-            let Ok(journal) = memfd_create("journal", MemfdFlags::CLOEXEC) else { continue };
+        for (listener, descriptors) in accepted {
             self.connections += 1;
             let name = format!("{listener}/{}", self.connections);
-            self.park(name.clone(), vec![connection, journal]);
+            self.park(name.clone(), descriptors.into());
             self.tell_worker(Message::Park(name));
         }
     }
@@ -521,10 +667,20 @@ impl Keeper {
             };
             match wire::send(&worker.socket, message, &descriptors, SendFlags::DONTWAIT) {
                 Ok(()) => drop(worker.outbox.pop_front()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // It has ended: that is about to be seen.
-                Err(_) => return,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::InvalidInput => {
+                        eprintln!("kuasard: the worker cannot be told: {error}");
+                        worker.outbox.pop_front();
+                    }
+                    io::ErrorKind::OutOfMemory => return trouble("tell the worker", error),
+                    // It has ended, or is about to.
+                    _ => return worker.has_closed(),
+                },
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,6 +48,8 @@ pub(super) struct Estate {
     pub(super) worker: (u32, RawFd),
     /// What the worker is to be told of the upgrade.
     pub(super) outcome: Option<Outcome>,
+    /// What systemd is still to be told of what is parked ([`super::systemd`]).
+    pub(super) unsent: BTreeMap<String, usize>,
 }
 
 /// What this process is.

@@ -13,9 +13,12 @@ use std::{
 };
 
 use kuasar_sandboxers::{reaper::Ended, types::Exit};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+use rustix::{
+    io::fcntl_dupfd_cloexec,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, recv, recvmsg, sendmsg,
+    },
 };
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +60,23 @@ pub enum Message {
     Exit(Ended),
     /// To the worker: all that was parked and all exits have been told.
     Complete,
+    /// To the worker: end, after what is under way. SIGTERM is no such order: anybody may have sent it.
+    Stop,
+    /// To the worker: what it has parked under a name came without its descriptors. What was parked before is still there.
+    Lost(String),
+    /// To the keeper: what is parked under a name came without its descriptors, and is to be sent again.
+    Again(String),
+}
+
+/// A message that was received.
+#[derive(Debug)]
+pub struct Received {
+    /// The message.
+    pub message: Message,
+    /// What came with it.
+    pub descriptors: Vec<OwnedFd>,
+    /// There were more descriptors: this process can have no more of them.
+    pub is_cut: bool,
 }
 
 /// How an upgrade ended.
@@ -85,6 +105,9 @@ impl Message {
             Self::Ready => vec![b'r'],
             Self::Alive => vec![b'l'],
             Self::Complete => vec![b'c'],
+            Self::Stop => vec![b's'],
+            Self::Lost(name) => named(b'x', name),
+            Self::Again(name) => named(b'n', name),
             Self::Failed(why) => named(b'f', why),
             Self::Upgrade { id, binary } => [b"u", id.as_bytes(), b"\0", binary.as_os_str().as_bytes()].concat(),
             Self::Upgraded(Outcome { id, error }) => {
@@ -112,6 +135,9 @@ impl Message {
             b'r' if rest.is_empty() => Self::Ready,
             b'l' if rest.is_empty() => Self::Alive,
             b'c' if rest.is_empty() => Self::Complete,
+            b's' if rest.is_empty() => Self::Stop,
+            b'x' => Self::Lost(name()?),
+            b'n' => Self::Again(name()?),
             b'f' => Self::Failed(String::from_utf8(rest.to_vec()).ok()?),
             b'u' | b'o' => {
                 let end = rest.iter().position(|byte| *byte == 0)?;
@@ -161,8 +187,9 @@ pub fn send(socket: impl AsFd, message: &Message, descriptors: &[BorrowedFd<'_>]
 /// Receives a message with its descriptors; `None` when the other side is gone.
 ///
 /// # Errors
-/// `WouldBlock` when there is none and `flags` say not to wait; `InvalidData` for what is no message.
-pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+/// `WouldBlock` when there is none and `flags` say not to wait; `InvalidData` for what is no message, or one of another version of this
+/// program: there may be more behind it.
+pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Received>> {
     let mut bytes = [0; SIZE_LIMIT + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -179,9 +206,25 @@ pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<(Messag
         return Ok(None);
     }
     match Message::decode(&bytes[..received.bytes]) {
-        Some(message) => Ok(Some((message, descriptors))),
+        Some(message) => Ok(Some(Received { message, descriptors, is_cut: received.flags.contains(ReturnFlags::CTRUNC) })),
         None => Err(io::Error::new(io::ErrorKind::InvalidData, "not a message of keeper or worker")),
     }
+}
+
+/// Whether the next message parks something, without taking it.
+///
+/// # Errors
+/// `WouldBlock` when there is none.
+pub fn parks_next(socket: impl AsFd) -> io::Result<bool> {
+    let mut tag = [0; 1];
+    let (read, _) = rustix::io::retry_on_intr(|| recv(&socket, &mut tag, RecvFlags::PEEK | RecvFlags::DONTWAIT))?;
+    Ok(read == 1 && tag == [b'p'])
+}
+
+/// Whether this process could take the descriptors of a message now.
+pub fn has_room(socket: impl AsFd) -> bool {
+    let taken: Result<Vec<_>, _> = (0..DESCRIPTORS).map(|_| fcntl_dupfd_cloexec(&socket, 0)).collect();
+    taken.is_ok()
 }
 
 #[cfg(test)]
@@ -210,12 +253,16 @@ mod tests {
             Message::Upgrade { id: "7".into(), binary: "/usr/bin/kuasard".into() },
             Message::Upgraded(Outcome { id: "7".into(), error: None }),
             Message::Upgraded(Outcome { id: "8".into(), error: Some("it is a directory".into()) }),
+            Message::Stop,
+            Message::Lost("a/1".into()),
+            Message::Again("a/1".into()),
         ];
         for message in messages.into_iter().chain([Message::Exit(exit)]) {
             let file = std::fs::File::open("/dev/null").unwrap();
             send(&one, &message, &[file.as_fd(), one.as_fd()], SendFlags::empty()).unwrap();
-            let (received, descriptors) = receive(&other, RecvFlags::empty()).unwrap().unwrap();
-            assert_eq!((received, descriptors.len()), (message, 2));
+            assert_eq!(parks_next(&other).unwrap(), matches!(message, Message::Park(_)));
+            let received = receive(&other, RecvFlags::empty()).unwrap().unwrap();
+            assert_eq!((received.message, received.descriptors.len(), received.is_cut), (message, 2, false));
         }
         drop(one);
         assert!(receive(&other, RecvFlags::empty()).unwrap().is_none());

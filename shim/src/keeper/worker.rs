@@ -1,36 +1,69 @@
 //! The worker's end of the socket to the keeper.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     env, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::parent_id,
     },
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use kuasar_sandboxers::{
     fdstore::{FdStore, Holder},
+    process,
     reaper::{Ended, Reaper},
 };
-use nix::sys::{
-    prctl,
-    signal::{SigSet, Signal},
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        prctl,
+        signal::{SigSet, Signal, kill},
+    },
+    unistd::Pid,
 };
 use rustix::net::{RecvFlags, SendFlags};
-use tokio::{io::Interest, sync::mpsc::UnboundedSender};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    select,
+    sync::{Notify, mpsc::UnboundedSender},
+    time::sleep,
+};
+use tracing::{error, warn};
 
-use super::wire::{self, Message, Outcome};
+use super::{
+    signals,
+    wire::{self, Message, Outcome, Received},
+};
 use crate::sys;
 
 /// The environment variable that makes `kuasard` a worker: the number of the socket's descriptor.
 pub const VARIABLE: &str = "KUASAR_KEEPER";
 
+/// Messages that wait for a keeper which takes none, as one that is stopped. Beyond, they are refused.
+const QUEUE: usize = 4096;
+
+/// How long to wait before asking again for what came without its descriptors.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// How often to look whether the keeper is stopped: it cannot be asked then, and calls that need it wait.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// The keeper, as the worker sees it. Clones share the socket.
 #[derive(Clone, Debug)]
-pub struct Keeper(Arc<OwnedFd>);
+pub struct Keeper(Arc<Link>);
+
+#[derive(Debug)]
+struct Link {
+    socket: OwnedFd,
+    /// What the socket did not take, in order.
+    queue: Mutex<VecDeque<(Message, Vec<OwnedFd>)>>,
+    /// Told when there is something in it.
+    queued: Notify,
+}
 
 /// What is parked under a name.
 #[derive(Debug)]
@@ -57,6 +90,8 @@ pub struct Inheritance {
     pub upgrade: bool,
     /// What became of the last upgrade.
     pub upgraded: Option<Outcome>,
+    /// Connections that came without their descriptors.
+    pub cut: Vec<String>,
 }
 
 /// Whether a keeper has started this process.
@@ -75,25 +110,45 @@ pub fn inherit() -> io::Result<Inheritance> {
     let invalid = || io::Error::new(io::ErrorKind::InvalidInput, format!("{VARIABLE} is for kuasard's own use: unset it"));
     let number = env::var(VARIABLE).ok().and_then(|number| number.parse().ok()).ok_or_else(invalid)?;
     let socket = sys::take_inherited(VARIABLE, number).map_err(|_| invalid())?;
-    // The keeper blocks the signals it reads, and a child inherits that.
+    // The keeper blocks the signals it reads, and a child inherits that. Some may have come already.
+    sys::say_that_ignored(signals::harmless());
     SigSet::all().thread_unblock()?;
     // Its successor's worker takes over what there is; two at the same work would spoil it. A keeper that is gone already shows below.
     prctl::set_pdeathsig(Signal::SIGKILL)?;
-    let keeper = Keeper(Arc::new(socket));
+    let keeper = Keeper::at(socket);
     // Whatever link to the program it was started by.
     prctl::set_name(c"kuasard")?;
-    let (mut parked, mut exits, mut upgrade, mut upgraded) = (BTreeMap::new(), Vec::new(), false, None);
+    let (mut parked, mut exits, mut upgrade, mut upgraded, mut cut) = (BTreeMap::new(), Vec::new(), false, None, Vec::new());
     loop {
-        match wire::receive(&*keeper.0, RecvFlags::empty())? {
-            Some((Message::Park(name), descriptors)) => drop(parked.insert(name, descriptors)),
-            Some((Message::Exit(ended), _)) => exits.push(ended),
-            Some((Message::Upgrade { .. }, _)) => upgrade = true,
-            Some((Message::Upgraded(outcome), _)) => upgraded = Some(outcome),
-            Some((Message::Complete, _)) => return Ok(Inheritance { keeper, parked, exits, upgrade, upgraded }),
-            Some(_) => {}
-            None => return Err(gone()),
+        let received = match wire::receive(&keeper.0.socket, RecvFlags::empty()) {
+            Ok(received) => received.ok_or_else(gone)?,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                eprintln!("kuasard: from the keeper: {error}");
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        match received.message {
+            // A connection can wait for its turn; without the others nothing works.
+            Message::Park(name) if received.is_cut && is_connection(&name) => cut.push(name),
+            Message::Park(name) if received.is_cut => {
+                let why =
+                    format!("descriptors have run out, so what the keeper holds as {name} cannot be taken: raise the limit");
+                return Err(io::Error::other(why));
+            }
+            Message::Park(name) => drop(parked.insert(name, received.descriptors)),
+            Message::Exit(ended) => exits.push(ended),
+            Message::Upgrade { .. } => upgrade = true,
+            Message::Upgraded(outcome) => upgraded = Some(outcome),
+            Message::Complete => return Ok(Inheritance { keeper, parked, exits, upgrade, upgraded, cut }),
+            _ => {}
         }
     }
+}
+
+/// Whether that is the name of a connection: its listening socket's and a number. What sandboxes leave has a prefix of its own.
+fn is_connection(name: &str) -> bool {
+    !name.starts_with(HELD) && name.contains('/')
 }
 
 impl Inheritance {
@@ -124,9 +179,8 @@ fn gone() -> io::Error {
 
 impl Keeper {
     /// Whoever is at the other end of `socket`.
-    #[cfg(test)]
     pub(crate) fn at(socket: OwnedFd) -> Self {
-        Self(Arc::new(socket))
+        Self(Arc::new(Link { socket, queue: Mutex::default(), queued: Notify::new() }))
     }
 
     /// Its pid.
@@ -138,7 +192,7 @@ impl Keeper {
     /// Leaves copies of descriptors with the keeper under a name, in place of what was.
     ///
     /// # Errors
-    /// When the keeper is gone.
+    /// When the keeper is gone, or takes nothing any more, or descriptors have run out while it takes nothing.
     pub fn park(&self, name: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.tell(&Message::Park(name.to_owned()), descriptors)
     }
@@ -191,12 +245,67 @@ impl Keeper {
         self.tell(&Message::Alive, &[])
     }
 
+    /// Sends a message, without waiting: callers answer calls meanwhile.
     fn tell(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        // Waits when the keeper is behind, which it is for microseconds.
-        wire::send(&*self.0, message, descriptors, SendFlags::empty())
+        let mut queue = self.queue();
+        if queue.is_empty() {
+            match wire::send(&self.0.socket, message, descriptors, SendFlags::DONTWAIT) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+        }
+        if queue.len() >= QUEUE {
+            return Err(io::Error::new(io::ErrorKind::WouldBlock, "the keeper takes nothing any more"));
+        }
+        let copies = descriptors.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
+        queue.push_back((message.clone(), copies));
+        self.0.queued.notify_one();
+        Ok(())
     }
 
-    /// Passes on what the keeper tells, until it is gone.
+    fn queue(&self) -> MutexGuard<'_, VecDeque<(Message, Vec<OwnedFd>)>> {
+        // Every change of it is complete before anything can panic.
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what has not been taken; `WouldBlock` when there is more.
+    fn send_queued(&self) -> io::Result<()> {
+        let mut queue = self.queue();
+        while let Some((message, descriptors)) = queue.front() {
+            let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            wire::send(&self.0.socket, message, &descriptors, SendFlags::DONTWAIT)?;
+            queue.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Waits until all is sent, for so long at most. For the end of this process; it blocks the thread.
+    pub fn flush(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        while let Err(error) = self.send_queued() {
+            let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::ZERO);
+            let mut watched = [PollFd::new(self.0.socket.as_fd(), PollFlags::POLLOUT)];
+            if error.kind() != io::ErrorKind::WouldBlock || !matches!(poll(&mut watched, left), Ok(1..)) {
+                return warn!(%error, "the keeper has not taken all that this worker leaves to the next");
+            }
+        }
+    }
+
+    fn socket(&self, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+        sys::watch(self.0.socket.as_fd().try_clone_to_owned()?, interest)
+    }
+
+    /// Sends what the socket did not take, when it does. Ends with an error.
+    async fn send_later(&self) -> io::Result<()> {
+        let socket = self.socket(Interest::WRITABLE)?;
+        loop {
+            self.0.queued.notified().await;
+            socket.async_io(Interest::WRITABLE, |_| self.send_queued()).await?;
+        }
+    }
+
+    /// Passes on what the keeper tells, until it is gone; what is not about connections and exits goes to `other`. `cut` are the
+    /// connections that a new worker has got without their descriptors.
     ///
     /// # Errors
     /// Always: why it cannot be heard any more.
@@ -204,22 +313,110 @@ impl Keeper {
         &self,
         reaper: &Reaper,
         connections: &UnboundedSender<Parked>,
-        upgraded: impl Fn(Outcome),
+        cut: Vec<String>,
+        other: impl Fn(Message),
     ) -> io::Error {
+        cut.into_iter().for_each(|name| self.ask_again(name));
         let heard = async {
-            let socket = sys::watch(self.0.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+            let socket = self.socket(Interest::READABLE)?;
             loop {
                 let received = socket.async_io(Interest::READABLE, |socket| wire::receive(socket, RecvFlags::DONTWAIT)).await;
-                match received? {
+                let Received { message, descriptors, is_cut } = match received {
+                    Ok(received) => received.ok_or_else(gone)?,
+                    // Of another version's keeper.
+                    Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                        warn!(%error, "the keeper has sent something else");
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                match message {
+                    Message::Park(name) if is_cut => self.ask_again(name),
                     // Nobody takes connections any more: the daemon is stopping.
-                    Some((Message::Park(name), descriptors)) => drop(connections.send(Parked { name, descriptors })),
-                    Some((Message::Exit(ended), _)) => reaper.hear(ended),
-                    Some((Message::Upgraded(outcome), _)) => upgraded(outcome),
-                    Some(_) => {}
-                    None => return Err::<(), _>(gone()),
+                    Message::Park(name) => drop(connections.send(Parked { name, descriptors })),
+                    Message::Exit(ended) => reaper.hear(ended),
+                    Message::Lost(name) => {
+                        error!(
+                            name,
+                            "the keeper's descriptors have run out: raise its limit; this will not outlive the worker"
+                        );
+                    }
+                    message => other(message),
                 }
             }
         };
-        heard.await.err().unwrap_or_else(gone)
+        let ended: io::Result<()> = select! {
+            ended = heard => ended,
+            ended = self.send_later() => ended,
+        };
+        ended.err().unwrap_or_else(gone)
+    }
+
+    /// Asks for what came without its descriptors, when there may be room.
+    fn ask_again(&self, name: String) {
+        warn!(name, "descriptors have run out; a connection waits until there are some");
+        let keeper = self.clone();
+        tokio::spawn(async move {
+            sleep(AGAIN).await;
+            // A keeper that is gone is noticed elsewhere.
+            let _ = keeper.tell(&Message::Again(name), &[]);
+        });
+    }
+
+    /// Continues the keeper whenever a signal has stopped it.
+    pub async fn keep_going() {
+        loop {
+            sleep(LOOK).await;
+            let keeper = Self::pid();
+            if process::is_stopped(keeper) {
+                let continued = kill(Pid::from_raw(keeper.cast_signed()), Signal::SIGCONT);
+                warn!(keeper, ?continued, "the keeper was stopped by a signal: it is continued");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_keeper_that_takes_nothing_keeps_nobody_waiting() {
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let keeper = Keeper::at(ours);
+        let mut sent = 0;
+        let refused = loop {
+            let file = std::fs::File::open("/dev/null").unwrap();
+            match keeper.park(&format!("held/{sent}"), &[file.as_fd()]) {
+                Ok(()) => sent += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        assert!(sent >= QUEUE);
+        // It goes on: all comes, in order.
+        let (connections, _) = tokio::sync::mpsc::unbounded_channel();
+        let listening = tokio::spawn({
+            let keeper = keeper.clone();
+            async move {
+                let reaper = Reaper::install_under(Keeper::pid()).unwrap();
+                keeper.listen(&reaper, &connections, Vec::new(), |_| {}).await
+            }
+        });
+        let socket = sys::watch(theirs, Interest::READABLE).unwrap();
+        for number in 0..sent {
+            let received = socket.async_io(Interest::READABLE, |socket| wire::receive(socket, RecvFlags::DONTWAIT)).await;
+            let received = received.unwrap().unwrap();
+            assert_eq!((received.message, received.descriptors.len()), (Message::Park(format!("held/{number}")), 1));
+        }
+        drop(socket);
+        listening.await.unwrap();
+    }
+
+    #[test]
+    fn a_connection_is_known_by_its_name() {
+        assert_eq!(["task.sock/7", "task.sock", "held/a/b", "config"].map(is_connection), [true, false, false, false]);
     }
 }

@@ -16,11 +16,11 @@ use std::{
     os::fd::OwnedFd,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kuasar_sandboxers::stdio::StreamHub;
@@ -48,28 +48,53 @@ use crate::{
 
 /// How long to wait before accepting again after it failed, which means that descriptors have run out.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How often at most it is logged that connections wait for a place.
+const WARN_EVERY: Duration = Duration::from_secs(30);
+
+/// Room for so many connections at a time.
+#[derive(Debug)]
+struct Places {
+    free: Arc<Semaphore>,
+    /// When it was last logged that there is none.
+    warned: Mutex<Option<Instant>>,
+}
+
+impl Places {
+    fn new(limit: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(limit)), warned: Mutex::default() }
+    }
+
+    /// A place, when there is one.
+    async fn take(&self) -> Option<OwnedSemaphorePermit> {
+        if self.free.available_permits() == 0 {
+            let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+            if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+                *warned = Some(Instant::now());
+                warn!("as many connections as are allowed; more wait until one ends: raise the limit of descriptors");
+            }
+        }
+        // Never closed.
+        self.free.clone().acquire_owned().await.ok()
+    }
+}
 
 /// Accepts connections, at most so many at a time. Clones of what it gives keep their place until dropped.
 #[derive(Debug)]
 pub struct Acceptor {
     listener: UnixListener,
-    places: Arc<Semaphore>,
+    places: Places,
 }
 
 impl Acceptor {
     /// An acceptor for `limit` connections at a time.
     #[must_use]
     pub fn new(listener: UnixListener, limit: usize) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(limit)) }
+        Self { listener, places: Places::new(limit) }
     }
 
     /// The next connection. Does not fail: running out of descriptors passes, and the peer waits meanwhile.
     pub async fn accept(&self) -> Connection {
-        if self.places.available_permits() == 0 {
-            warn!("as many connections as are allowed; more wait until one ends");
-        }
-        // Never closed.
-        let place = self.places.clone().acquire_owned().await.ok();
+        let place = self.places.take().await;
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
@@ -115,22 +140,21 @@ pub struct Kept {
     keeper: Keeper,
     fresh: UnboundedReceiver<Parked>,
     hush: Hush,
-    places: Arc<Semaphore>,
+    places: Places,
 }
 
 impl Kept {
     /// What comes through `fresh`, at most `limit` at a time.
     #[must_use]
     pub fn new(keeper: Keeper, fresh: UnboundedReceiver<Parked>, hush: Hush, limit: usize) -> Self {
-        Self { keeper, fresh, hush, places: Arc::new(Semaphore::new(limit)) }
+        Self { keeper, fresh, hush, places: Places::new(limit) }
     }
 
     /// The next connection; `None` when the keeper is gone.
     async fn accept(&mut self) -> Option<Connection> {
         loop {
             let Parked { name, descriptors } = self.fresh.recv().await?;
-            // Never closed.
-            let place = self.places.clone().acquire_owned().await.ok();
+            let place = self.places.take().await;
             let hold = Hold { keeper: self.keeper.clone(), name };
             match take(descriptors) {
                 Ok(Some((stream, left))) => {
