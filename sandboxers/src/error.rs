@@ -124,6 +124,14 @@ pub enum Error {
         /// Its own message.
         message: String,
     },
+    /// What another process reports that worked for this one: its text has all causes.
+    #[error("{report}")]
+    Reported {
+        /// The code of its error.
+        code: Code,
+        /// The error and its causes.
+        report: String,
+    },
     /// Anything else, with its cause.
     #[error("failed to {operation}")]
     Failed {
@@ -178,7 +186,7 @@ impl Error {
             Self::Unavailable { .. } => Code::Unavailable,
             Self::TimedOut { .. } => Code::DeadlineExceeded,
             Self::Backend { .. } => Code::Internal,
-            Self::Refused { code, .. } => *code,
+            Self::Refused { code, .. } | Self::Reported { code, .. } => *code,
             Self::Staged { error, .. } => error.code(),
             Self::Io { source, .. } => io_code(source),
             Self::Failed { source, .. } => {

@@ -36,6 +36,7 @@ use crate::{
     outbox::Outbox,
     recovery::{Lost, Unrecovered},
     registry::Registry,
+    saving,
     store::{ContainerRecord, DeletedRecord, ExecRecord, SandboxRecord},
     types::{Capabilities, ContainerHead, Exit, SandboxSpec},
 };
@@ -275,10 +276,7 @@ impl Owner {
     async fn save(&mut self) -> Result<(), String> {
         let record = self.record();
         let store = self.registry.store().clone();
-        let saved = match tokio::task::spawn_blocking(move || store.save(&record)).await {
-            Ok(saved) => saved.map_err(|error| error.report()),
-            Err(error) => Err(error.to_string()),
-        };
+        let saved = saving::run(move || store.save(&record)).await.map_err(|error| error.report());
         self.stale = saved.is_err();
         match &saved {
             Err(why) if !self.unsaved => error!(error = why, "the sandbox's state cannot be saved; trying again until it can"),

@@ -28,7 +28,7 @@ use crate::{
     lifecycle::{ProcessState, SandboxState},
     owner::{Owner, Request},
     reaper::Reaper,
-    stages,
+    saving, stages,
     stdio::{StreamHub, parked_names},
     store::{DeletedRecord, SandboxRecord, Store},
     types::{Capabilities, SandboxSpec},
@@ -256,8 +256,7 @@ impl Registry {
         let capabilities = self.capabilities(&spec.sandboxer)?;
         let owner = Owner::new(spec, capabilities, sandbox, self.clone(), state, now);
         let (store, record) = (self.store().clone(), owner.record());
-        let saved = tokio::task::spawn_blocking(move || store.save(&record)).await;
-        saved.map_err(Error::failed("save the sandbox's state"))??;
+        saving::run(move || store.save(&record)).await?;
         self.adopt(owner);
         Ok(())
     }

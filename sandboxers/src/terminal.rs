@@ -108,7 +108,7 @@ impl Terminal {
                 Sink::pipe(fifo, Some(held))?
             }
             Endpoint::Stream(id) => Sink::pipe(streams.open_output("stdout", id, context)?, None)?,
-            Endpoint::File(path) => Sink::File(File::from_std(open_log(path)?.into())),
+            Endpoint::File(path) => Sink::File(File::from_std(open_log(path, context).await?.into())),
             Endpoint::Program(program) => {
                 let (started, stdout, _) = Logger::start(program, context).await?;
                 logger = Some(started);

@@ -54,6 +54,7 @@
 pub mod conformance;
 pub mod containerd;
 pub mod cri;
+pub mod hung;
 pub mod hybrid;
 pub mod image;
 pub mod kuasard;

@@ -17,6 +17,7 @@ use kuasar_sandboxers::{
     cgroup::Stats,
     failpoint::{self, Failpoint},
     id::{ContainerId, ExecId},
+    offload::Offload,
     process::Ending,
     spec::OciSpec,
     stages,
@@ -34,7 +35,7 @@ use crate::{
     ended::{OomKills, exit},
     pod::{Guest, Pod},
     relay::{self, Relay},
-    rewrite::{self, VolumeKind},
+    rewrite,
 };
 
 /// The status of a process whose machine ended under it, as of one that was killed.
@@ -277,7 +278,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     let ContainerSpec { id, bundle, spec: mut oci, rootfs, stdio } = spec;
     let guest = pod.guest()?;
     stages::enter("rewrite the specification");
-    let (volumes, devices) = rewrite::prepare(&mut oci)?;
+    let (mut volumes, devices) = rewrite::prepare(&mut oci)?;
     let request = request(&id, None);
     // One attempt at a time. What an earlier one has left goes: here when this has its place, in the guest when it makes the container.
     let _claim = pod.claim(&id).await;
@@ -286,14 +287,19 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     let (shared, named) = (pod.shared.clone(), id.clone());
     undo.push(format!("take container {id} out of the share"), async move { shared.remove_container(&named).await });
     let place = pod.shared.add_container(&id).await?;
+    let offload = Offload::new(pod.spec.id.to_string(), &pod.context.reaper);
     let mut disks = Vec::new();
     let mut storages = Vec::new();
+    let on_disk = match &rootfs[..] {
+        [only] => pod.can_be_disk(only, &offload).await?,
+        _ => false,
+    };
     let root = match &rootfs[..] {
         [] => {
             let source = bundle.join(oci.root_path().unwrap_or("rootfs"));
-            place.bind_rootfs(&source, oci.root_readonly()).await?
+            place.bind_rootfs(&source, oci.root_readonly(), &offload).await?
         }
-        [only] if pod.can_be_disk(only) => {
+        [only] if on_disk => {
             let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
             let serial =
                 add_disk(&pod, &guest, only.source.as_ref(), only.options.iter().any(|option| option == "ro"), undo).await?;
@@ -301,17 +307,18 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             disks.push(serial);
             target.into()
         }
-        mounts => place.add_rootfs(mounts).await?,
+        mounts => place.add_rootfs(mounts, &offload).await?,
     };
     failpoint::reach(Failpoint::Mounted);
     oci.set_root_path(&root);
     stages::enter("share the volumes");
-    for volume in &volumes {
-        let place = match &volume.kind {
-            VolumeKind::Shared(binding) => place.add_volume(volume.index, &volume.source, binding.clone()).await?,
-            VolumeKind::HugePages { options } => {
+    let shown = place.add_volumes(&mut volumes, &offload).await?;
+    for (volume, place) in volumes.iter().zip(shown) {
+        let place = match volume.huge_page {
+            None => place,
+            Some(size) => {
                 let target = pod.memory_volume(&volume.source);
-                storages.push(huge_pages(options, &target));
+                storages.push(huge_pages(&[format!("pagesize={size}"), "mode=1777".into()], &target));
                 target.into()
             }
         };

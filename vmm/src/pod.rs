@@ -19,7 +19,7 @@ use std::{
     collections::HashMap,
     fs::{self, DirBuilder},
     io::ErrorKind,
-    os::unix::fs::{DirBuilderExt, FileTypeExt, symlink},
+    os::unix::fs::{DirBuilderExt, symlink},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -39,6 +39,7 @@ use kuasar_sandboxers::{
     failpoint::{self, Failpoint},
     id::ContainerId,
     inside::{Program, ProgramIo, Section},
+    offload::{Done, Offload, Work},
     podfiles::Contents,
     process::Ending,
     stages,
@@ -202,12 +203,15 @@ impl Pod {
     }
 
     /// Whether a root filesystem can be a disk of the machine: it is one device, and never anything else that a path may name.
-    pub(crate) fn can_be_disk(&self, mount: &Mount) -> bool {
-        let is_device = || fs::metadata(&mount.source).is_ok_and(|found| found.file_type().is_block_device());
-        mount.target.is_empty()
+    pub(crate) async fn can_be_disk(&self, mount: &Mount, offload: &Offload) -> Result<bool> {
+        let may = mount.target.is_empty()
             && DISK_FILESYSTEMS.contains(&mount.kind.as_str())
-            && self.sandboxer.hypervisor.capabilities().hot_disks.is_ok()
-            && is_device()
+            && self.sandboxer.hypervisor.capabilities().hot_disks.is_ok();
+        if !may {
+            return Ok(false);
+        }
+        let asked = offload.run_one(format!("device {}", mount.source), Work::IsBlockDevice((&mount.source).into())).await?;
+        Ok(matches!(asked, Done::Answer(true)))
     }
 
     /// Where a volume in memory is in the guest: the same for all containers that have it.

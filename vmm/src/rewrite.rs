@@ -38,16 +38,14 @@ pub(crate) struct Volume {
     pub(crate) index: usize,
     /// On the host.
     pub(crate) source: PathBuf,
-    pub(crate) kind: VolumeKind,
-}
-
-/// What stands behind a bind mount.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum VolumeKind {
-    /// A file or directory that both sides see.
-    Shared(Binding),
-    /// A hugetlbfs of the guest's own pages, with its mount options.
-    HugePages { options: Vec<String> },
+    /// How it is shown.
+    pub(crate) binding: Binding,
+    /// The size of its pages in bytes, if it is on huge pages, which virtiofs cannot carry: the guest has a hugetlbfs of its own pages
+    /// instead. Known once it was looked at.
+    ///
+    /// One on a tmpfs stays the host's, where its owner, its mode and each `subPath` of it are what kubelet made them; its pages count for
+    /// the pod, for virtiofsd is in its group.
+    pub(crate) huge_page: Option<i64>,
 }
 
 /// A block device that is to be a disk of the guest.
@@ -142,8 +140,7 @@ fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
             ids: id_mappings(mount).map_err(|why| Error::invalid(format!("mount {destination}"), why))?,
         };
         let source = PathBuf::from(source);
-        let kind = huge_pages(&source)?.unwrap_or(VolumeKind::Shared(binding));
-        volumes.push(Volume { index, source, kind });
+        volumes.push(Volume { index, source, binding, huge_page: None });
     }
     Ok(volumes)
 }
@@ -163,24 +160,13 @@ fn id_mapping(range: &Value) -> Option<IdMapping> {
     Some(IdMapping { container_id: number("containerID")?, host_id: number("hostID")?, length: number("size")? })
 }
 
-/// A volume on huge pages, which virtiofs cannot carry: the guest has one of its own pages. One on a tmpfs stays the host's, where its
-/// owner, its mode and each `subPath` of it are what kubelet made them; its pages count for the pod, for virtiofsd is in its group.
-fn huge_pages(source: &Path) -> Result<Option<VolumeKind>> {
-    let found = nix::sys::statfs::statfs(source).map_err(|errno| Error::io("find the volume", source)(errno.into()))?;
-    if found.filesystem_type() != nix::sys::statfs::HUGETLBFS_MAGIC {
-        return Ok(None);
-    }
-    let options = vec![format!("pagesize={}", found.block_size()), "mode=1777".into()];
-    Ok(Some(VolumeKind::HugePages { options }))
-}
-
 /// Points the mount of a volume at its place in the guest.
 pub(crate) fn place(spec: &mut OciSpec, volume: &Volume, source: &Path) {
     if let Some(mount) = spec.mounts_mut().get_mut(volume.index) {
         mount["source"] = source.to_string_lossy().into();
         // What the host's mount propagates arrives through the share. So does that it is read-only; in the guest what is mounted below it
         // would be, too, for there that is an automount, which has the flags of the mount it is on.
-        let shared = matches!(volume.kind, VolumeKind::Shared(_));
+        let shared = volume.huge_page.is_none();
         // Nor are owners mapped once more.
         if let Some(fields) = mount.as_object_mut().filter(|_| shared) {
             fields.shift_remove("uidMappings");
@@ -322,12 +308,11 @@ mod tests {
         ]);
         let mut spec = spec(json!({ "mounts": mounts }));
         let (volumes, _) = prepare(&mut spec).unwrap();
-        let binding =
-            |readonly, recursive, follows| VolumeKind::Shared(Binding { readonly, recursive, follows, ..Binding::default() });
-        let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.kind.clone())).collect();
+        let binding = |readonly, recursive, follows| Binding { readonly, recursive, follows, ..Binding::default() };
+        let kinds: Vec<_> = volumes.iter().map(|volume| (volume.index, volume.binding.clone())).collect();
         let range = |host_id| vec![IdMapping { container_id: 0, host_id, length: 10 }];
         let ids = Some(IdMappings { uids: range(100), gids: range(200) });
-        let mapped = VolumeKind::Shared(Binding { recursive: true, ids, ..Binding::default() });
+        let mapped = Binding { recursive: true, ids, ..Binding::default() };
         assert_eq!(kinds, [(1, binding(true, true, false)), (2, binding(false, false, true)), (3, mapped)]);
         place(&mut spec, &volumes[0], Path::new("/guest/a"));
         assert_eq!(spec.mounts()[1]["options"], json!(["rbind", "rprivate"]));

@@ -16,7 +16,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder},
     io::ErrorKind,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
@@ -25,7 +25,8 @@ use std::{
 use kuasar_sandboxers::{
     Error, Result,
     id::ContainerId,
-    mount::{self, Binding},
+    mount::{self, Binding, Showing, Shown},
+    offload::{Done, Offload, Step, Work},
     types::Mount,
 };
 use nix::{
@@ -33,7 +34,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 
-use crate::virtiofsd::Cache;
+use crate::{rewrite::Volume, virtiofsd::Cache};
 
 /// What is shared, by who else changes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,47 +156,57 @@ impl ContainerDir {
     }
 
     /// Shows a root filesystem that is the container's alone; returns its path in the guest.
-    pub(crate) async fn add_rootfs(&self, mounts: &[Mount]) -> Result<PathBuf> {
+    pub(crate) async fn add_rootfs(&self, mounts: &[Mount], offload: &Offload) -> Result<PathBuf> {
         // Elsewhere first: some take several steps, of which the guest must not see the first.
         make_dir(&self.staging)?;
-        mount::mount_all(mounts, &self.staging).await?;
+        mount::mount_rootfs(offload, mounts, &self.staging).await?;
         let target = self.host(Half::Roots);
-        let shown = bind_dir(&self.staging, &target, false).await;
+        make_dir(&target)?;
+        let shown = mount::bind(&self.staging, &target, Binding { recursive: true, ..Binding::default() }).await;
         let unmounted = unstage(&self.staging).await;
         shown.and(unmounted)?;
         Ok(self.guest(Half::Roots))
     }
 
     /// Shows a directory as the root filesystem; returns its path in the guest. It may be anybody's.
-    pub(crate) async fn bind_rootfs(&self, source: &Path, readonly: bool) -> Result<PathBuf> {
+    pub(crate) async fn bind_rootfs(&self, source: &Path, readonly: bool, offload: &Offload) -> Result<PathBuf> {
         let name = "rootfs";
-        bind_dir(source, &self.host(Half::Volumes).join(name), readonly).await?;
+        let binding = Binding { readonly, recursive: true, ..Binding::default() };
+        let showing = Showing {
+            source: source.to_owned(),
+            target: self.host(Half::Volumes).join(name),
+            binding,
+            leave_below: false,
+            except_huge_pages: false,
+        };
+        offload.run_one(format!("the root filesystem {}", source.display()), Work::Show(showing)).await?;
         Ok(self.guest(Half::Volumes).join(name))
     }
 
-    /// Shows a file or directory of the host's as a volume; returns its path in the guest.
-    pub(crate) async fn add_volume(&self, number: usize, source: &Path, binding: Binding) -> Result<PathBuf> {
-        let name = number.to_string();
-        let target = self.host(Half::Volumes).join(&name);
-        let found = fs::metadata(source).map_err(Error::io("find the volume", source))?;
-        if found.is_dir() {
-            make_dir(&target)?;
-        } else {
-            File::create(&target).map_err(Error::io("create", &target))?;
+    /// Shows files or directories of the host's as volumes, and finds out which are on huge pages: those are not shown. Returns their paths
+    /// in the guest, in the same order.
+    pub(crate) async fn add_volumes(&self, volumes: &mut [Volume], offload: &Offload) -> Result<Vec<PathBuf>> {
+        let steps = volumes.iter().map(|volume| {
+            let binding = volume.binding.clone();
+            let showing = Showing {
+                source: volume.source.clone(),
+                target: self.host(Half::Volumes).join(volume.index.to_string()),
+                // virtiofsd has what is mounted below. Here that would keep the node from removing the directories that it is on.
+                leave_below: !binding.follows,
+                binding,
+                except_huge_pages: true,
+            };
+            Step { what: format!("volume {}", volume.source.display()), work: Work::Show(showing) }
+        });
+        let shown = offload.run(steps.collect()).await?;
+        for (volume, done) in volumes.iter_mut().zip(shown) {
+            volume.huge_page = match done {
+                Done::Shown(Shown::HugePages { size }) => Some(size),
+                _ => None,
+            };
         }
-        let follows = binding.follows;
-        mount::bind(source, &target, binding).await?;
-        if !follows {
-            // virtiofsd has them. Here they would keep the node from removing the directories that they are on.
-            mount::leave_below_to_others(&target).await?;
-        }
-        Ok(self.guest(Half::Volumes).join(name))
+        Ok(volumes.iter().map(|volume| self.guest(Half::Volumes).join(volume.index.to_string())).collect())
     }
-}
-
-async fn bind_dir(source: &Path, target: &Path, readonly: bool) -> Result<()> {
-    make_dir(target)?;
-    mount::bind(source, target, Binding { readonly, recursive: true, ..Binding::default() }).await
 }
 
 /// What is in a directory; nothing if it is not there.

@@ -1,11 +1,14 @@
 //! Mounting what snapshotters give, and taking it away again.
 //!
-//! Everything that may wait for a disk runs on tokio's blocking threads.
+//! Everything that may wait for a disk runs on tokio's blocking threads, and what may wait for a server in a helper
+//! ([`offload`](crate::offload)).
 
 mod idmap;
 pub mod info;
 mod options;
 mod overlay;
+mod remote;
+mod show;
 
 use std::{
     fs::OpenOptions,
@@ -27,10 +30,17 @@ use rustix::{
     fs::CWD,
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
+use serde::{Deserialize, Serialize};
 use tracing::error;
 
 use self::options::Options;
-pub use self::{idmap::user_namespace, info::mounted_under};
+pub(crate) use self::show::show_now;
+pub use self::{
+    idmap::user_namespace,
+    info::mounted_under,
+    remote::mount_rootfs,
+    show::{Showing, Shown},
+};
 use crate::{
     error::{Error, Result},
     sys::{make_mount_readonly, map_ids_of_mount, set_mount_propagation},
@@ -45,21 +55,22 @@ use crate::{
 pub async fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
     let mounts = mounts.to_vec();
     let target = target.to_owned();
-    blocking("mount the root filesystem", move || {
-        let mut done: Vec<PathBuf> = Vec::new();
-        for entry in &mounts {
-            if let Err(failure) = mount_one(entry, &target, &mut done) {
-                for path in done.iter().rev() {
-                    if let Err(error) = detach(path) {
-                        error!(error = error.report(), "failed to undo a mount");
-                    }
+    blocking("mount the root filesystem", move || mount_all_now(&mounts, &target)).await
+}
+
+pub(crate) fn mount_all_now(mounts: &[Mount], target: &Path) -> Result<()> {
+    let mut done: Vec<PathBuf> = Vec::new();
+    for entry in mounts {
+        if let Err(failure) = mount_one(entry, target, &mut done) {
+            for path in done.iter().rev() {
+                if let Err(error) = detach(path) {
+                    error!(error = error.report(), "failed to undo a mount");
                 }
-                return Err(failure);
             }
+            return Err(failure);
         }
-        Ok(())
-    })
-    .await
+    }
+    Ok(())
 }
 
 /// Unmounts everything on `target` and below it, whatever still uses it (`MNT_DETACH`). Missing or not mounted is fine.
@@ -72,7 +83,7 @@ pub async fn unmount_all(target: &Path) -> Result<()> {
 }
 
 /// How a mount is shown once more by [`bind`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Binding {
     /// With what is mounted below it.
     pub recursive: bool,
@@ -95,45 +106,25 @@ pub struct Binding {
 /// The kernel's refusal; nothing is left mounted then.
 pub async fn bind(source: &Path, target: &Path, binding: Binding) -> Result<()> {
     let (source, target) = (source.to_owned(), target.to_owned());
-    blocking("bind mount", move || {
-        let failed = || Error::failed(format!("bind {} on {}", source.display(), target.display()));
-        let ids = binding.ids.as_ref().map(user_namespace).transpose()?;
-        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        flags.set(OpenTreeFlags::AT_RECURSIVE, binding.recursive);
-        let tree = open_tree(CWD, &source, flags).map_err(io::Error::from).map_err(failed())?;
-        // A slave first: the clone is a peer of the source, and what is mounted on either would appear on the other.
-        let propagation = if binding.follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
-        set_mount_propagation(&tree, propagation).map_err(failed())?;
-        if let Some(ids) = ids {
-            map_ids_of_mount(&tree, ids.as_fd()).map_err(failed())?;
-        }
-        if binding.readonly {
-            make_mount_readonly(&tree, binding.readonly_below).map_err(failed())?;
-        }
-        move_mount(&tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from).map_err(failed())
-    })
-    .await
+    blocking("bind mount", move || bind_now(&source, &target, &binding)).await
 }
 
-/// Takes what is mounted below `target` away from this mount namespace, and leaves it in those that `target` has been propagated to. There
-/// it stays until `target`'s own directory is removed.
-///
-/// As long as a mount is here, its place cannot be removed here, though it were in another mount altogether: `rmdir` finds it busy.
-///
-/// # Errors
-/// The kernel's refusal.
-pub async fn leave_below_to_others(target: &Path) -> Result<()> {
-    let target = target.to_owned();
-    blocking("unmount", move || {
-        let below: Vec<_> = mounted_under(&target)?.into_iter().filter(|path| *path != target).collect();
-        if below.is_empty() {
-            return Ok(());
-        }
-        // Or they would go everywhere.
-        call(None, &target, None, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None)?;
-        below.iter().rev().try_for_each(|path| detach(path))
-    })
-    .await
+fn bind_now(source: &Path, target: &Path, binding: &Binding) -> Result<()> {
+    let failed = || Error::failed(format!("bind {} on {}", source.display(), target.display()));
+    let ids = binding.ids.as_ref().map(user_namespace).transpose()?;
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, binding.recursive);
+    let tree = open_tree(CWD, source, flags).map_err(io::Error::from).map_err(failed())?;
+    // A slave first: the clone is a peer of the source, and what is mounted on either would appear on the other.
+    let propagation = if binding.follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    set_mount_propagation(&tree, propagation).map_err(failed())?;
+    if let Some(ids) = ids {
+        map_ids_of_mount(&tree, ids.as_fd()).map_err(failed())?;
+    }
+    if binding.readonly {
+        make_mount_readonly(&tree, binding.readonly_below).map_err(failed())?;
+    }
+    move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from).map_err(failed())
 }
 
 /// Changes how mounts propagate to and from `target` (`MS_SHARED`, `MS_SLAVE` …, with `MS_REC` also of all below it).
@@ -280,12 +271,11 @@ fn detach(path: &Path) -> Result<()> {
 }
 
 pub(crate) fn unmount_tree(target: &Path) -> Result<()> {
-    // Newest first: a mount may hide or carry older ones. Detaching one takes all below it along, which `detach` then finds
-    // gone.
-    for path in mounted_under(target)?.iter().rev() {
-        detach(path)?;
-    }
-    Ok(())
+    // The outermost first, each as often as it is mounted on: that takes all below along, and no path leads through a filesystem that may
+    // not answer. What was below is then found gone.
+    let mut points = mounted_under(target)?;
+    points.sort_by_key(|point| point.components().count());
+    points.iter().try_for_each(|point| detach(point))
 }
 
 #[cfg(test)]

@@ -39,10 +39,15 @@ pub(super) fn mount(entry: &Mount, options: &Options, target: &Path, namespace: 
 
 /// The first directory among the options that is not there.
 fn missing(options: &Options) -> Option<PathBuf> {
+    directories(options).find(|directory| !directory.exists())
+}
+
+/// The directories that the options name.
+pub(super) fn directories(options: &Options) -> impl Iterator<Item = PathBuf> {
     let one = |key: &str| options.data.iter().find_map(|option| option.strip_prefix(key)).map(str::to_owned);
     let lower = one(LOWER).map(|value| Layers::parse(&value).0).unwrap_or_default();
     let named = lower.into_iter().chain(one("upperdir=")).chain(one("workdir=")).filter(|directory| !directory.is_empty());
-    named.map(|directory| PathBuf::from(unescape(&directory))).find(|directory| !directory.exists())
+    named.map(|directory| PathBuf::from(unescape(&directory)))
 }
 
 fn mount_layers(entry: &Mount, options: &Options, target: &Path, namespace: Option<&OwnedFd>) -> Result<()> {

@@ -28,7 +28,7 @@ pub(crate) use fifo::Fifo;
 pub use hub::{Chunk, StreamEnd, StreamHub};
 pub(crate) use logger::Logger;
 pub use process::{ChildFds, ProcessIo};
-pub(crate) use process::{Streams, open_log, own};
+pub(crate) use process::{Streams, open_log, open_log_now, own};
 
 use crate::{
     contract::SandboxContext,

@@ -20,6 +20,7 @@ use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
+    offload::{Done, Offload, Work},
 };
 
 /// How long containerd may take to read the rest of a stream after the process has ended. A descendant that the process left
@@ -93,14 +94,14 @@ impl ProcessIo {
                 let (started, _, stderr) = Logger::start(program, context).await?;
                 logger = Some(started);
                 logger_stderr = Some(own(stderr, context)?);
-                open_output("stdout", end, &mut streams, &mut outputs, context)?
+                open_output("stdout", end, &mut streams, &mut outputs, context).await?
             }
-            (end, _) => open_output("stdout", end, &mut streams, &mut outputs, context)?,
+            (end, _) => open_output("stdout", end, &mut streams, &mut outputs, context).await?,
         };
         let stderr = match (&ends.stderr, logger_stderr) {
             // One log program takes both, whatever the second URI says.
             (Endpoint::Program(_), Some(stderr)) => stderr,
-            (end, _) => open_output("stderr", end, &mut streams, &mut outputs, context)?,
+            (end, _) => open_output("stderr", end, &mut streams, &mut outputs, context).await?,
         };
         let child = Some(ChildFds { stdin, stdout, stderr });
         Ok(Self { child: Mutex::new(child), keeper: Mutex::new(keeper), outputs: Mutex::new(outputs), logger, streams })
@@ -228,7 +229,7 @@ impl Drop for Streams {
     }
 }
 
-fn open_output(
+async fn open_output(
     field: &'static str,
     end: &Endpoint,
     streams: &mut Streams,
@@ -242,7 +243,7 @@ fn open_output(
             outputs.push(context.fds.leave(context.held(field), &[fifo.as_fd()])?);
             Ok(fifo)
         }
-        Endpoint::File(path) => open_log(path),
+        Endpoint::File(path) => open_log(path, context).await,
         Endpoint::Stream(id) => own(streams.open_output(field, id, context)?, context),
     }
 }
@@ -252,8 +253,17 @@ fn null() -> Result<OwnedFd> {
     Ok(null.into())
 }
 
-/// A log file, made with its directory where missing, as containerd's own shim does.
-pub(crate) fn open_log(path: &Path) -> Result<OwnedFd> {
+/// A log file, made with its directory where missing, as containerd's own shim does. It may be anywhere.
+pub(crate) async fn open_log(path: &Path, context: &IoContext) -> Result<OwnedFd> {
+    let sandbox = context.name.split('/').next().unwrap_or_default();
+    let offload = Offload::new(sandbox, &context.reaper);
+    match offload.run_one(format!("log file {}", path.display()), Work::OpenLog(path.to_owned())).await? {
+        Done::Opened(file) => Ok(file),
+        other => Err(Error::failed("open a log file")(format!("its helper answered {other:?}"))),
+    }
+}
+
+pub(crate) fn open_log_now(path: &Path) -> Result<OwnedFd> {
     if let Some(directory) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(Error::io("make log directory", directory))?;
     }

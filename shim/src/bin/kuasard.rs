@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use kuasar_sandboxers::{event::EventSink, format, reaper::Reaper, registry::Registry, stdio::StreamHub, store::Store};
+use kuasar_sandboxers::{event::EventSink, format, offload, reaper::Reaper, registry::Registry, stdio::StreamHub, store::Store};
 use kuasar_shim::{
     backends,
     config::{Config, LogLevel},
@@ -78,6 +78,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    if let Some(ended) = offload::serve() {
+        return ended;
+    }
     let args = Args::parse();
     let ended = match worker::is_worker() {
         false => keep().context("the keeper cannot go on"),

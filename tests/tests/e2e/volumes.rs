@@ -2,16 +2,20 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use kuasar_tests::ContainerSpec;
+use futures::future::join_all;
+use kuasar_tests::cri::SOON;
 use kuasar_tests::cri::k8s_cri::v1::{HugepageLimit, LinuxContainerResources, Mount, MountPropagation};
+use kuasar_tests::hung::{self, Hung};
+use kuasar_tests::{Container, ContainerSpec, Pod, PodSpec, tools, wait};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::suite::{Case, Entry, cases, eventually, refused};
+use crate::suite::{Case, Entry, Lone, cases, eventually, refused};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![Handlers Shared:
+    let mut cases = cases![Handlers Shared:
         read_write_and_read_only,
         files_nested_and_in_order,
         read_only_spares_mounts_below,
@@ -22,7 +26,9 @@ pub(crate) fn cases() -> Vec<Entry> {
         huge_pages_of_the_guest,
         what_cannot_be_mounted_says_why,
         containers_share_a_volume,
-    ]
+    ];
+    cases.extend(cases![Ours Alone: a_hung_volume_stops_nobody]);
+    cases
 }
 
 /// A filesystem in the node's memory, unmounted on drop.
@@ -231,4 +237,87 @@ async fn containers_share_a_volume(case: &Case) -> Result<()> {
     writer.remove().await?;
     assert_eq!(reader.sh("cat /in/x").await?.stdout(), "hello\n");
     Ok(())
+}
+
+/// A container's life and an exec beside it, in a pod whose volumes are well: the longest of its calls.
+async fn round(pod: &Pod, beside: &Container, name: &str) -> Result<Duration> {
+    let mut longest = Duration::ZERO;
+    let mut since = Instant::now();
+    let mut lap = || {
+        longest = longest.max(since.elapsed());
+        since = Instant::now();
+    };
+    let container = pod.create(ContainerSpec::new(name).sleep()).await?;
+    lap();
+    container.start().await?;
+    lap();
+    assert_eq!(beside.exec(["echo", "on"]).await?.stdout(), "on\n");
+    lap();
+    container.stop(0).await?;
+    lap();
+    container.remove().await?;
+    lap();
+    Ok(longest)
+}
+
+async fn a_hung_volume_stops_nobody(lone: &Lone) -> Result<()> {
+    const ROUNDS: usize = 5;
+    if !Path::new(hung::DEVICE).exists() {
+        return lone.skip(&format!("this machine has no {}", hung::DEVICE));
+    }
+    let node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let kuasard = node.kuasard.as_ref().context("the node has no kuasard")?;
+    let worker = kuasard.worker_pid().await?;
+    let volume = node.dir().join("run/hung");
+    let hung = Hung::mount(&volume)?;
+    let other = node.run_pod(lone.pod()).await?;
+    let beside = other.run(ContainerSpec::new("beside").sleep()).await?;
+    // As many as the daemon has threads for calls, and one more.
+    let mut hit = Vec::new();
+    for name in ["one", "two"] {
+        let pod = node.run_pod(PodSpec::new(name).handler(&lone.handler)).await?;
+        for name in ["a", "b"] {
+            hit.push(pod.create(ContainerSpec::new(name).sleep().mount(&volume, "/hung", false)).await?);
+        }
+    }
+    let mut healthy = Duration::ZERO;
+    for number in 0..ROUNDS {
+        healthy = healthy.max(round(&other, &beside, &format!("healthy-{number}")).await?);
+    }
+
+    hung.hang();
+    let starts = tokio::spawn({
+        let hit = hit.clone();
+        async move { join_all(hit.iter().map(Container::start)).await }
+    });
+    wait::until("a look at the volume", SOON, || async { Ok((hung.waiting() > 0).then_some(())) }).await?;
+    let mut slowest = Duration::ZERO;
+    for number in 0..ROUNDS {
+        slowest = slowest.max(round(&other, &beside, &format!("beside-{number}")).await?);
+    }
+    eprintln!("{}: longest call of a healthy pod {healthy:?}, beside a hung volume {slowest:?}", lone.handler);
+    // A machine under load varies by itself; what waits for the volume waits for seconds.
+    ensure!(
+        slowest < healthy * 3 + Duration::from_secs(1),
+        "other pods notice the hung volume: {slowest:?} instead of {healthy:?}"
+    );
+    if tools::is_machine(&lone.handler) {
+        for started in starts.await? {
+            refused(started.map(drop), &["volume", "hung", "does not answer"])?;
+        }
+        hung.release();
+    } else {
+        // The OCI runtime looks at volumes, and may take its time.
+        hung.release();
+        starts.await?;
+    }
+    assert_eq!(kuasard.worker_pid().await?, worker, "the worker was replaced");
+    for container in &hit {
+        container.remove().await?;
+    }
+    node.cri.remove_all_pods().await?;
+    drop(hung);
+    node.assert_no_leak(&before).await?;
+    node.stop().await
 }
