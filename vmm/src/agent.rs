@@ -6,7 +6,10 @@
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -23,6 +26,7 @@ use tokio::{
     sync::Mutex as AsyncMutex,
     time::{Instant, sleep, timeout, timeout_at},
 };
+use tracing::{info, warn};
 use ttrpc::{
     r#async::{Client, transport::Socket},
     context::{self, Context as Ctx},
@@ -35,6 +39,9 @@ use crate::{
 
 /// How long a call may take that only looks at something or sends a signal. Emulated machines are slow.
 pub(crate) const QUICK: Duration = Duration::from_secs(30);
+
+/// How long numbers may take that are asked for of all guests of the node, one after another. A guest that takes longer is silent.
+pub(crate) const BRIEF: Duration = Duration::from_secs(2);
 
 /// How long a call may take that starts a program.
 pub(crate) const SLOW: Duration = Duration::from_secs(120);
@@ -67,6 +74,8 @@ pub(crate) struct Agent {
     connecting: AsyncMutex<()>,
     /// Its last hello, of an earlier connection perhaps.
     hello: Mutex<Option<Arc<HelloResponse>>>,
+    /// It did not answer within [`BRIEF`], and has answered nothing since.
+    silent: AtomicBool,
 }
 
 struct Connected(AgentClient);
@@ -85,7 +94,43 @@ impl Agent {
             client: Mutex::default(),
             connecting: AsyncMutex::default(),
             hello: Mutex::default(),
+            silent: AtomicBool::new(false),
         }
+    }
+
+    /// Whether nothing is to be expected from it at the moment.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Notes that an answer is overdue. The next one that comes, to whatever call, ends that.
+    pub(crate) fn fall_silent(&self) {
+        if !self.silent.swap(true, Ordering::Relaxed) {
+            warn!("the guest does not answer: until it does, its statistics are the last that are known");
+        }
+    }
+
+    /// Makes a call that must not hold up others of its kind: none to a silent guest, and each for [`BRIEF`] at the most.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub(crate) async fn call_briefly<T, F>(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce(AgentClient, Ctx) -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        if self.is_silent() {
+            return Err(lost("it does not answer at the moment; the call goes through when it does"));
+        }
+        // Also of the time that it takes to connect.
+        let called = within(BRIEF, operation, self.call(operation, Some(BRIEF), call)).await.and_then(|called| called);
+        if matches!(called, Err(Error::TimedOut { .. })) {
+            self.fall_silent();
+        }
+        called
     }
 
     /// What it has said of itself, once it was reached.
@@ -214,7 +259,11 @@ impl Agent {
             Some(limit) => within(limit, operation, called).await,
             None => Ok(called.await),
         };
-        if !matches!(answer, Ok(Ok(_) | Err(ttrpc::Error::RpcStatus(_)))) {
+        if matches!(answer, Ok(Ok(_) | Err(ttrpc::Error::RpcStatus(_)))) {
+            if self.silent.swap(false, Ordering::Relaxed) {
+                info!("the guest answers again");
+            }
+        } else {
             // It is broken, or may be: the next call gets another. Those that wait on it go on.
             self.shared().take_if(|shared| Arc::ptr_eq(shared, &client));
         }

@@ -60,6 +60,9 @@ struct Running {
     deleted: Notify,
 }
 
+/// How long a container may take to end after SIGKILL before its machine is ended: as long as a guest may take to answer.
+const DYING: std::time::Duration = QUICK;
+
 /// What is saved of a container.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
@@ -175,9 +178,9 @@ impl Running {
 
     /// What a guest says of SIGKILL is not relied upon: ends the machine of a container that lives on.
     async fn see_it_die(self: Arc<Self>, guest: Arc<Guest>) {
-        if timeout(SLOW, self.ending.wait()).await.is_err() {
+        if timeout(DYING, self.ending.wait()).await.is_err() {
             let container = &self.request.container;
-            guest.give_up(format!("container {container} has not ended within {} s of being killed", SLOW.as_secs())).await;
+            guest.give_up(format!("container {container} has not ended within {} s of being killed", DYING.as_secs())).await;
         }
     }
 
@@ -456,6 +459,7 @@ impl Process for VmContainer {
             for serial in &self.0.disks {
                 guest.remove_disk(serial).await?;
             }
+            guest.known_stats().forget(self.0.head.id.as_str());
         }
         pod.shared.remove_container(&self.0.head.id).await?;
         Ok(())
@@ -511,12 +515,8 @@ impl Container for VmContainer {
     async fn pids(&self) -> Result<Vec<ProcessInfo>> {
         let first = ProcessInfo { pid: self.0.process.pid, exec: None };
         let Ok(guest) = self.0.process.pod.guest() else { return Ok(vec![first]) };
-        let request = self.0.named();
-        let listed = guest
-            .agent()
-            .call("list processes", Some(QUICK), |client, context| async move { client.pids(context, &request).await });
-        let mut listed: Vec<_> = match listed.await {
-            Ok(listed) => listed.processes,
+        let mut listed: Vec<_> = match guest.processes(self.0.named()).await {
+            Ok(listed) => listed.unwrap_or_default().processes,
             Err(error) if guest.has_ended() || error.code() == Code::NotFound => Vec::new(),
             Err(error) => return Err(error),
         };

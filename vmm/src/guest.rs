@@ -15,10 +15,10 @@ use std::{
 
 use futures::future::{join_all, select_all};
 use kuasar_guest_protocol::agent::{
-    ContainerRequest, EventsRequest, OnlineRequest, SetTimeRequest, ShutDownRequest, events_response::event::Kind,
+    EventsRequest, OnlineRequest, SetTimeRequest, ShutDownRequest, events_response::event::Kind,
 };
 use kuasar_sandboxers::{
-    Error, Result, SandboxContext, cgroup::Stats, event::Notice, fdstore::FdStore, process::Ending, types::Exit,
+    Error, Result, SandboxContext, event::Notice, fdstore::FdStore, process::Ending, types::Exit,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -30,11 +30,12 @@ use tokio::{
 use tracing::{Instrument, debug, info, warn};
 
 use crate::{
-    agent::{Agent, QUICK, tame},
+    agent::{Agent, BRIEF, QUICK, tame},
     console::Console,
     hypervisor::Vm,
     launch::{LaunchRecord, Launched},
     spec::Disk,
+    stats::KnownStats,
 };
 
 /// How often the console is looked at.
@@ -74,6 +75,7 @@ pub(crate) struct Guest {
     ending: Ending,
     reason: OnceLock<String>,
     tending: Mutex<Vec<JoinHandle<()>>>,
+    known: KnownStats,
 }
 
 impl Guest {
@@ -88,6 +90,7 @@ impl Guest {
             ending: Ending::pending(),
             reason: OnceLock::new(),
             tending: Mutex::default(),
+            known: KnownStats::default(),
         });
         tokio::spawn(guest.clone().until_ended().in_current_span());
         guest
@@ -140,6 +143,11 @@ impl Guest {
         for error in helpers.into_iter().chain([vm]).filter_map(Result::err) {
             warn!(error = error.report(), "cannot end a process of the machine");
         }
+    }
+
+    /// What containers were last known to use.
+    pub(crate) fn known_stats(&self) -> &KnownStats {
+        &self.known
     }
 
     pub(crate) fn agent(&self) -> &Agent {
@@ -288,6 +296,7 @@ impl Guest {
         self.tending.lock().unwrap_or_else(PoisonError::into_inner).extend(tasks);
     }
 
+    /// Also finds out, every [`CLOCK`], whether the guest answers.
     async fn set_time(&self) -> Result<()> {
         let now = clock_gettime(ClockId::CLOCK_REALTIME).map_err(Error::failed("read the clock"))?;
         let time_ns = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
@@ -295,7 +304,15 @@ impl Guest {
         let set = self
             .agent
             .call("set the clock", Some(QUICK), |client, context| async move { client.set_time(context, &request).await });
-        set.await.map(drop)
+        let mut set = std::pin::pin!(set);
+        let set = match timeout(BRIEF, &mut set).await {
+            Ok(set) => set,
+            Err(_) => {
+                self.agent.fall_silent();
+                set.await
+            }
+        };
+        set.map(drop)
     }
 
     /// Ends it: after the grace, in which its containers may end by themselves and what they have written reaches the disks.
@@ -347,16 +364,6 @@ impl Guest {
             Err(_) if self.has_ended() => Ok(()),
             removed => removed,
         }
-    }
-
-    /// Resource use of a container, or with an empty id of the guest.
-    pub(crate) async fn stats(&self, container: &str) -> Result<Stats> {
-        let request = ContainerRequest { container: container.into(), ..ContainerRequest::default() };
-        let asked = self
-            .agent
-            .call("ask for resource use", Some(QUICK), |client, context| async move { client.stats(context, &request).await });
-        let answer = self.unless_ended(asked).await?;
-        serde_json::from_slice(&answer.stats).map_err(Error::failed("read the resource use that the guest told"))
     }
 
     /// Has the guest use what was added to its machine.

@@ -39,6 +39,7 @@ mod sandboxer;
 mod share;
 mod sizing;
 pub mod spec;
+mod stats;
 mod sys;
 pub mod virtiofsd;
 mod vsock;

@@ -40,8 +40,11 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// One for each inode that the guest remembers, as in virtiofsd itself.
 const OPEN_FILES: u64 = 1_000_000;
 
-/// Requests that are worked on at a time: one that waits for a slow disk must not hold up all containers of a pod.
+/// Requests for root filesystems that are worked on at a time: one that waits for a slow disk must not hold up all containers of a pod.
 const THREADS: u32 = 4;
+
+/// The same for volumes, among which may be one whose server does not answer. A thread costs the node some 20 KiB.
+const VOLUME_THREADS: u32 = 64;
 
 /// What a guest remembers of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +124,11 @@ impl Virtiofsd {
         let number = launch.pass(OwnedFd::from(listener));
         launch.arg(format!("--fd={number}")).arg("--shared-dir").arg(shared);
         launch.args(["--sandbox=namespace", "--seccomp=kill", "--announce-submounts", "--xattr", "--inode-file-handles=never"]);
-        launch.args([format!("--cache={cache}"), format!("--thread-pool-size={THREADS}")]);
+        let threads = match cache {
+            Cache::Always => THREADS,
+            Cache::Auto => VOLUME_THREADS,
+        };
+        launch.args([format!("--cache={cache}"), format!("--thread-pool-size={threads}")]);
         launch.args(["--rlimit-nofile=0", "--log-level=warn"]);
         let privileges = if self.refused.is_none() { Privileges::OwnNamespace } else { Privileges::Kept };
         launch.privileges(privileges).open_files(OPEN_FILES).cgroup(place.cgroup.clone());

@@ -14,7 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use guests::{Fake, Ill, Output, Ways, hello, out_of_memory, script, until};
@@ -339,6 +339,9 @@ async fn call(method: &str, container: &ContainerHandle, number: usize) -> Resul
 
 const CALLS: [&str; 6] = ["Stats", "Pids", "Update", "Pause", "Signal", "Exec"];
 
+/// Those that are made for all containers of the node, one after another.
+const NUMBERS: [&str; 2] = ["Stats", "Pids"];
+
 /// After those of them that succeed the container is no longer what it was.
 const CHANGES: [&str; 2] = ["Pause", "Signal"];
 
@@ -378,7 +381,8 @@ async fn calls_that_are_answered_badly() {
 async fn calls_that_are_not_answered() {
     let Some(node) = Node::new("calls_that_are_not_answered").await else { return };
     let (_, container) = node.running(Stdio::default()).await;
-    for (number, method) in CALLS.into_iter().enumerate() {
+    // Numbers are not waited for: see below.
+    for (number, method) in CALLS.into_iter().enumerate().filter(|(_, method)| !NUMBERS.contains(method)) {
         // What is no frame, or one that is too large, is waited out.
         for ill in [Ill::Silence, Ill::Stray, Ill::HalfFrame, Ill::Garbage, Ill::HugeFrame] {
             node.ways.ill(method, ill.clone());
@@ -400,6 +404,48 @@ async fn calls_that_are_not_answered() {
             }
         }
     }
+    node.remove().await;
+}
+
+/// A list of all containers' statistics waits for a stuck guest once, and briefly.
+#[tokio::test]
+async fn numbers_of_a_stuck_guest_are_the_last_that_are_known() {
+    let Some(node) = Node::new("numbers_of_a_stuck_guest_are_the_last_that_are_known").await else { return };
+    let (_, container) = node.running(Stdio::default()).await;
+    let brief = Duration::from_secs(3);
+    // Nothing is known yet.
+    node.ways.ill("Stats", Ill::Silence);
+    node.ways.ill("Pids", Ill::Silence);
+    node.ways.ill("SetTime", Ill::Silence);
+    let since = Instant::now();
+    let error = container.stats().await.unwrap_err();
+    assert_eq!(error.code(), Code::DeadlineExceeded, "{}", error.report());
+    assert!(since.elapsed() < brief, "{:?}", since.elapsed());
+    // From now on it is not waited for.
+    let since = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(container.stats().await.unwrap_err().code(), Code::Unavailable);
+        assert_eq!(container.pids().await.unwrap().len(), 1);
+    }
+    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+    // Whatever it answers ends that.
+    for method in ["Stats", "Pids", "SetTime"] {
+        node.ways.well(method);
+    }
+    container.update(json!({"cpu": {"shares": 2}})).await.unwrap();
+    let known = container.stats().await.unwrap();
+    container.pids().await.unwrap();
+    // Stuck again, and now there is something to tell.
+    for method in ["Stats", "Pids", "SetTime"] {
+        node.ways.ill(method, Ill::Silence);
+    }
+    let since = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(container.stats().await.unwrap(), known);
+    }
+    assert!(since.elapsed() < brief, "{:?}", since.elapsed());
+    container.pids().await.unwrap();
+    assert!(since.elapsed() < 2 * brief, "{:?}", since.elapsed());
     node.remove().await;
 }
 
@@ -429,7 +475,7 @@ async fn containers_that_do_not_die_take_their_machines_along() {
     for (ill, why) in [
         (Ill::Silence, "container c cannot be killed: the guest's answer to: send a signal, did not finish within 30 s"),
         (Ill::HangUp, "container c cannot be killed: the guest's agent is unavailable"),
-        (Ill::Answer(Vec::new()), "container c has not ended within 120 s of being killed"),
+        (Ill::Answer(Vec::new()), "container c has not ended within 30 s of being killed"),
     ] {
         let Some(node) = Node::new("containers_that_do_not_die_take_their_machines_along").await else { return };
         let (pod, container) = node.running(Stdio::default()).await;
