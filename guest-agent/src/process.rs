@@ -204,12 +204,17 @@ impl Live {
             None => (0, false),
         };
         let (stdout, stderr) = tokio::join!(settled(&self.stdout), settled(&self.stderr));
+        let more = stdout.1 || stderr.1;
+        if more {
+            // Both: the host waits for the end of each.
+            self.end_output();
+        }
         WaitResponse {
             status: exit.status,
             ended_ns: ended_ns(exit),
             stdout_bytes: stdout.0,
             stderr_bytes: stderr.0,
-            more: stdout.1 || stderr.1,
+            more,
             ..Default::default()
         }
     }

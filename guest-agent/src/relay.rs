@@ -28,7 +28,10 @@ const INPUT_CHUNK: usize = 16 << 10;
 /// the same.
 const LEFT_BEHIND: Duration = Duration::from_secs(2);
 
-/// How long the output of a process that has ended waits for the host to connect.
+/// How long the end of a process waits for its output to be taken. It is told then, and the output waits on.
+const UNTAKEN: Duration = Duration::from_secs(5);
+
+/// The same for the host to connect.
 const ABSENT: Duration = Duration::from_secs(10);
 
 /// How long a FIFO is left alone that the runtime finds ready when it is not.
@@ -53,8 +56,6 @@ pub(crate) struct Progress {
 /// What is asked of an output from outside.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wishes {
-    /// Nobody waits for more.
-    give_up: bool,
     /// Close the connection when everything was sent.
     pub(crate) close: bool,
 }
@@ -81,16 +82,15 @@ impl Output {
         self.wishes.send_modify(|wishes| wishes.close = true);
     }
 
-    /// After the process's end: waits until its output was sent, and says how much that was; and whether a process that it has left behind
-    /// may send more, at the end of which the connection is closed.
+    /// After the process's end: waits until its output was sent, and says how much that was; and whether there may be more, because the host
+    /// does not take it at the moment, or a process that was left behind may write. At the end of that the connection is closed.
     pub(crate) async fn settle(&self, what: &str) -> (u64, bool) {
         let mut progress = self.progress.clone();
         loop {
             let now = *progress.borrow_and_update();
             let patience = match now {
                 Progress { done: true, .. } => return (now.sent, false),
-                // The host sees to its own limits.
-                Progress { connected: true, held_up: true, .. } => Duration::MAX,
+                Progress { connected: true, held_up: true, .. } => UNTAKEN,
                 Progress { connected: true, .. } => LEFT_BEHIND,
                 Progress { connected: false, .. } => ABSENT,
             };
@@ -98,14 +98,15 @@ impl Output {
                 Ok(Ok(())) => {}
                 // The relay has ended.
                 Ok(Err(_)) => return (progress.borrow().sent, false),
-                Err(_) if now.connected => {
-                    debug!(what, "a process that was left behind holds an output open");
+                Err(_) => {
+                    debug!(
+                        what,
+                        now.connected,
+                        now.held_up,
+                        "an output is not taken to its end, or a process that was left behind holds it open"
+                    );
                     self.close();
                     return (now.sent, true);
-                }
-                Err(_) => {
-                    warn!(what, "the host does not take an output; what is left of it is thrown away");
-                    self.wishes.send_modify(|wishes| wishes.give_up = true);
                 }
             }
         }
@@ -149,9 +150,6 @@ impl OutputRelay {
         let mut asked = self.asked.clone();
         loop {
             let wishes = *asked.borrow_and_update();
-            if wishes.give_up && !self.done() {
-                self.finish();
-            }
             if wishes.close && self.done() {
                 connection = None;
             }

@@ -35,7 +35,7 @@ use tracing::{debug, warn};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
-    stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own, splice_all, write_all},
+    stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own, splice_all, until_empty, write_all},
     sys,
     types::WindowSize,
 };
@@ -127,11 +127,16 @@ impl Terminal {
         let output = tokio::spawn({
             let master = master.clone();
             async move {
-                if let Err(error) = copy_output(&master, sink).await {
+                let mut sink = sink;
+                if let Err(error) = copy_output(&master, &mut sink).await {
                     warn!(%container, %error, "terminal output was cut off");
                 }
                 // Nobody waits any more: fine.
                 let _ = done.send(true);
+                // What is in a FIFO is lost when the last that has it open goes, and containerd may be away.
+                if let Sink::Pipe { pipe, _held: Some(_), .. } = &sink {
+                    until_empty(pipe.get_ref()).await;
+                }
             }
         });
         let input = source.map(|source| {
@@ -239,10 +244,10 @@ impl Sink {
 }
 
 /// Copies until the last process has closed the terminal.
-async fn copy_output(master: &AsyncFd<OwnedFd>, mut sink: Sink) -> io::Result<()> {
+async fn copy_output(master: &AsyncFd<OwnedFd>, sink: &mut Sink) -> io::Result<()> {
     let mut result = Ok(());
     loop {
-        if let Sink::Pipe { pipe, splices: splices @ true, .. } = &mut sink {
+        if let Sink::Pipe { pipe, splices: splices @ true, .. } = sink {
             // Nothing that has left the terminal is in our memory, where it would be lost with us.
             match splice_output(master, pipe).await {
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => *splices = false,
@@ -264,7 +269,7 @@ async fn copy_output(master: &AsyncFd<OwnedFd>, mut sink: Sink) -> io::Result<()
                 // A full disk must not stop the process: what follows is thrown away, and told at the end.
                 result = sink.write(&buffer[..length]).await;
                 if result.is_err() {
-                    sink = Sink::Nowhere;
+                    *sink = Sink::Nowhere;
                 }
             }
         }

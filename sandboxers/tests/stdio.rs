@@ -237,6 +237,38 @@ fn a_terminal_outlives_a_daemon() {
 }
 
 #[test]
+fn output_without_a_reader_is_kept_until_it_is_read_also_by_the_next_daemon() {
+    run(async {
+        let pipes = Pipes::new();
+        let (holder, first, next) = contexts();
+        let stdio = Stdio { stdin: String::new(), ..pipes.stdio(false) };
+        let io = ProcessIo::open(&stdio, &first).await.unwrap();
+        start(&io, &first, "echo said; echo told >&2").exit.await;
+        io.finish().await;
+        // The daemon dies, and the one after it.
+        drop(first);
+        std::mem::forget(io);
+        let second = next(&holder);
+        let io = ProcessIo::adopt(&stdio, &second).unwrap();
+        io.finish().await;
+        // containerd comes back, and crashes before it has read anything.
+        drop(pipes.reader("stdout"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let (stdout, stderr) = (pipes.reader("stdout"), pipes.reader("stderr"));
+        assert_eq!((read_all(stdout).await, read_all(stderr).await), ("said\n".into(), "told\n".into()));
+        // Nothing is kept of what was read, nor of a process that is deleted.
+        until("the end of what is kept", || holder.names().is_empty()).await;
+        let third = IoContext { name: "pod/c1/2".into(), ..second.clone() };
+        let io = ProcessIo::open(&stdio, &third).await.unwrap();
+        start(&io, &third, "echo unheard").exit.await;
+        io.finish().await;
+        assert!(!holder.names().is_empty());
+        drop(io);
+        until("the end of what is kept", || holder.names().is_empty()).await;
+    });
+}
+
+#[test]
 fn what_is_not_there_or_no_fifo_is_named() {
     run(async {
         let (pipes, context) = (Pipes::new(), context());

@@ -130,20 +130,25 @@ impl Running {
             Some(guest) => exit(guest, &self.request).await,
             None => None,
         };
-        let more = exit.as_ref().is_some_and(|exit| exit.more);
-        if let Some(guest) = guest.as_ref().filter(|_| !more) {
-            self.relay.settle(exit.as_ref(), guest.agent(), &self.request).await;
+        let exit = exit.as_ref();
+        let settled = match &guest {
+            Some(guest) if !exit.is_some_and(|exit| exit.more) => self.relay.settle(exit, guest.agent(), &self.request).await,
+            _ => false,
+        };
+        if settled {
+            self.relay.report_loss(exit, &self.request);
             self.relay.close().await;
         }
         self.oom_kills.report(&self.pod.context.notices, &self.request, exit.as_ref()).await;
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
-        if let Some(guest) = guest.filter(|_| more) {
-            // As on the node, where it has the process's own output. containerd reads on until that has ended.
+        if let Some(guest) = guest.filter(|_| !settled) {
+            // As on the node, where the process's output waits for containerd, and what it has left behind has that output, too.
             tokio::select! {
-                () = self.relay.linger() => {}
+                () = self.relay.linger(exit) => {}
                 () = self.deleted.notified() => {}
                 _ = guest.ended() => {}
             }
+            self.relay.report_loss(exit, &self.request);
             self.relay.close().await;
         }
     }

@@ -16,7 +16,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::{FileExt, FileTypeExt},
     },
     sync::{
@@ -57,7 +57,7 @@ use crate::agent::{Agent, QUICK};
 /// What is moved at once, in bytes: what a pipe holds.
 const CHUNK: usize = 64 << 10;
 
-/// How long output may stand still after the process's end before the rest is given up: nobody takes it.
+/// How long output may stand still after the process's end before that is told all the same. The rest follows when containerd takes it.
 const STANDSTILL: Duration = Duration::from_secs(10);
 
 /// How long the guest may take to answer the header of a stream.
@@ -171,14 +171,17 @@ impl Left {
         for (kind, guest) in connections {
             let Some(at) = ours.iter().position(|(of, _)| *of == kind) else { continue };
             let (_, ours) = ours.swap_remove(at);
-            self.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
+            // With nobody's reading end, the kernel tells after the process's end whether containerd reads.
+            let writer = if kind == StreamKind::Stdin { None } else { reopened(&ours, OFlag::O_RDWR, OFlag::O_WRONLY)? };
+            let left = [writer.as_ref().unwrap_or(&ours).as_fd(), guest.as_fd()];
+            self.held.push(context.fds.leave(name(context, kind.name()), &left)?);
             self.ends.push(Ends { kind, ours, guest });
         }
         Ok(())
     }
 
     /// What an earlier daemon has left.
-    fn take(context: &IoContext) -> Result<Self> {
+    fn take(stdio: &Stdio, context: &IoContext) -> Result<Self> {
         let (mut held, mut ends) = (Vec::new(), Vec::new());
         let counts = match context.fds.take(&name(context, "counts")) {
             Some((mut left, hold)) => {
@@ -190,8 +193,19 @@ impl Left {
         let counts = Arc::new(counts.map_or_else(Counts::new, Ok)?);
         for kind in KINDS {
             let Some((left, hold)) = context.fds.take(&name(context, kind.name())) else { continue };
-            if let Ok([ours, guest]) = <[OwnedFd; 2]>::try_from(left) {
+            if let Ok([mut ours, guest]) = <[OwnedFd; 2]>::try_from(left) {
                 held.push(hold);
+                let path = match kind {
+                    StreamKind::Stdin => "",
+                    StreamKind::Stdout => &stdio.stdout,
+                    StreamKind::Stderr => &stdio.stderr,
+                };
+                // A FIFO: who has only its writing end cannot write while nobody reads.
+                if path.starts_with('/')
+                    && let Some(both) = reopened(&ours, OFlag::O_WRONLY, OFlag::O_RDWR)?
+                {
+                    ours = both;
+                }
                 ends.push(Ends { kind, ours, guest });
             }
         }
@@ -247,7 +261,7 @@ impl Relay {
         agent: Option<&Agent>,
         process: &ProcessRequest,
     ) -> Result<Self> {
-        let mut left = Left::take(context)?;
+        let mut left = Left::take(stdio, context)?;
         let asked = streams(stdio);
         let missing = |kind: &StreamKind| wanted(&asked, *kind) && !left.ends.iter().any(|ends| ends.kind == *kind);
         let missing: Vec<_> = KINDS.into_iter().filter(missing).collect();
@@ -316,14 +330,12 @@ impl Relay {
         self.io.close_stdin();
     }
 
-    /// After the process's end, of which the guest has told `exit`: waits until all of its own output is where it should be.
-    pub(crate) async fn settle(&self, exit: Option<&WaitResponse>, agent: &Agent, process: &ProcessRequest) {
+    /// After the process's end, of which the guest has told `exit`: waits until all of its own output is where it should be. False when it
+    /// stands still instead: containerd is away, or slow.
+    pub(crate) async fn settle(&self, exit: Option<&WaitResponse>, agent: &Agent, process: &ProcessRequest) -> bool {
         let mut all = true;
         for output in &self.outputs {
-            let total = exit.map(|exit| match output.kind {
-                StreamKind::Stderr => exit.stderr_bytes,
-                _ => exit.stdout_bytes,
-            });
+            let total = total(exit, output.kind);
             if self.adopted
                 && !output.has(total)
                 && let Err(error) = agent
@@ -337,15 +349,34 @@ impl Relay {
             }
             all &= output.complete(total).await;
         }
-        if !all {
-            warn!(container = process.container, exec = process.exec, "output was not taken, or did not come, and is lost");
+        all
+    }
+
+    /// Goes on with the output of a process that has ended: until all of its own has come, or, where the guest has `more`, of what the process
+    /// has left behind.
+    pub(crate) async fn linger(&self, exit: Option<&WaitResponse>) {
+        let more = exit.is_some_and(|exit| exit.more);
+        for output in &self.outputs {
+            output.until(total(exit, output.kind).filter(|_| !more)).await;
         }
     }
 
-    /// Goes on with the output of what the process has left behind, until there is no more to come.
-    pub(crate) async fn linger(&self) {
+    /// Reports what has not come of an ended process's output, before it is closed.
+    pub(crate) fn report_loss(&self, exit: Option<&WaitResponse>, process: &ProcessRequest) {
         for output in &self.outputs {
-            output.ended().await;
+            let moved = output.moved.load(Ordering::Acquire);
+            // One that was taken over has counted too few.
+            let lost = total(exit, output.kind).map_or(0, |total| total.saturating_sub(moved));
+            if lost > 0 && !self.adopted {
+                let (container, exec, stream) = (&process.container, &process.exec, output.kind.name());
+                warn!(
+                    container,
+                    exec,
+                    stream,
+                    bytes = lost,
+                    "output was not taken by containerd, or did not come, and is lost"
+                );
+            }
         }
     }
 
@@ -374,6 +405,20 @@ impl Drop for Relay {
     }
 }
 
+/// The same FIFO, opened in another way; `None` when it is no FIFO, or is not open in the first way.
+fn reopened(end: &OwnedFd, from: OFlag, to: OFlag) -> Result<Option<OwnedFd>> {
+    let failed = || Error::failed("open a FIFO again");
+    let file = File::from(end.try_clone().map_err(failed())?);
+    let is_fifo = file.metadata().map_err(failed())?.file_type().is_fifo();
+    let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(io::Error::from).map_err(failed())?;
+    if !is_fifo || OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE != from {
+        return Ok(None);
+    }
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let opened = nix::fcntl::open(link.as_str(), to | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty());
+    opened.map(Some).map_err(io::Error::from).map_err(failed())
+}
+
 fn name(context: &IoContext, which: &str) -> String {
     format!("{}/vm-{which}", context.name)
 }
@@ -387,16 +432,25 @@ fn hang_up(connection: &OwnedFd) {
     }
 }
 
+/// How much the guest tells that there is of a stream.
+fn total(exit: Option<&WaitResponse>, kind: StreamKind) -> Option<u64> {
+    exit.map(|exit| match kind {
+        StreamKind::Stderr => exit.stderr_bytes,
+        _ => exit.stdout_bytes,
+    })
+}
+
 impl Output {
     fn has(&self, total: Option<u64>) -> bool {
         self.ended.load(Ordering::Acquire) || total.is_some_and(|total| self.moved.load(Ordering::Acquire) >= total)
     }
 
-    async fn ended(&self) {
+    /// Waits until so much was moved, or all.
+    async fn until(&self, total: Option<u64>) {
         let mut changed = std::pin::pin!(self.changed.notified());
         loop {
             changed.as_mut().enable();
-            if self.ended.load(Ordering::Acquire) {
+            if self.has(total) {
                 return;
             }
             changed.as_mut().await;
@@ -411,7 +465,7 @@ impl Output {
         loop {
             changed.as_mut().enable();
             if self.has(total) {
-                return total.is_none_or(|total| self.moved.load(Ordering::Acquire) >= total);
+                return true;
             }
             select! {
                 () = changed.as_mut() => deadline = Instant::now() + STANDSTILL,

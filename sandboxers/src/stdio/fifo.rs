@@ -50,6 +50,20 @@ impl Fifo {
         self.open(OFlag::O_RDWR)
     }
 
+    /// A writing end, for who has both open already.
+    pub(crate) fn writer(&self) -> Result<OwnedFd> {
+        self.open(OFlag::O_WRONLY)
+    }
+
+    /// A writing end, if somebody has it open for reading.
+    pub(crate) fn writer_if_read(&self) -> Result<Option<OwnedFd>> {
+        let link = format!("/proc/self/fd/{}", self.found.as_raw_fd());
+        match open(link.as_str(), OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()) {
+            Err(Errno::ENXIO) => Ok(None),
+            opened => opened.map(Some).map_err(|errno| Error::io("open FIFO", &self.path)(errno.into())),
+        }
+    }
+
     /// A reading end, and a writing end that keeps the reader from end-of-file until it is closed. The writing end only
     /// writes, so that containerd still gets EPIPE when the process is gone.
     pub(crate) fn reader_and_keeper(&self) -> Result<(OwnedFd, OwnedFd)> {

@@ -19,6 +19,7 @@ mod fifo;
 mod hub;
 mod logger;
 mod process;
+mod unread;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,7 @@ pub use hub::{Chunk, StreamEnd, StreamHub};
 pub(crate) use logger::Logger;
 pub use process::{ChildFds, ProcessIo};
 pub(crate) use process::{Streams, open_log, open_log_now, own};
+pub(crate) use unread::until_empty;
 
 use crate::{
     contract::SandboxContext,

@@ -12,11 +12,13 @@ use std::{
     time::Duration,
 };
 
+use futures::{FutureExt, future::join_all};
 use nix::unistd::{Gid, Uid, fchown};
 use tokio::time::timeout;
-use tracing::warn;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, warn};
 
-use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub};
+use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub, unread::OutputFifo};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
@@ -46,7 +48,9 @@ pub struct ProcessIo {
     keeper: Mutex<Option<(OwnedFd, Held)>>,
     /// Our ends of the output's FIFOs. containerd stops reading one for good when nobody has it open for writing, as when this daemon dies
     /// between opening it and handing it over.
-    outputs: Mutex<Vec<Held>>,
+    outputs: Mutex<Vec<OutputFifo>>,
+    /// Waits, after the process's end, for containerd to read what is left.
+    unread: Mutex<Option<AbortOnDropHandle<()>>>,
     logger: Option<Logger>,
     streams: Streams,
 }
@@ -104,7 +108,14 @@ impl ProcessIo {
             (end, _) => open_output("stderr", end, &mut streams, &mut outputs, context).await?,
         };
         let child = Some(ChildFds { stdin, stdout, stderr });
-        Ok(Self { child: Mutex::new(child), keeper: Mutex::new(keeper), outputs: Mutex::new(outputs), logger, streams })
+        Ok(Self {
+            child: Mutex::new(child),
+            keeper: Mutex::new(keeper),
+            outputs: Mutex::new(outputs),
+            unread: Mutex::default(),
+            logger,
+            streams,
+        })
     }
 
     /// Takes the stdio of a running process over from an earlier daemon: what that has left of it. The process still has FIFOs, files
@@ -129,11 +140,15 @@ impl ProcessIo {
             match end {
                 Endpoint::Stream(id) => streams.adopt_output(field, id, context)?,
                 // The process has the descriptor itself.
-                _ => outputs.extend(context.fds.take(&context.held(field)).map(|(_, held)| held)),
+                Endpoint::Fifo(path) => {
+                    let left = context.fds.take(&context.held(field));
+                    outputs.extend(left.map(|(_, held)| OutputFifo::new(path.clone(), held)));
+                }
+                _ => {}
             }
         }
         let (keeper, outputs) = (Mutex::new(keeper), Mutex::new(outputs));
-        Ok(Self { child: Mutex::default(), keeper, outputs, logger: None, streams })
+        Ok(Self { child: Mutex::default(), keeper, outputs, unread: Mutex::default(), logger: None, streams })
     }
 
     /// The descriptors for the process, handed over: once it has been started none of them may stay open here, or readers
@@ -151,10 +166,15 @@ impl ProcessIo {
         self.streams.close_input();
     }
 
-    /// After the process's end: waits, within bounds, until streams and log programs have taken its output.
+    /// After the process's end: waits, within bounds, until streams and log programs have taken its output. What is left in a FIFO without a
+    /// reader stays there until it is read, or this is dropped.
     pub async fn finish(&self) {
         lock(&self.child).take();
-        lock(&self.outputs).clear();
+        let unread: Vec<_> = lock(&self.outputs).drain(..).filter(OutputFifo::is_unread).collect();
+        if !unread.is_empty() {
+            let waiting = tokio::spawn(join_all(unread.into_iter().map(OutputFifo::until_read)).map(drop).in_current_span());
+            *lock(&self.unread) = Some(AbortOnDropHandle::new(waiting));
+        }
         self.streams.drained().await;
         if let Some(logger) = &self.logger {
             logger.finish().await;
@@ -233,14 +253,16 @@ async fn open_output(
     field: &'static str,
     end: &Endpoint,
     streams: &mut Streams,
-    outputs: &mut Vec<Held>,
+    outputs: &mut Vec<OutputFifo>,
     context: &IoContext,
 ) -> Result<OwnedFd> {
     match end {
         Endpoint::None | Endpoint::Program(_) => null(),
         Endpoint::Fifo(path) => {
-            let fifo = own(Fifo::find(field, path)?.both()?, context)?;
-            outputs.push(context.fds.leave(context.held(field), &[fifo.as_fd()])?);
+            let found = Fifo::find(field, path)?;
+            let fifo = own(found.both()?, context)?;
+            let held = context.fds.leave(context.held(field), &[found.writer()?.as_fd()])?;
+            outputs.push(OutputFifo::new(path.clone(), held));
             Ok(fifo)
         }
         Endpoint::File(path) => open_log(path, context).await,

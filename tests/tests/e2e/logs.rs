@@ -1,13 +1,18 @@
 //! What a container prints.
 
-use anyhow::{Result, ensure};
-use kuasar_tests::ContainerSpec;
-use kuasar_tests::cri::logs::{self, Line};
+use std::fs;
+use std::time::Duration;
 
-use crate::suite::{Case, Entry, cases, eventually};
+use anyhow::{Context as _, Result, ensure};
+use kuasar_tests::cri::SOON;
+use kuasar_tests::cri::k8s_cri::v1::ContainerState;
+use kuasar_tests::cri::logs::{self, Line};
+use kuasar_tests::{ContainerSpec, wait};
+
+use crate::suite::{Case, Entry, Lone, cases, eventually};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![Stdio Shared:
+    let mut cases = cases![Stdio Shared:
         many_lines_are_all_there_in_order,
         both_streams_are_apart,
         long_lines_and_odd_bytes,
@@ -16,7 +21,9 @@ pub(crate) fn cases() -> Vec<Entry> {
         a_rotated_log_goes_on_in_a_new_file,
         no_log_is_asked_for,
         a_terminal_is_logged_too,
-    ]
+    ];
+    cases.extend(cases![Ours Alone: output_of_what_ends_while_containerd_is_away]);
+    cases
 }
 
 fn texts(lines: &[Line], is_stderr: bool) -> Vec<&str> {
@@ -121,4 +128,56 @@ async fn a_terminal_is_logged_too(case: &Case) -> Result<()> {
     let out: Vec<&str> = texts(&lines, false).into_iter().map(|text| text.trim_end_matches('\r')).collect();
     assert_eq!(out[..2], ["/dev/pts/0", "to stderr"]);
     assert_counts_up(&out[2..], 5000)
+}
+
+async fn output_of_what_ends_while_containerd_is_away(lone: &Lone) -> Result<()> {
+    // What a pipe holds at most, and longer than anything waits for a reader that may be slow.
+    const LINES: usize = 10_000;
+    const AWAY: Duration = Duration::from_secs(14);
+    let mut node = lone.node().await?;
+    let before = lone.baseline(&node).await?;
+    let flags = node.dir().join("run/flags");
+    fs::create_dir(&flags)?;
+    let pod = node.run_pod(lone.pod()).await?;
+    for (name, worker_dies) in [("ending", false), ("ending-twice", true)] {
+        let script = |lines: usize| {
+            let print = format!("seq 1 {lines}; seq 1 {lines} >&2");
+            format!("until test -e /flags/{name}; do sleep 0.05; done; {print}; touch /flags/$0-{name}; exit 3")
+        };
+        let command =
+            |kind: &str, lines| ContainerSpec::new(&format!("{name}-{kind}")).command(&["sh", "-c", &script(lines), kind]);
+        let plain = pod.run(command("plain", LINES).mount(&flags, "/flags", false)).await?;
+        let terminal = pod.run(command("terminal", 1000).tty().mount(&flags, "/flags", false)).await?;
+        node.containerd.stop()?;
+        fs::write(flags.join(name), "")?;
+        for kind in ["plain", "terminal"] {
+            let done = flags.join(format!("{kind}-{name}"));
+            wait::until(&format!("{}", done.display()), SOON, || async { Ok(done.exists().then_some(())) }).await?;
+        }
+        // How long is what this is about.
+        tokio::time::sleep(AWAY / 2).await;
+        if worker_dies {
+            let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
+            let killed = kuasard.kill_worker().await?;
+            kuasard.wait_serving(killed).await?;
+        }
+        tokio::time::sleep(AWAY / 2).await;
+        node.containerd.start().await?;
+        for container in [&plain, &terminal] {
+            let exited = container.wait_exit().await?;
+            assert_eq!((exited.state(), exited.exit_code), (ContainerState::ContainerExited, 3));
+        }
+        let lines = plain.logs()?;
+        for is_stderr in [false, true] {
+            assert_counts_up(&texts(&lines, is_stderr), LINES).with_context(|| format!("{name}, stderr: {is_stderr}"))?;
+        }
+        let lines = terminal.logs()?;
+        ensure!(lines.len() == 2000, "{name}: {} lines of the terminal's 2000", lines.len());
+        plain.remove().await?;
+        terminal.remove().await?;
+    }
+    pod.remove_all().await?;
+    fs::remove_dir_all(&flags)?;
+    node.assert_no_leak(&before).await?;
+    node.stop().await
 }
