@@ -153,12 +153,14 @@ pub(crate) enum Promise {
     Succeeds,
     /// What failed works when it is tried again.
     Recovers,
+    /// Calls of pods beside a hung volume are as fast as ever.
+    Undisturbed,
     /// Nothing is left in the end.
     Clean,
 }
 
 impl Promise {
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Runs,
         Self::Reported,
         Self::Lines,
@@ -169,6 +171,7 @@ impl Promise {
         Self::Answered,
         Self::Succeeds,
         Self::Recovers,
+        Self::Undisturbed,
         Self::Clean,
     ];
 
@@ -185,6 +188,7 @@ impl Promise {
             Self::Answered => "calls hung",
             Self::Succeeds => "calls failed without cause",
             Self::Recovers => "calls that never succeeded",
+            Self::Undisturbed => "calls slowed down by others' hung volumes",
             Self::Clean => "things left behind",
         }
     }

@@ -6,13 +6,15 @@
 //!         └─ saboteur   kill -9, SIGSTOP, disk full, no descriptors      ┘   (broken promises)
 //! ```
 //!
-//! In four parts: the *storm* disturbs everything; *serving* kills only the worker, with many pods, for the time until it serves
-//! again; *upgrades* replaces the daemon, of which no call may fail; *keeper* kills the whole daemon together with containerd. Then all is removed, and nothing may be left.
+//! In five parts: the *storm* disturbs everything; *serving* kills only the worker, with many pods, for the time until it serves
+//! again; *upgrades* replaces the daemon, of which no call may fail; *hung* has volumes that do not answer, which other pods must not
+//! notice; *keeper* kills the whole daemon together with containerd. Then all is removed, and nothing may be left.
 //!
 //! Invariants: every call has a deadline; a call that fails is excused by a disturbance that it saw, or breaks a promise
 //! ([`ledger`]); one disturbance begins when the one before is over; a seed gives the same disturbances in the same order,
 //! though not at the same step of what they meet.
 
+mod hung;
 mod ledger;
 mod load;
 mod plan;
@@ -186,6 +188,12 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
             saboteur.upgrade_sometime().await?;
         }
         finish(&world, &mut load).await?;
+    }
+
+    if arguments.wants(Part::Hung) {
+        step(&mut screen, &world, "letting volumes hang")?;
+        world.ledger.quiet().await;
+        hung::disturb(&world, &node.dir().join("run/hung")).await?;
     }
 
     // From here on nobody looks beside.
