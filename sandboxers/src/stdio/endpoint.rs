@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// One stdio field, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Endpoint {
-    /// Nowhere: `/dev/null`.
+    /// Nowhere: a null device.
     None,
     /// A FIFO that containerd made.
     Fifo(PathBuf),

@@ -18,6 +18,7 @@ mod endpoint;
 mod fifo;
 mod hub;
 mod logger;
+mod null;
 mod process;
 mod unread;
 
@@ -28,6 +29,7 @@ pub(crate) use endpoint::{Endpoint, Endpoints};
 pub(crate) use fifo::Fifo;
 pub use hub::{Chunk, StreamEnd, StreamHub};
 pub(crate) use logger::Logger;
+pub use null::null_device;
 pub use process::{ChildFds, ProcessIo};
 pub(crate) use process::{Streams, open_log, open_log_now, own};
 pub(crate) use unread::until_empty;

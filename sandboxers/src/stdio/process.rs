@@ -1,7 +1,7 @@
 //! Stdio of a process without a terminal.
 
 use std::{
-    fs::{DirBuilder, File, OpenOptions},
+    fs::{DirBuilder, OpenOptions},
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, warn};
 
-use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub, unread::OutputFifo};
+use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub, null_device, unread::OutputFifo};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
@@ -82,7 +82,7 @@ impl ProcessIo {
                 (own(reader, context)?, Some((keeper, held)))
             }
             Endpoint::Stream(id) => (own(streams.open_input(id, context)?, context)?, None),
-            _ => (null()?, None),
+            _ => (null_device()?, None),
         };
         let mut outputs = Vec::new();
         let mut logger = None;
@@ -257,7 +257,7 @@ async fn open_output(
     context: &IoContext,
 ) -> Result<OwnedFd> {
     match end {
-        Endpoint::None | Endpoint::Program(_) => null(),
+        Endpoint::None | Endpoint::Program(_) => null_device(),
         Endpoint::Fifo(path) => {
             let found = Fifo::find(field, path)?;
             let fifo = own(found.both()?, context)?;
@@ -268,11 +268,6 @@ async fn open_output(
         Endpoint::File(path) => open_log(path, context).await,
         Endpoint::Stream(id) => own(streams.open_output(field, id, context)?, context),
     }
-}
-
-fn null() -> Result<OwnedFd> {
-    let null = File::options().read(true).write(true).open("/dev/null").map_err(Error::io("open", "/dev/null"))?;
-    Ok(null.into())
 }
 
 /// A log file, made with its directory where missing, as containerd's own shim does. It may be anywhere.
