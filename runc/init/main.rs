@@ -7,6 +7,7 @@
 //!
 //! | argument | meaning |
 //! |---|---|
+//! | `run=PROGRAM` | become that program: with `nofile=SOFT:HARD` and `oom=N`, and its arguments after `--` (see `run.rs`) |
 //! | `empty-root=DIR` | alone: make a mount namespace with nothing in it, print a line, and wait until standard input is closed |
 //! | `oom=N` | OOM score adjustment, as far as the kernel lets us |
 //! | `root=PATH` | mount namespace to join (the one that `empty-root` made) |
@@ -33,6 +34,7 @@
 #![no_builtins]
 
 mod reaper;
+mod run;
 mod sys;
 
 use sys::{Fd, Pid, cstr, fail, kernel};
@@ -55,7 +57,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 #[derive(Clone, Copy)]
 struct Arguments {
     count: usize,
-    first: *const *const u8,
+    first: *mut *const u8,
 }
 
 impl Arguments {
@@ -73,27 +75,55 @@ impl Arguments {
     }
 
     fn number(self, key: &'static [u8]) -> usize {
-        self.one(key).map_or(0, |digits| {
-            digits.iter().fold(0usize, |sum, digit| sum.wrapping_mul(10).wrapping_add(usize::from(digit.wrapping_sub(b'0'))))
-        })
+        self.one(key).map_or(0, decimal)
+    }
+
+    /// Becomes `program`, one of the arguments' values: its arguments are those after `--`, its environment is ours. Returns the errno
+    /// when that fails.
+    fn exec(self, program: &'static [u8]) -> i32 {
+        // SAFETY: as in `all`.
+        let Some(end) = (1..self.count).find(|index| unsafe { cstr(*self.first.add(*index)) } == b"--") else {
+            return kernel::EINVAL;
+        };
+        // SAFETY: the kernel has laid the pointers in writable memory of this process's stack, each list with a null at its end, the
+        // environment's after the arguments'. `program` ends with NUL, as it is the end of an argument.
+        unsafe {
+            *self.first.add(end) = program.as_ptr();
+            sys::exec(program.as_ptr(), self.first.add(end), self.first.add(self.count + 1))
+        }
+    }
+}
+
+/// Reads a number.
+fn decimal(digits: &[u8]) -> usize {
+    digits.iter().fold(0usize, |sum, digit| sum.wrapping_mul(10).wrapping_add(usize::from(digit.wrapping_sub(b'0'))))
+}
+
+/// Lowering it takes CAP_SYS_RESOURCE, which a daemon in a container may lack; the pod runs as well without.
+fn adjust_oom_score(adjustment: &[u8]) {
+    if let Ok(file) = sys::open(b"/proc/self/oom_score_adj", kernel::O_WRONLY) {
+        let _ = sys::write(file, adjustment);
+        sys::close(file);
     }
 }
 
 /// # Safety
 /// `stack` is the stack pointer at process entry: argc, then argv.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn start_from_stack(stack: *const usize) -> ! {
+unsafe extern "C" fn start_from_stack(stack: *mut usize) -> ! {
     // SAFETY: as the caller promises; this is the System V ABI of process start on both architectures.
     let arguments = unsafe { Arguments { count: *stack, first: stack.add(1).cast() } };
+    if let Some(program) = arguments.one(b"run") {
+        run::run(program, arguments);
+    }
     if let Some(directory) = arguments.one(b"empty-root") {
         empty_root(directory);
     }
+    // As for programs, so for process 1 of a pod.
+    sys::default_signals();
+    sys::default_scheduling();
     if let Some(adjustment) = arguments.one(b"oom") {
-        // Lowering it takes CAP_SYS_RESOURCE, which a daemon in a container may lack; the pod runs as well without.
-        if let Ok(file) = sys::open(b"/proc/self/oom_score_adj", kernel::O_WRONLY) {
-            let _ = sys::write(file, adjustment);
-            sys::close(file);
-        }
+        adjust_oom_score(adjustment);
     }
     if arguments.one(b"userns").is_some() || arguments.one(b"uidmap").is_some() {
         with_user_namespace(arguments)

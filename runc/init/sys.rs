@@ -37,6 +37,14 @@ pub(crate) mod kernel {
         pub(crate) const NR_UNSHARE: usize = 272;
         pub(crate) const NR_PIPE2: usize = 293;
         pub(crate) const NR_SETNS: usize = 308;
+        pub(crate) const NR_EXECVE: usize = 59;
+        pub(crate) const NR_UMASK: usize = 95;
+        pub(crate) const NR_PERSONALITY: usize = 135;
+        pub(crate) const NR_SETPRIORITY: usize = 141;
+        pub(crate) const NR_SCHED_SETSCHEDULER: usize = 144;
+        pub(crate) const NR_SCHED_SETAFFINITY: usize = 203;
+        pub(crate) const NR_IOPRIO_SET: usize = 251;
+        pub(crate) const NR_PRLIMIT64: usize = 302;
         pub(crate) const O_DIRECTORY: usize = 0o200_000;
         pub(crate) const AUDIT_ARCH: u32 = 0xC000_003E;
     }
@@ -68,12 +76,21 @@ pub(crate) mod kernel {
         pub(crate) const NR_UNSHARE: usize = 97;
         pub(crate) const NR_PIPE2: usize = 59;
         pub(crate) const NR_SETNS: usize = 268;
+        pub(crate) const NR_EXECVE: usize = 221;
+        pub(crate) const NR_UMASK: usize = 166;
+        pub(crate) const NR_PERSONALITY: usize = 92;
+        pub(crate) const NR_SETPRIORITY: usize = 140;
+        pub(crate) const NR_SCHED_SETSCHEDULER: usize = 119;
+        pub(crate) const NR_SCHED_SETAFFINITY: usize = 122;
+        pub(crate) const NR_IOPRIO_SET: usize = 30;
+        pub(crate) const NR_PRLIMIT64: usize = 261;
         pub(crate) const O_DIRECTORY: usize = 0o40_000;
         pub(crate) const AUDIT_ARCH: u32 = 0xC000_00B7;
     }
     pub(crate) use numbers::*;
 
     pub(crate) const NR_CLOSE_RANGE: usize = 436;
+    pub(crate) const ENOENT: i32 = 2;
     pub(crate) const EINTR: i32 = 4;
     pub(crate) const EINVAL: i32 = 22;
     pub(crate) const O_RDONLY: usize = 0;
@@ -82,7 +99,11 @@ pub(crate) mod kernel {
     pub(crate) const O_CLOEXEC: usize = 0o2_000_000;
     pub(crate) const O_PATH: usize = 0o10_000_000;
     pub(crate) const SIGINT: usize = 2;
+    pub(crate) const SIGKILL: usize = 9;
     pub(crate) const SIGTERM: usize = 15;
+    pub(crate) const SIGSTOP: usize = 19;
+    pub(crate) const SIGNALS: usize = 64;
+    pub(crate) const RLIMIT_NOFILE: usize = 7;
     pub(crate) const SIGCHLD: usize = 17;
     pub(crate) const CLONE_NEWNS: usize = 0x0002_0000;
     pub(crate) const CLONE_NEWUSER: usize = 0x1000_0000;
@@ -271,8 +292,12 @@ pub(crate) fn close(fd: Fd) {
 }
 
 pub(crate) fn close_all() {
-    // SAFETY: no descriptor is used again.
-    let _ = unsafe { call(NR_CLOSE_RANGE, [0, u32::MAX as usize, 0, 0, 0]) };
+    close_from(0);
+}
+
+pub(crate) fn close_from(first: Fd) {
+    // SAFETY: no such descriptor is used again.
+    let _ = unsafe { call(NR_CLOSE_RANGE, [first, u32::MAX as usize, 0, 0, 0]) };
 }
 
 pub(crate) fn write(fd: Fd, bytes: &[u8]) -> Result<usize, i32> {
@@ -387,19 +412,77 @@ struct SignalAction {
     mask: u64,
 }
 
+const SIG_DFL: usize = 0;
+const SIG_IGN: usize = 1;
+
 pub(crate) fn ignore(signal: usize) {
-    const SIG_IGN: usize = 1;
+    set_handler(signal, SIG_IGN);
+}
+
+/// No signal is ignored or blocked. The C library's posix_spawn(3) leaves two of its own ignored, which sigaction(2) of a C library
+/// cannot mend.
+pub(crate) fn default_signals() {
+    for signal in (1..=SIGNALS).filter(|signal| ![SIGKILL, SIGSTOP].contains(signal)) {
+        set_handler(signal, SIG_DFL);
+    }
+    mask_signals(0);
+}
+
+fn set_handler(signal: usize, handler: usize) {
     // aarch64 has no restorer: there the mask comes third, and is zero as well.
-    let action = SignalAction { handler: SIG_IGN, flags: 0, restorer: 0, mask: 0 };
+    let action = SignalAction { handler, flags: 0, restorer: 0, mask: 0 };
     // SAFETY: the kernel reads `action`, whose mask has eight bytes.
     let _ = unsafe { call(NR_RT_SIGACTION, [signal, &raw const action as usize, 0, 8, 0]) };
 }
 
 pub(crate) fn block_all_signals() {
+    mask_signals(u64::MAX);
+}
+
+fn mask_signals(set: u64) {
     const SIG_SETMASK: usize = 2;
-    let all = u64::MAX;
-    // SAFETY: the kernel reads eight bytes from `all`.
-    let _ = unsafe { call(NR_RT_SIGPROCMASK, [SIG_SETMASK, &raw const all as usize, 0, 8, 0]) };
+    // SAFETY: the kernel reads eight bytes from `set`.
+    let _ = unsafe { call(NR_RT_SIGPROCMASK, [SIG_SETMASK, &raw const set as usize, 0, 8, 0]) };
+}
+
+pub(crate) fn umask(mask: usize) {
+    // SAFETY: no memory is involved, and it cannot fail.
+    let _ = unsafe { call(NR_UMASK, [mask, 0, 0, 0, 0]) };
+}
+
+/// All processors that the control group allows, the default policy, nice value and I/O priority, and Linux's own personality. What a
+/// daemon in a container may not change stays.
+pub(crate) fn default_scheduling() {
+    const IOPRIO_WHO_PROCESS: usize = 1;
+    let every = [u8::MAX; 1024];
+    let priority = 0i32;
+    // SAFETY: the kernel reads `every`, whose size is given, and `priority`; the other arguments are numbers.
+    unsafe {
+        let _ = call(NR_SCHED_SETAFFINITY, [0, every.len(), every.as_ptr() as usize, 0, 0]);
+        let _ = call(NR_SCHED_SETSCHEDULER, [0, 0, &raw const priority as usize, 0, 0]);
+        let _ = call(NR_SETPRIORITY, [0; 5]);
+        let _ = call(NR_IOPRIO_SET, [IOPRIO_WHO_PROCESS, 0, 0, 0, 0]);
+        let _ = call(NR_PERSONALITY, [0; 5]);
+    }
+}
+
+pub(crate) fn limit_open_files(soft: usize, hard: usize) -> Result<usize, i32> {
+    let limits = [soft as u64, hard as u64];
+    // SAFETY: the kernel reads two words from `limits`, and writes nothing.
+    unsafe { call(NR_PRLIMIT64, [0, RLIMIT_NOFILE, limits.as_ptr() as usize, 0, 0]) }
+}
+
+/// Becomes another program; returns the errno when that fails.
+///
+/// # Safety
+/// `path` ends with NUL, and both lists with a null pointer, of strings that end with NUL.
+pub(crate) unsafe fn exec(path: *const u8, arguments: *const *const u8, environment: *const *const u8) -> i32 {
+    // SAFETY: as the caller promises.
+    match unsafe { call(NR_EXECVE, [path as usize, arguments as usize, environment as usize, 0, 0]) } {
+        Err(errno) => errno,
+        // It does not return.
+        Ok(_) => 0,
+    }
 }
 
 /// Waits for one of the (blocked) signals in the set.

@@ -189,7 +189,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("write the bundle");
     let config = bundle.join("config.json");
     fs::write(&config, oci.as_value().to_string()).map_err(Error::io("write", &config))?;
-    let born = give_birth(&pod, &driver, &id, &bundle, &stdio, undo).await?;
+    let born = give_birth(&pod, &driver, &id, &bundle, &stdio, &oci, undo).await?;
     let cgroup = match Cgroup::of_process(born.process.identity().pid) {
         Ok(cgroup) => Some(cgroup),
         Err(error) => {
@@ -229,6 +229,7 @@ async fn give_birth(
     id: &ContainerId,
     bundle: &Path,
     stdio: &Stdio,
+    oci: &OciSpec,
     undo: &mut Undo,
 ) -> Result<Born> {
     stages::enter("open its input and output");
@@ -243,6 +244,8 @@ async fn give_birth(
         console: io.console(),
         no_pivot: options.no_pivot_root,
         no_new_keyring: options.no_new_keyring,
+        // As without a daemon that is spared.
+        oom_score: oci.as_value()["process"]["oomScoreAdj"].is_null().then_some(0),
     };
     let (taken_back, named) = (driver.clone(), id.clone());
     undo.push("remove what the OCI runtime made", async move {

@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -22,14 +22,23 @@ static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kuasar-init"));
 /// It works for less than a millisecond; a node that swaps may need longer.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// The program, and the mount namespace without a file that process 1 of pods lives in. Clones share both; every process that runs it
-/// shares the pages of one file in memory.
+/// The program in memory; every process that runs it shares the pages.
+pub(crate) fn image() -> Result<&'static MemoryFile> {
+    static FILE: OnceLock<MemoryFile> = OnceLock::new();
+    if let Some(image) = FILE.get() {
+        return Ok(image);
+    }
+    let image = MemoryFile::executable("kuasar-init", IMAGE)?;
+    // Another thread may have been as fast; its own will do.
+    Ok(FILE.get_or_init(|| image))
+}
+
+/// The program, and the mount namespace without a file that process 1 of pods lives in. Clones share both.
 #[derive(Clone, Debug)]
 pub(crate) struct InitProgram(Arc<Loaded>);
 
 #[derive(Debug)]
 struct Loaded {
-    image: MemoryFile,
     empty_root: File,
     reaper: Reaper,
 }
@@ -37,11 +46,10 @@ struct Loaded {
 impl InitProgram {
     /// Puts it into memory. `scratch` is a directory to mount on, inside the new mount namespace only.
     pub(crate) async fn load(scratch: &Path, reaper: Reaper) -> Result<Self> {
-        let image = MemoryFile::executable("kuasar-init", IMAGE)?;
         fs::DirBuilder::new().recursive(true).mode(0o711).create(scratch).map_err(Error::io("create", scratch))?;
         let mut argument = OsString::from("empty-root=");
         argument.push(scratch);
-        let mut command = command(&image);
+        let mut command = command()?;
         command.arg(argument).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = reaper.spawn(&mut command)?;
         let (Some(mut stdin), Some(stdout), Some(stderr)) = (child.stdin, child.stdout, child.stderr) else {
@@ -69,7 +77,7 @@ impl InitProgram {
         let empty_root = ready.map_err(|_| too_slow())??;
         told.map_err(Error::failed("end kuasar-init"))?;
         timeout(LIMIT, child.exit).await.map_err(|_| too_slow())?;
-        Ok(Self(Arc::new(Loaded { image, empty_root, reaper })))
+        Ok(Self(Arc::new(Loaded { empty_root, reaper })))
     }
 
     /// Where the empty mount namespace can be opened.
@@ -80,7 +88,7 @@ impl InitProgram {
 
     /// Runs it; returns what it printed, which is a pid or 0.
     pub(crate) async fn run(&self, arguments: &[OsString]) -> Result<u32> {
-        let said = listen(&self.0.reaper, command(&self.0.image).args(arguments), LIMIT).await?;
+        let said = listen(&self.0.reaper, command()?.args(arguments), LIMIT).await?;
         if said.status != 0 {
             return Err(failure(said.stderr.as_bytes()));
         }
@@ -88,11 +96,11 @@ impl InitProgram {
     }
 }
 
-fn command(image: &MemoryFile) -> Command {
+fn command() -> Result<Command> {
     use std::os::unix::process::CommandExt;
-    let mut command = Command::new(image.path());
+    let mut command = Command::new(image()?.path());
     command.arg0("kuasar-init").env_clear();
-    command
+    Ok(command)
 }
 
 /// Turns `what TAB errno` into an error.

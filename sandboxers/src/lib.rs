@@ -38,6 +38,7 @@ pub mod id;
 pub mod inside;
 mod lane;
 pub mod lifecycle;
+pub mod limits;
 mod measure;
 pub mod mount;
 pub mod netlink;

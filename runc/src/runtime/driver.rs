@@ -16,16 +16,13 @@ use kuasar_sandboxers::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{CallFile, MemoryFile, Runtime, memory};
+use super::{CallFile, MemoryFile, Runtime, launch, memory};
 
 /// How much of a runtime's own words is passed on, in bytes.
 const MESSAGE_LIMIT: u64 = 4096;
 
 /// The longest that an update of resources may take: containerd holds a lock meanwhile that a stop of the container waits for.
 const UPDATE_LIMIT: Duration = Duration::from_secs(10);
-
-/// Variables that mean something to a runtime and are meant for this daemon: crun and runc take them for the container's.
-const NOT_OURS: [&str; 4] = ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
 /// An OCI runtime together with where it keeps what it knows of the containers of one sandbox.
 #[derive(Clone, Debug)]
@@ -54,6 +51,8 @@ pub(crate) struct Create<'a> {
     pub(crate) console: Option<PathBuf>,
     pub(crate) no_pivot: bool,
     pub(crate) no_new_keyring: bool,
+    /// The adjustment of its OOM score, where the runtime is not told one.
+    pub(crate) oom_score: Option<i64>,
 }
 
 /// How to add a process to a container.
@@ -90,7 +89,7 @@ impl Driver {
 
     /// Creates a container; its first process gets `io` (`None` with a terminal) and waits to be started.
     pub(crate) async fn create(&self, create: Create<'_>, io: Option<ChildFds>) -> Result<()> {
-        let mut command = Command::new(self.runtime.program());
+        let mut command = launch::command(self.runtime.program(), create.oom_score)?;
         let log = self.globals(&mut command)?;
         command.arg("create").arg("--bundle").arg(create.bundle).arg("--pid-file").arg(create.pid_file);
         if let Some(console) = create.console {
@@ -118,7 +117,8 @@ impl Driver {
     /// Adds a process to a running container.
     pub(crate) async fn exec(&self, exec: Exec<'_>, io: Option<ChildFds>) -> Result<()> {
         let document = self.file(exec.process.to_string().as_bytes())?;
-        let mut command = Command::new(self.runtime.program());
+        // runc sets it itself; crun leaves added processes with its own.
+        let mut command = launch::command(self.runtime.program(), exec.process["oomScoreAdj"].as_i64().or(Some(0)))?;
         let log = self.globals(&mut command)?;
         command.args(["exec", "--detach", "--process"]).arg(document.path()).arg("--pid-file").arg(exec.pid_file);
         if let Some(console) = exec.console {
@@ -148,7 +148,7 @@ impl Driver {
     /// Applies an OCI `linux.resources` object.
     pub(crate) async fn update(&self, id: &str, resources: &Value) -> Result<()> {
         let document = self.file(resources.to_string().as_bytes())?;
-        let mut command = Command::new(self.runtime.program());
+        let mut command = launch::command(self.runtime.program(), None)?;
         let log = self.globals(&mut command)?;
         command.args(["update", "--resources"]).arg(document.path()).arg(id);
         let driver = Self { limit: self.limit.min(UPDATE_LIMIT), ..self.clone() };
@@ -157,7 +157,7 @@ impl Driver {
 
     /// Asks what the runtime knows of a container; `None` where it knows no such container.
     pub(crate) async fn state(&self, id: &str) -> Result<Option<State>> {
-        let mut command = Command::new(self.runtime.program());
+        let mut command = launch::command(self.runtime.program(), None)?;
         let _log = self.globals(&mut command)?;
         let said = memory::listen(&self.reaper, command.args(["state", id]), self.limit).await?;
         if said.status != 0 {
@@ -169,7 +169,7 @@ impl Driver {
     }
 
     async fn simple(&self, operation: &str, arguments: &[&str]) -> Result<()> {
-        let mut command = Command::new(self.runtime.program());
+        let mut command = launch::command(self.runtime.program(), None)?;
         let log = self.globals(&mut command)?;
         command.args(arguments);
         self.call(operation, command, log, None).await
@@ -185,9 +185,6 @@ impl Driver {
         command.arg("--root").arg(&self.root).arg("--log").arg(log.path()).args(["--log-format", "json"]);
         if self.systemd {
             command.arg("--systemd-cgroup");
-        }
-        for name in NOT_OURS {
-            command.env_remove(name);
         }
         Ok(log)
     }
@@ -217,6 +214,11 @@ impl Driver {
             && let Some(said) = &said
         {
             message = Some(said.tail(MESSAGE_LIMIT)?.trim().to_owned()).filter(|said| !said.is_empty());
+        }
+        if message.is_none()
+            && let Some(error) = launch::not_started(self.runtime.program(), status)
+        {
+            return Err(error);
         }
         Err(Error::Backend {
             program: self.runtime.program().display().to_string(),

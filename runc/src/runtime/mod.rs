@@ -6,6 +6,7 @@
 
 pub(crate) mod console;
 mod driver;
+mod launch;
 mod memory;
 mod probe;
 

@@ -9,7 +9,6 @@ use std::{
         unix::fs::{MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
-    process::Command,
     sync::Arc,
     time::Duration,
 };
@@ -23,7 +22,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::debug;
 
-use super::memory::{MemoryFile, listen};
+use super::{
+    launch,
+    memory::{MemoryFile, listen},
+};
 use crate::config::{RuntimeChoice, RuntimeName};
 
 /// How long a runtime may take to say its version.
@@ -212,7 +214,11 @@ impl Runtime {
     /// # Errors
     /// [`Error::Unavailable`] when it is missing, too old, or no OCI runtime.
     pub async fn probe(program: &Path, reaper: &Reaper) -> Result<Self> {
-        let said = match listen(reaper, Command::new(program).arg("--version"), PROBE_LIMIT).await {
+        let asked = async |question| {
+            let said = listen(reaper, launch::command(program, None)?.arg(question), PROBE_LIMIT).await?;
+            launch::not_started(program, said.status).map_or(Ok(said), Err)
+        };
+        let said = match asked("--version").await {
             Ok(said) => said,
             Err(error) => {
                 let path = program.display();
@@ -225,7 +231,7 @@ impl Runtime {
         if said.status != 0 {
             return Err(no_runtime(program, said.status, &said.stdout));
         }
-        let features = listen(reaper, Command::new(program).arg("features"), PROBE_LIMIT).await?;
+        let features = asked("features").await?;
         let features = if features.status == 0 { features.stdout } else { String::new() };
         Self::told(program, &said.stdout, &features)
     }

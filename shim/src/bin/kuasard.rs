@@ -16,7 +16,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use kuasar_sandboxers::{event::EventSink, format, offload, reaper::Reaper, registry::Registry, stdio::StreamHub, store::Store};
+use kuasar_sandboxers::{
+    event::EventSink, format, limits, offload, reaper::Reaper, registry::Registry, stdio::StreamHub, store::Store,
+};
 use kuasar_shim::{
     backends,
     config::{Config, LogLevel},
@@ -29,6 +31,7 @@ use kuasar_shim::{
     sys,
     upgrade::Upgrades,
 };
+use nix::sys::stat::{Mode, umask};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::{
     runtime::{Builder, Runtime},
@@ -82,6 +85,8 @@ fn main() -> ExitCode {
         return ended;
     }
     let args = Args::parse();
+    // Modes are those that are asked for, whoever started this.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let ended = match worker::is_worker() {
         false => keep().context("the keeper cannot go on"),
         true => {
@@ -99,6 +104,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<ExitCode> {
+    limits::raise_open_files().context("cannot raise the limit of open files")?;
     let inherited = worker::inherit().context("cannot take over from the keeper")?;
     let keeper = inherited.keeper.clone();
     let served = work(args, inherited);

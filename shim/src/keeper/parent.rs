@@ -13,7 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::reaper::{Ended, continue_stopped, reap};
+use kuasar_sandboxers::{
+    limits,
+    reaper::{Ended, continue_stopped, reap},
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
@@ -164,6 +167,8 @@ pub fn keep() -> io::Result<ExitCode> {
         Origin::First => None,
     };
     log::to_stderr();
+    // Descriptors of every container are parked here.
+    limits::raise_open_files()?;
     prctl::set_child_subreaper(true)?;
     let signals = signals::block()?;
     let mut keeper = match estate {
@@ -350,7 +355,8 @@ impl Keeper {
             None => Command::new("/proc/self/exe"),
         };
         sys::start_tuned(&mut command);
-        let child = command.arg0(name).args(args).env(VARIABLE, theirs.as_raw_fd().to_string()).spawn()?;
+        command.arg0(name).args(args).env(VARIABLE, theirs.as_raw_fd().to_string());
+        let child = limits::with_first_open_files(|| command.spawn())??;
         let parked = self.parked.keys().cloned().map(Message::Park);
         let told = parked.chain(self.exits.iter().copied().map(Message::Exit));
         let role = match upgrade {

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use kuasar_sandboxers::reaper::Ended;
+use kuasar_sandboxers::{limits, reaper::Ended};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
@@ -91,9 +91,9 @@ pub(super) fn replace(binary: &Path, estate: &Estate, descriptors: &[BorrowedFd<
         let mut command = Command::new(binary);
         command.arg0(name).args(args).env(VARIABLE, list.as_raw_fd().to_string());
         try_out(&mut command)?;
-        let error = command.env_remove(TRIAL).exec();
+        let error = limits::with_first_open_files(|| command.env_remove(TRIAL).exec());
         drop(inherited);
-        Err(error)
+        Err(error?)
     };
     match replace() {
         Ok(never) => never,
