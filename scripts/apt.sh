@@ -15,15 +15,16 @@ apt_log() {
     [ "$status" -eq 0 ] || { cat "$apt_state/log" >&2; return "$status"; }
 }
 
+# Whether nothing has changed since the last time: the usual case, and apt would take a second to say so.
+apt_current() {
+    [ -z "${UPDATE:-}" ] && [ -e "$apt_state/updated" ] && [ -e "$apt_state/apt.conf" ] &&
+        [ -z "$(find /etc/apt/sources.list /etc/apt/sources.list.d -newer "$apt_state/apt.conf" 2>/dev/null)" ]
+}
+
 apt_prepare() {
-    have apt-get && have dpkg-deb || fail "not a Debian system, so no packages of a kernel and of crun: set KUASAR_GUEST_KERNEL to a kernel \
-with everything built in and KUASAR_GUEST_CRUN to a static crun"
-    # Nothing has changed since the last time: the usual case, and apt would take a second to say so.
-    if [ -z "${UPDATE:-}" ] && [ -e "$apt_state/updated" ] && [ -e "$apt_state/apt.conf" ] &&
-        [ -z "$(find /etc/apt/sources.list /etc/apt/sources.list.d -newer "$apt_state/apt.conf" 2>/dev/null)" ]; then
-        return 0
-    fi
-    mkdir -p "$apt_state/lists/partial" "$apt_state/cache/archives/partial"
+    have apt-get && have dpkg-deb || fail "not a Debian system, so no packages of a kernel: set KUASAR_GUEST_KERNEL to a kernel \
+with everything built in"
+    ! apt_current || return 0
     local codename lines
     # shellcheck source=/dev/null
     codename=$(. /etc/os-release && printf %s "${VERSION_CODENAME:-}")
@@ -36,6 +37,13 @@ with everything built in and KUASAR_GUEST_CRUN to a static crun"
                 print "deb-src " options $1, $2, $3
             }' | sort -u)
     [ -n "$lines" ] || fail "apt knows no archive of $codename/main: see apt-get indextargets"
+    apt_with "$lines"
+}
+
+# Makes the state one that knows these lines of sources.list(5) and no others.
+apt_with() {
+    local lines=$1
+    mkdir -p "$apt_state/lists/partial" "$apt_state/cache/archives/partial"
     [ "$lines" = "$(cat "$apt_state/sources.list" 2>/dev/null)" ] || rm -f "$apt_state/updated"
     printf '%s\n' "$lines" >"$apt_state/sources.list"
     # Read after the machine's own configuration, so it has the last word. The caches, which some images switch off, make a look
@@ -102,14 +110,30 @@ ask_source_version() {
         sed -nE 's/.* [^ ]*_([^_ ]*)\.dsc .*/\1/p' | head -n 1
 }
 
-# Fetches a source package and unpacks it, patches applied: apt_source PACKAGE DIRECTORY
+# Fetches a source package and unpacks it, patches applied: apt_source PACKAGE DIRECTORY. Fails where the archive lacks a file of it.
 apt_source() {
-    local package=$1 to=$2
+    local package=$1 to=$2 status=0
     apt_scratch=$(mktemp -d "$cache/.apt-XXXXXX")
     chmod 777 "$apt_scratch"
-    (cd "$apt_scratch" && apt_log apt-get -c "$apt_state/apt.conf" source -q --only-source --download-only "$package") ||
-        fail "the source of $package could not be fetched: if the archive has a newer one by now, make guest UPDATE=1"
-    apt_log dpkg-source --no-check -x "$apt_scratch"/*.dsc "$to"
+    { (cd "$apt_scratch" && apt_log apt-get -c "$apt_state/apt.conf" source -q --only-source --download-only "$package") &&
+        apt_log dpkg-source --no-check -x "$apt_scratch"/*.dsc "$to"; } || status=1
     rm -rf "$apt_scratch"
     apt_scratch=
+    return "$status"
+}
+
+# The same without the distribution's patches, from the original alone, for archives that have only some of a package's files:
+# apt_original PACKAGE DIRECTORY. The checksum is that of the signed list.
+apt_original() {
+    local uri file sum status=0
+    read -r uri file sum < <(apt-get -c "$apt_state/apt.conf" source --print-uris --only-source -qq "$1" 2>/dev/null |
+        tr -d "'" | awk '$2 ~ /\.orig\.tar\.[a-z0-9]+$/ { print $1, $2, $4 }') || return 1
+    apt_scratch=$(mktemp -d "$cache/.apt-XXXXXX")
+    chmod 777 "$apt_scratch"
+    mkdir -p "$2"
+    { apt_log /usr/lib/apt/apt-helper -c "$apt_state/apt.conf" download-file "$uri" "$apt_scratch/$file" "$sum" &&
+        tar -C "$2" --strip-components=1 -xf "$apt_scratch/$file"; } || status=1
+    rm -rf "$apt_scratch"
+    apt_scratch=
+    return "$status"
 }

@@ -33,6 +33,13 @@ pub(crate) fn image() -> Result<&'static MemoryFile> {
     Ok(FILE.get_or_init(|| image))
 }
 
+/// Writes it as a program.
+pub(crate) fn write(path: &Path) -> Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let create = || fs::File::options().write(true).create_new(true).mode(0o755).open(path)?.write_all(IMAGE);
+    create().map_err(Error::io("write", path))
+}
+
 /// The program, and the mount namespace without a file that process 1 of pods lives in. Clones share both.
 #[derive(Clone, Debug)]
 pub(crate) struct InitProgram(Arc<Loaded>);

@@ -14,7 +14,6 @@ use async_trait::async_trait;
 use kuasar_sandboxers::{
     Error, Known, Leftover, Result, Sandbox, SandboxContext, Sandboxer,
     cgroup::{Cgroup, expect_move},
-    fdstore::{FdStore, Held},
     id::{Namespace, SandboxId},
     mount,
     process::Tracked,
@@ -43,8 +42,6 @@ const SCRATCH: &str = ".empty";
 #[derive(Debug)]
 pub struct RuncSandboxer {
     inner: Arc<Inner>,
-    /// What is remembered of the runtime for the next daemon.
-    _remembered: Option<Held>,
 }
 
 #[derive(Debug)]
@@ -60,13 +57,13 @@ struct Inner {
 }
 
 impl RuncSandboxer {
-    /// Finds the runtime that the configuration asks for, or the one that the daemon before this one has found.
+    /// Finds the runtime that the configuration asks for. One that is new to this node has to run a container.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when it is missing or too old.
-    pub async fn open(config: RuncConfig, reaper: Reaper, fds: &FdStore) -> Result<Self> {
-        let (runtime, remembered) = Runtime::find_again(&config.runtime, &reaper, fds).await?;
-        let opened = Self { _remembered: remembered, ..Self::new(config, runtime, reaper) };
+    pub async fn open(config: RuncConfig, reaper: Reaper) -> Result<Self> {
+        let runtime = Runtime::find_and_try(&config.runtime, &reaper, &config.root).await?;
+        let opened = Self::new(config, runtime, reaper);
         // Needed before anything is recovered, and it can go on beside what is done until then. Whoever needs it hears why it failed.
         let inner = opened.inner.clone();
         tokio::spawn(async move { inner.strays().await.is_ok() });
@@ -85,7 +82,7 @@ impl RuncSandboxer {
             strays: OnceCell::new(),
             pods: Mutex::default(),
         };
-        Self { inner: Arc::new(inner), _remembered: None }
+        Self { inner: Arc::new(inner) }
     }
 
     /// The OCI runtime in use.

@@ -6,7 +6,6 @@ use kuasar_runc::RuncSandboxer;
 use kuasar_sandboxers::{
     Error, Result, Sandboxer,
     deferred::{Deferred, Open},
-    fdstore::FdStore,
     reaper::Reaper,
 };
 use kuasar_vmm::VmmSandboxer;
@@ -33,12 +32,11 @@ pub async fn build(
     configs: BTreeMap<String, SandboxerConfig>,
     need: Need,
     reaper: &Reaper,
-    fds: &FdStore,
 ) -> Result<BTreeMap<String, Arc<dyn Sandboxer>>> {
     let mut sandboxers: BTreeMap<String, Arc<dyn Sandboxer>> = BTreeMap::new();
     let mut errors = Vec::new();
     for (name, config) in configs {
-        let (sandboxer, error) = Deferred::open(name.clone(), opener(config, reaper.clone(), fds.clone())).await;
+        let (sandboxer, error) = Deferred::open(name.clone(), opener(config, reaper.clone())).await;
         match error {
             None => info!(sandboxer = name, technique = sandboxer.capabilities().technique, "sandboxer ready"),
             Some(error) => errors.push(Error::failed(format!("set up sandboxer {name}"))(error)),
@@ -53,13 +51,13 @@ pub async fn build(
     if errors.len() > most { Err(errors.swap_remove(0)) } else { Ok(sandboxers) }
 }
 
-fn opener(config: SandboxerConfig, reaper: Reaper, fds: FdStore) -> Open {
+fn opener(config: SandboxerConfig, reaper: Reaper) -> Open {
     Box::new(move || {
-        let (config, reaper, fds) = (config.clone(), reaper.clone(), fds.clone());
+        let (config, reaper) = (config.clone(), reaper.clone());
         Box::pin(async move {
             Ok(match config {
                 SandboxerConfig::Runc(config) => {
-                    Arc::new(RuncSandboxer::open(config, reaper, &fds).await?) as Arc<dyn Sandboxer>
+                    Arc::new(RuncSandboxer::open(config, reaper).await?) as Arc<dyn Sandboxer>
                 }
                 SandboxerConfig::Vmm(config) => Arc::new(VmmSandboxer::open(*config, reaper).await?),
             })

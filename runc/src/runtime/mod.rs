@@ -9,6 +9,8 @@ mod driver;
 mod launch;
 mod memory;
 mod probe;
+mod record;
+mod trial;
 
 pub(crate) use driver::{Create, Driver, Exec};
 pub(crate) use memory::{CallFile, MemoryFile, listen, remove_call_files};

@@ -2,31 +2,22 @@
 
 use std::{
     env, fmt,
-    fs::File,
-    io::{self, Read, Seek, Write},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::{MetadataExt, PermissionsExt},
-    },
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use kuasar_sandboxers::{
-    Error, Result,
-    fdstore::{FdStore, Held},
-    reaper::Reaper,
-};
+use kuasar_sandboxers::{Error, Result, reaper::Reaper};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tracing::debug;
+use tracing::{error, warn};
 
-use super::{
-    launch,
-    memory::{MemoryFile, listen},
-};
+use super::{launch, memory::listen, record::Record, trial};
 use crate::config::{RuntimeChoice, RuntimeName};
+
+/// Name of the directory of a trial, which no containerd namespace can have.
+const TRIAL: &str = ".trial";
 
 /// How long a runtime may take to say its version.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
@@ -81,118 +72,66 @@ impl Kind {
 
 /// An OCI runtime that can be used. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Runtime(Arc<Facts>);
-
-/// What is remembered, as long as the program is the same file.
-#[derive(Serialize, Deserialize)]
-struct Memory<F> {
-    identity: [i64; 5],
-    facts: F,
+pub struct Runtime {
+    facts: Arc<Facts>,
+    /// Why a better one is not used.
+    instead: Option<Arc<str>>,
 }
 
-fn remembered(left: OwnedFd) -> Option<Facts> {
-    let mut file = File::from(left);
-    let mut text = String::new();
-    file.rewind().and_then(|()| file.read_to_string(&mut text)).ok()?;
-    let memory: Memory<Facts> = serde_json::from_str(&text).ok()?;
-    (identity(&memory.facts.program).ok()? == memory.identity).then_some(memory.facts)
-}
-
-/// What changes when a file is replaced or written.
-fn identity(program: &Path) -> io::Result<[i64; 5]> {
-    let file = program.metadata()?;
-    Ok([file.dev().cast_signed(), file.ino().cast_signed(), file.size().cast_signed(), file.mtime(), file.ctime_nsec()])
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Facts {
-    program: PathBuf,
+/// What is known of one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Facts {
+    pub(super) program: PathBuf,
     kind: Kind,
     name: String,
     version: Version,
     newest_spec: Option<Version>,
     features: Option<Value>,
+    /// Why containers do not run with it: what a trial has shown.
+    #[serde(default)]
+    unfit: Option<String>,
+}
+
+/// Looks for runtimes.
+struct Search<'a> {
+    reaper: &'a Reaper,
+    record: Record,
+    /// Where to write down what is found out, by trials too; without, nothing is tried.
+    root: Option<&'a Path>,
 }
 
 impl Runtime {
-    /// The runtime of that choice. `Auto` takes the fastest that hides nothing from containerd: a crun that knows `features` (else no
-    /// recursive read-only mounts and no user namespaces are offered), else runc, else an older crun. Never youki: processes that
-    /// it adds to a container run without the container's seccomp profile.
+    /// The runtime of that choice, as far as it tells by itself what it is. `Auto` takes the fastest that hides nothing from containerd: a
+    /// crun that knows `features` (else no recursive read-only mounts and no user namespaces are offered) and runs containers here, else
+    /// runc, else another crun. Never youki: processes that it adds to a container run without the container's seccomp profile.
     ///
     /// # Errors
     /// [`Error::Unavailable`] that says what was found, what is wanted, and what to do.
     pub async fn find(choice: &RuntimeChoice, reaper: &Reaper) -> Result<Self> {
-        match choice {
-            RuntimeChoice::Path(path) => Self::probe(path, reaper).await,
-            RuntimeChoice::Named(name) => Self::named(*name, reaper).await,
-            RuntimeChoice::Auto => {
-                let crun = Self::named(RuntimeName::Crun, reaper).await;
-                let crun = crun.and_then(|crun| match crun.obstacle() {
-                    None => Ok(crun),
-                    Some(why) => Err(unavailable(why)),
-                });
-                if let Ok(crun) = &crun
-                    && crun.features().is_some()
-                {
-                    return Ok(crun.clone());
-                }
-                match (Self::named(RuntimeName::Runc, reaper).await, crun) {
-                    (Ok(runc), _) => Ok(runc),
-                    (Err(_), Ok(crun)) => Ok(crun),
-                    (Err(runc), Err(crun)) => {
-                        let why = [runc, crun].map(|error| match error {
-                            Error::Unavailable { why, .. } => why,
-                            other => other.report(),
-                        });
-                        Err(unavailable(why.join("; ")))
-                    }
-                }
-            }
-        }
+        Search { reaper, record: Record::default(), root: None }.find(choice).await
     }
 
-    /// The same, or what a daemon before this one has left of it. To ask a runtime takes it tens of milliseconds, for which containerd would
-    /// wait.
+    /// The same, with what the daemon has found out whose sandboxer has the directory `root`.
     ///
     /// # Errors
     /// As [`Self::find`].
-    pub async fn find_again(choice: &RuntimeChoice, reaper: &Reaper, fds: &FdStore) -> Result<(Self, Option<Held>)> {
-        let name = format!("runtime/{choice:?}");
-        if let Some((left, held)) = fds.take(&name)
-            && let Some(facts) = left.into_iter().next().and_then(remembered)
-        {
-            return Ok((Self(Arc::new(facts)), Some(held)));
-        }
-        let found = Self::find(choice, reaper).await?;
-        // Without it the next one asks again.
-        let held =
-            found.remember(name, fds).inspect_err(|error| debug!(error = error.report(), "cannot remember a runtime")).ok();
-        Ok((found, held))
+    pub async fn find_as_known(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
+        Search { reaper, record: Record::read(root), root: None }.find(choice).await
     }
 
-    fn remember(&self, name: String, fds: &FdStore) -> Result<Held> {
-        let failed = || Error::failed("write down what a runtime is");
-        let file = MemoryFile::empty("runtime")?.descriptor()?;
-        let memory = Memory { identity: identity(&self.0.program).map_err(failed())?, facts: &*self.0 };
-        let bytes = serde_json::to_vec(&memory).map_err(Error::failed("write down what a runtime is"))?;
-        File::from(file.try_clone().map_err(failed())?).write_all(&bytes).map_err(failed())?;
-        fds.leave(name, &[file.as_fd()])
-    }
-
-    async fn named(name: RuntimeName, reaper: &Reaper) -> Result<Self> {
-        match env::var_os(name.variable()).filter(|path| !path.is_empty()) {
-            Some(path) => Self::probe(Path::new(&path), reaper).await,
-            None => match on_path(name.program()) {
-                Some(path) => Self::probe(&path, reaper).await,
-                None => Err(unavailable(format!(
-                    "{name} is missing: it is neither on PATH nor named by {variable}; install {name} {minimum} or newer, or set the \
-                     sandboxer's \"runtime\" to its path",
-                    name = name.program(),
-                    variable = name.variable(),
-                    minimum = Kind::Known(name).minimum(),
-                ))),
-            },
+    /// The same, as the daemon does it: one that is not known yet has to run a container, and what that shows is written down in `root`.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub async fn find_and_try(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
+        let found = Search { reaper, record: Record::read(root), root: Some(root) }.find(choice).await?;
+        if let Some(why) = found.obstacle() {
+            error!(runtime = %found, program = %found.program().display(), why, "containers will not run with this OCI runtime");
         }
+        if let Some(why) = found.instead() {
+            warn!(runtime = %found, program = %found.program().display(), why, "the best OCI runtime is not used");
+        }
+        Ok(found)
     }
 
     /// The runtime that containerd's runtime options name (`BinaryName`): a path, or a name on `PATH`.
@@ -253,47 +192,58 @@ impl Runtime {
             )));
         }
         let features = serde_json::from_str(features).ok().filter(|document: &Value| document["ociVersionMin"].is_string());
-        Ok(Self(Arc::new(Facts {
+        Ok(Self::known(Facts {
             program: program.to_owned(),
             kind: banner.kind,
             name: banner.name,
             version: banner.version,
             newest_spec: banner.spec,
             features,
-        })))
+            unfit: None,
+        }))
+    }
+
+    fn known(facts: Facts) -> Self {
+        Self { facts: Arc::new(facts), instead: None }
+    }
+
+    /// Why it is used and not a better one that is there, for `auto`.
+    #[must_use]
+    pub fn instead(&self) -> Option<&str> {
+        self.instead.as_deref()
     }
 
     /// The program.
     #[must_use]
     pub fn program(&self) -> &Path {
-        &self.0.program
+        &self.facts.program
     }
 
     /// Which one it is.
     #[must_use]
     pub fn kind(&self) -> Kind {
-        self.0.kind
+        self.facts.kind
     }
 
     /// Its version.
     #[must_use]
     pub fn version(&self) -> Version {
-        self.0.version
+        self.facts.version
     }
 
     /// Its `features` document (runtime-spec `features.md`), where it has one.
     #[must_use]
     pub fn features(&self) -> Option<&Value> {
-        self.0.features.as_ref()
+        self.facts.features.as_ref()
     }
 
-    /// Why it cannot run containers on this host, if it cannot. crun refuses the mixed form of control groups when some controllers
-    /// are left in the v2 tree.
+    /// Why it cannot run containers on this host, as far as that is known: by a trial, or because crun refuses the mixed form of control
+    /// groups when some controllers are left in the v2 tree.
     #[must_use]
     pub fn obstacle(&self) -> Option<String> {
         const CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
-        if self.0.kind != Kind::Known(RuntimeName::Crun) {
-            return None;
+        if self.facts.unfit.is_some() || self.kind() != Kind::Known(RuntimeName::Crun) {
+            return self.facts.unfit.clone();
         }
         let left = std::fs::read_to_string(CONTROLLERS).ok()?;
         let left = left.trim();
@@ -306,14 +256,87 @@ impl Runtime {
 
     /// Whether it refuses a spec that names a newer `ociVersion` than 1.0, as crun up to 1.8 does even if the content is fine.
     pub(crate) fn only_spec_1_0(&self) -> bool {
-        self.0.kind == Kind::Known(RuntimeName::Crun) && self.0.newest_spec.is_some_and(|spec| spec < Version(1, 1, 0))
+        self.facts.kind == Kind::Known(RuntimeName::Crun) && self.facts.newest_spec.is_some_and(|spec| spec < Version(1, 1, 0))
     }
 }
 
 impl fmt::Display for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.0.name, self.0.version)
+        write!(f, "{} {}", self.facts.name, self.facts.version)
     }
+}
+
+impl Search<'_> {
+    async fn find(mut self, choice: &RuntimeChoice) -> Result<Runtime> {
+        match choice {
+            RuntimeChoice::Path(path) => self.probe(path).await,
+            RuntimeChoice::Named(name) => self.named(*name).await,
+            RuntimeChoice::Auto => {
+                let crun = self.named(RuntimeName::Crun).await.and_then(|crun| match crun.obstacle() {
+                    None => Ok(crun),
+                    Some(why) => Err(unavailable(format!("{}: {why}", crun.program().display()))),
+                });
+                let why = match &crun {
+                    Ok(crun) if crun.features().is_some() => return Ok(crun.clone()),
+                    Ok(crun) => format!("{crun} at {} does not tell what it can do", crun.program().display()),
+                    Err(error) => reason(error),
+                };
+                match (self.named(RuntimeName::Runc).await, crun) {
+                    (Ok(runc), _) => Ok(Runtime { instead: Some(why.into()), ..runc }),
+                    (Err(_), Ok(crun)) => Ok(crun),
+                    (Err(runc), Err(_)) => Err(unavailable(format!("{}; {why}", reason(&runc)))),
+                }
+            }
+        }
+    }
+
+    async fn named(&mut self, name: RuntimeName) -> Result<Runtime> {
+        let named = env::var_os(name.variable()).filter(|path| !path.is_empty()).map(PathBuf::from);
+        match named.or_else(|| beside(name.program())).or_else(|| on_path(name.program())) {
+            Some(path) => self.probe(&path).await,
+            None => Err(unavailable(format!(
+                "{name} is missing: it is neither on PATH nor named by {variable}; install {name} {minimum} or newer, or set the \
+                 sandboxer's \"runtime\" to its path",
+                name = name.program(),
+                variable = name.variable(),
+                minimum = Kind::Known(name).minimum(),
+            ))),
+        }
+    }
+
+    async fn probe(&mut self, program: &Path) -> Result<Runtime> {
+        if let Some(facts) = self.record.get(program) {
+            return Ok(Runtime::known(facts));
+        }
+        let mut found = Runtime::probe(program, self.reaper).await?;
+        let Some(root) = self.root else { return Ok(found) };
+        // runc needs nothing that this daemon does not need, takes ten times as long, and is what there is when all else fails.
+        if found.kind() != Kind::Known(RuntimeName::Runc)
+            && let Err(error) = trial::run(&found, self.reaper, &root.join(TRIAL)).await
+        {
+            let facts = Facts { unfit: Some(format!("a trial container does not run: {}", error.report())), ..(*found.facts).clone() };
+            found = Runtime::known(facts);
+        }
+        // Without it the next daemon finds out again.
+        if let Err(error) = self.record.put(root, &found.facts) {
+            warn!(error = error.report(), "cannot write down what an OCI runtime can do");
+        }
+        Ok(found)
+    }
+}
+
+fn reason(error: &Error) -> String {
+    match error {
+        Error::Unavailable { why, .. } => why.clone(),
+        other => other.report(),
+    }
+}
+
+/// Where `make install` puts the crun that is built with this daemon: `libexec/kuasar` beside the directory of its programs.
+fn beside(program: &str) -> Option<PathBuf> {
+    let programs = env::current_exe().ok()?;
+    let path = programs.parent()?.parent()?.join("libexec/kuasar").join(program);
+    is_program(&path).then_some(path)
 }
 
 /// What `--version` prints: `runc version 1.3.5`, then lines `key: value`.
@@ -352,7 +375,11 @@ fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
     env::split_paths(&path)
         .map(|directory| directory.join(program))
-        .find(|candidate| candidate.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0))
+        .find(|candidate| is_program(candidate))
+}
+
+fn is_program(path: &Path) -> bool {
+    path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
 }
 
 #[cfg(test)]

@@ -203,7 +203,7 @@ async fn daemon(
         let build = async move {
             let reaper = Reaper::install_under(Keeper::pid()).map_err(report)?;
             exits.into_iter().for_each(|ended| reaper.hear(ended));
-            let sandboxers = backends::build(sandboxers, need, &reaper, &fds).await.map_err(report)?;
+            let sandboxers = backends::build(sandboxers, need, &reaper).await.map_err(report)?;
             let registry = Registry::new(&dir, sandboxers, sink, hub, reaper.clone(), fds).map_err(report)?;
             anyhow::Ok((registry, reaper))
         };

@@ -26,10 +26,17 @@ pub(super) async fn all(config: &Config, reaper: &Reaper) -> Vec<Finding> {
             }
         };
         let subject = format!("OCI runtime, {name}");
-        findings.push(match Runtime::find(&config.runtime, reaper).await {
+        findings.push(match Runtime::find_as_known(&config.runtime, reaper, &config.root).await {
             Ok(runtime) => {
                 let found = format!("{runtime} at {}", runtime.program().display());
-                able(subject, &found, runtime.features())
+                match (runtime.obstacle(), runtime.instead()) {
+                    (Some(why), _) => {
+                        let remedy = "set runtime = \"auto\" or \"runc\" in the sandboxer's table";
+                        Finding::missing(subject, format!("{found}: {why}"), remedy)
+                    }
+                    (None, Some(why)) => able(subject, &format!("{found} (not the faster crun: {why})"), runtime.features()),
+                    (None, None) => able(subject, &found, runtime.features()),
+                }
             }
             Err(error) => {
                 let remedy = "install crun or runc, or name one: runtime = \"/path\" in the sandboxer's table";

@@ -68,7 +68,7 @@ fn ask(sandboxer: &RuncConfig, options: Option<&Any>) -> Result<Option<Value>> {
         let reaper = Reaper::install()?;
         match &binary {
             Some(binary) => Runtime::of_option(binary, &reaper).await,
-            None => Runtime::find(&sandboxer.runtime, &reaper).await,
+            None => Runtime::find_as_known(&sandboxer.runtime, &reaper, &sandboxer.root).await,
         }
     });
     Ok(runtime.map_err(told)?.features().cloned())
