@@ -18,9 +18,14 @@ PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
 SYSCONFDIR ?= /etc
 GUESTDIR ?= $(PREFIX)/share/kuasar/guest
+# kuasard finds it from its own place: ../libexec/kuasar beside BINDIR.
+LIBEXECDIR ?= $(patsubst %/,%,$(dir $(BINDIR)))/libexec/kuasar
+CRUN := $(or $(KUASAR_GUEST_CRUN),$(KUASAR_CACHE)/bin/crun)
 UNITDIR ?= $(PREFIX)/lib/systemd/system
-# One name of the shim per sandboxer: containerd derives it from runtime_type.
-SHIMS := kuasar-runc kuasar-qemu
+# One name of the shim per sandboxer: containerd derives it from runtime_type. Those that the documentation names, and those that are
+# configured.
+SHIMS := kuasar-runc kuasar-crun kuasar-qemu
+CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
 .PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm install clean
@@ -34,6 +39,7 @@ deps: ## Install what building and testing need, only what is missing
 # The agent is a static program, which scripts/guest.sh builds.
 build: deps ## Build the daemon, its tools, the test programs (release) and the guest
 	@$(CARGO) build --quiet --release --locked --workspace --exclude kuasar-guest-agent --bins
+	@scripts/crun.sh
 	@scripts/guest.sh $(KERNEL)
 
 guest: deps ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 for newer packages
@@ -66,12 +72,14 @@ bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute
 bench-vmm: build ## Compare virtual machines with ones booted by hand; BENCH_QUICK=1 for two minutes' worth
 	@SANDBOXER=kuasar-qemu $(RELEASE)/kuasar-bench
 
-install: build ## Install into DESTDIR and PREFIX: programs, shim names, guest, configuration, systemd unit
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(GUESTDIR)
+install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBEXECDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(GUESTDIR)
 	install -m 755 $(RELEASE)/kuasard $(RELEASE)/kuasarctl $(RELEASE)/containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/
-	for name in $(SHIMS); do ln -sf containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/containerd-shim-$$name-v1; done
+	install -m 755 $(CRUN) $(DESTDIR)$(LIBEXECDIR)/crun
 	install -m 644 $(GUEST)/vmlinuz $(GUEST)/initrd $(GUEST)/initrd-debug $(DESTDIR)$(GUESTDIR)/
 	test -e $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml || install -m 644 packaging/config.toml $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml
+	set -o pipefail; configured=$$($(CONFIGURED)) || echo "links for these alone: $(SHIMS)" >&2; for name in $(SHIMS) $$configured; do \
+		ln -sf containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/containerd-shim-$$name-v1; done
 	sed 's|@BINDIR@|$(BINDIR)|; s|@SYSCONFDIR@|$(SYSCONFDIR)|' packaging/kuasard.service.in > $(DESTDIR)$(UNITDIR)/kuasard.service
 	chmod 644 $(DESTDIR)$(UNITDIR)/kuasard.service
 

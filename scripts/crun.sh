@@ -4,7 +4,7 @@
 #
 # The sources are Debian's, of its development suite (sid); where the archive does not give those, of its stable suite; each is
 # verified by the signatures of the archive, as apt does it. What has been built is kept by a digest of all that goes in.
-# KUASAR_CRUN names a crun to use instead: it must be static for guests, too.
+# KUASAR_GUEST_CRUN names a static crun to use instead.
 . "$(dirname "$0")/lib.sh"
 . scripts/apt.sh
 
@@ -87,8 +87,9 @@ build() {
 
 main() {
     local suite versions libraries dir
-    [ -z "${KUASAR_CRUN:-}" ] || return 0
-    have apt-get && have dpkg-deb && [ -e "$keyring" ] || fail "no apt or no $keyring, so no sources of crun: set KUASAR_CRUN to a static crun"
+    [ -z "${KUASAR_GUEST_CRUN:-}" ] || return 0
+    have apt-get && have dpkg-source && [ -e "$keyring" ] ||
+        fail "no apt, dpkg-source or $keyring, so no sources of crun: run make deps, or set KUASAR_GUEST_CRUN to a static crun"
     mkdir -p "$cache/bin" "$built"
     libraries=$(dpkg-query -W -f '${Package} ${Version}\n' libc6-dev libcap-dev libyajl-dev libjson-c-dev 2>/dev/null) ||
         fail "crun needs libc6-dev, libcap-dev, libyajl-dev and libjson-c-dev: run make deps"
@@ -126,7 +127,7 @@ compiler $(compiler | paste -sd ' ')" >"$scratch/out/manifest"
         install -m 644 "$dir/manifest" "$cache/bin/crun.manifest"
         return 0
     done
-    fail "no suite of $(mirror) has the sources of crun and libseccomp: set KUASAR_CRUN to a static crun"
+    fail "no suite of $(mirror) has the sources of crun and libseccomp: set KUASAR_GUEST_CRUN to a static crun"
 }
 
 main

@@ -27,17 +27,18 @@ fi
 
 debian_packages() {
     local wanted=(gcc libc6-dev make pkg-config protobuf-compiler libprotobuf-dev libseccomp-dev busybox-static iproute2 iptables ca-certificates)
-    [ -n "${KUASAR_CRUN:-}" ] || have crun || wanted+=(crun)
     [ -n "${KUASAR_QEMU:-}" ] || have qemu-system-x86_64 || wanted+=(qemu-system-x86)
     # To build virtiofsd
     [ -n "${KUASAR_VIRTIOFSD:-}" ] || wanted+=(libcap-ng-dev)
-    # To build the guest: its OCI runtime, its small kernel, and to list its modules and its initrd
-    wanted+=(dpkg-dev gperf libcap-dev libyajl-dev kmod cpio xz-utils flex bison bc libelf-dev lz4 perl)
+    # To build crun
+    wanted+=(dpkg-dev debian-archive-keyring gperf libcap-dev libyajl-dev libjson-c-dev)
+    # To build the guest: its small kernel, and to list its modules and its initrd
+    wanted+=(kmod cpio xz-utils flex bison bc libelf-dev lz4 perl)
     if ! have dpkg-query; then
         local program missing=()
         for program in cc make pkg-config protoc ip iptables; do have "$program" || missing+=("$program"); done
         [ ${#missing[@]} -eq 0 ] ||
-            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, libcap-ng, libcap and libyajl, a static libc, a static busybox, QEMU and kmod"
+            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, libcap-ng, libcap, libyajl and libjson-c, a static libc, a static busybox, QEMU and kmod"
         return 0
     fi
     local missing

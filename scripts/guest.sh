@@ -5,12 +5,14 @@
 #   mini    a small kernel from the distribution's kernel source and guest/kernel.fragment, everything built in
 #   own     the kernel that KUASAR_GUEST_KERNEL names, everything built in; the default when that is set
 #
-# Kernels and crun are kept in the cache by a digest of all that goes into them. The same input gives the same bytes: see
+# Kernels are kept in the cache by a digest of all that goes into them, as crun is by scripts/crun.sh. The same input gives the same bytes: see
 # docs/guest.md, and manifest beside the files for what went in.
 . "$(dirname "$0")/lib.sh"
 . scripts/apt.sh
 
 kernel=${1:-cloud}
+# Of the kernel's packages and of crun's sources, each once.
+update=${UPDATE:-}
 [ -z "${KUASAR_GUEST_KERNEL:-}" ] || [ $# -gt 0 ] || kernel=own
 out=${KUASAR_GUEST_DIR:-$cache/guest}/$kernel
 # In bytes, of the agent alone and of the whole initrd.
@@ -147,7 +149,7 @@ kernel_own() {
 
 copy_own() { cp "$1" "$scratch/vmlinuz"; }
 
-# The OCI runtime of the guest. Sets crun and crun_text.
+# The OCI runtime of the guest, the same as the node's. Sets crun and crun_text.
 crun() {
     if [ -n "${KUASAR_GUEST_CRUN:-}" ]; then
         [ -x "$KUASAR_GUEST_CRUN" ] || fail "KUASAR_GUEST_CRUN names no program: '$KUASAR_GUEST_CRUN'"
@@ -155,48 +157,9 @@ crun() {
         crun_text="crun $crun"
         return 0
     fi
-    apt_prepare
-    local version libraries
-    version=$(apt_source_version crun)
-    [ -n "$version" ] || fail "the distribution has no source of crun: set KUASAR_GUEST_CRUN to a static crun"
-    libraries=$(dpkg-query -W -f '${Package} ${Version}\n' libc6-dev libcap-dev libseccomp-dev libyajl-dev 2>/dev/null) ||
-        fail "crun needs libc6-dev, libcap-dev, libseccomp-dev and libyajl-dev: run make deps"
-    crun_text="crun $version
-$libraries"
-    local dir
-    dir=$cache/guest-crun/$version-$({ say "$libraries"; compiler; declare -f build_crun; } | digest)
-    keep "$dir" build_crun "$version"
-    crun=$dir/crun
-}
-
-build_crun() {
-    say "building a static crun $1"
-    local tree=$scratch/tree lib=$scratch/lib yajl log=$scratch/log program
-    for program in make gcc gperf dpkg-source; do have "$program" || fail "no $program: run make deps"; done
-    apt_source crun "$tree"
-    yajl=$(gcc -print-file-name=libyajl_s.a)
-    [ -e "$yajl" ] || fail "libyajl-dev has no static library: install one that has, or set KUASAR_GUEST_CRUN to a static crun"
-    mkdir "$lib"
-    ln -s "$yajl" "$lib/libyajl.a"
-    # libgcrypt would only keep compiled seccomp profiles, and only where it happens to be installed. There is no systemd, CRIU
-    # or shared library in a guest. What Python would generate again is in the source already.
-    if ! (
-        cd "$tree" &&
-            ac_cv_search_gcry_check_version=no ./configure --quiet --disable-systemd --disable-criu --disable-dl --disable-shared \
-                CFLAGS="-Os -ffunction-sections -fdata-sections -ffile-prefix-map=$tree=." LDFLAGS="-L$lib" &&
-            make -s -j"$(nproc)" -C libocispec PYTHON=: libocispec.la &&
-            make -s -j"$(nproc)" .version git-version.h &&
-            make -s -j"$(nproc)" crun LDFLAGS="-L$lib -Wl,--gc-sections -static-libgcc -all-static" &&
-            strip crun
-    ) >"$log" 2>&1; then
-        tail -n 30 "$log" >&2
-        fail "crun did not build"
-    fi
-    local features
-    features=$("$tree/crun" --version)
-    [[ $features == *+CAP*+SECCOMP*+EBPF* ]] || fail "the crun built lacks capabilities, seccomp or eBPF: $features"
-    cp "$tree/crun" "$scratch/crun"
-    rm -rf "$tree" "$lib" "$log"
+    UPDATE=$update scripts/crun.sh
+    crun=$cache/bin/crun
+    crun_text=$(cat "$crun.manifest")
 }
 
 # The agent, always asked of cargo, which knows best whether it is up to date. Sets agent.

@@ -8,6 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use kuasar_sandboxers::{Error, Result, podfiles::PodFiles, spec::OciSpec};
+use serde_json::Value;
 
 use crate::namespaces::{Namespaces, PidNamespace as Pid};
 
@@ -52,6 +53,12 @@ impl Rewriting<'_> {
         }
         if self.only_spec_1_0 && spec.as_value()["ociVersion"].as_str().is_some_and(|version| !version.starts_with("1.0")) {
             spec.as_value_mut()["ociVersion"] = SPEC_1_0.into();
+        }
+        // No limit is what a new group has, and older cruns cannot write it on cgroup v1.
+        if let Some(cpu) = spec.as_value_mut().pointer_mut("/linux/resources/cpu").and_then(Value::as_object_mut)
+            && cpu.get("quota").and_then(Value::as_i64).is_some_and(|quota| quota < 0)
+        {
+            cpu.remove("quota");
         }
         Ok(())
     }
@@ -112,7 +119,7 @@ pub(crate) fn wants_systemd(spec: &OciSpec) -> bool {
 mod tests {
     use kuasar_sandboxers::{fake, types::SandboxSpec};
     use proptest::{collection::vec, prelude::*};
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -227,6 +234,17 @@ mod tests {
         assert_eq!((oci.root_path(), &oci.as_value()["ociVersion"]), (Some("rootfs"), &json!("1.3.0")));
         rewrite(&mut oci, &pod, Some(Path::new("/elsewhere")), true).unwrap();
         assert_eq!((oci.root_path(), &oci.as_value()["ociVersion"]), (Some("/elsewhere"), &json!("1.0.2")));
+    }
+
+    #[test]
+    fn a_quota_that_limits_nothing() {
+        for (quota, left) in [(-1, json!(null)), (50_000, json!(50_000))] {
+            let mut oci = spec(&[]);
+            oci.as_value_mut()["linux"]["resources"] = json!({ "cpu": { "quota": quota, "period": 100_000 } });
+            rewrite(&mut oci, &namespaces(false, Pid::Own, false), None, false).unwrap();
+            let cpu = &oci.as_value()["linux"]["resources"]["cpu"];
+            assert_eq!((&cpu["quota"], &cpu["period"]), (&left, &json!(100_000)));
+        }
     }
 
     #[test]

@@ -210,8 +210,10 @@ fn give(path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
 }
 
 fn write_file(path: &Path, content: &[u8]) -> io::Result<()> {
-    use std::io::Write;
+    use std::{io::Write, os::unix::fs::PermissionsExt};
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(path)?;
+    // Every user of the containers reads them, whatever the umask.
+    file.set_permissions(fs::Permissions::from_mode(0o644))?;
     file.write_all(content)
 }
 
@@ -317,7 +319,10 @@ mod tests {
         assert_eq!(read("hosts"), fs::read_to_string("/etc/hosts").unwrap());
         let shm = fs::metadata(dir.path().join("shm")).unwrap();
         assert_eq!((shm.uid(), shm.mode() & 0o7777), (70_000, 0o1777));
-        assert_eq!(fs::metadata(dir.path().join("hosts")).unwrap().uid(), 70_000);
+        for name in ["hosts", "hostname", "resolv.conf"] {
+            let file = fs::metadata(dir.path().join(name)).unwrap();
+            assert_eq!((file.uid(), file.mode() & 0o7777), (70_000, 0o644), "{name}");
+        }
         let mounted = statvfs(&dir.path().join("shm")).unwrap();
         assert_eq!(mounted.blocks() * mounted.fragment_size(), u64::from(SHM_MIB) << 20);
         assert!(mounted.flags().contains(FsFlags::ST_NOEXEC | FsFlags::ST_NOSUID));

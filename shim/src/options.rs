@@ -39,6 +39,10 @@ struct Table {
     _criu_work_path: String,
     #[serde(rename = "TypeUrl")]
     _type_url: String,
+    #[serde(rename = "TaskApiAddress")]
+    _task_api_address: String,
+    #[serde(rename = "TaskApiVersion")]
+    _task_api_version: u32,
 }
 
 /// Reads runtime options; none at all mean the defaults.
@@ -132,6 +136,8 @@ mod tests {
         assert_eq!(decode(Some(&any)).unwrap(), wanted());
         let text = "BinaryName = 'crun'\nSystemdCgroup = true\nNoNewKeyring = true\nIoUid = 5\nIoGid = 6\nRoot = '/r'\n";
         assert_eq!(decode(Some(&generic(text))).unwrap(), wanted());
+        let rest = "TaskApiAddress = 'unix:///x'\nTaskApiVersion = 3\nTypeUrl = 'x'\nShimCgroup = '/x'\nCriuPath = '/x'\n";
+        assert_eq!(decode(Some(&generic(rest))).unwrap(), RuntimeOptions::default());
     }
 
     #[test]

@@ -60,6 +60,7 @@ pub struct Kuasard {
     root: PathBuf,
     log: PathBuf,
     supervisor: Option<Supervisor>,
+    starter: Option<&'static str>,
     daemon: Option<Daemon>,
 }
 
@@ -89,6 +90,7 @@ impl Kuasard {
             root: scratch.root().join("kuasar"),
             log: scratch.dir().join("kuasard.log"),
             supervisor: None,
+            starter: None,
             daemon: None,
         };
         let tables: serde_json::Map<String, Value> =
@@ -126,6 +128,11 @@ impl Kuasard {
     /// Sets a variable of its environment from the next start on.
     pub fn set_env(&mut self, key: &str, value: &Path) {
         self.env.push((key.to_owned(), value.display().to_string()));
+    }
+
+    /// Lets a shell's script start it from the next start on: `$0` is the program, `$@` its arguments.
+    pub fn start_by(&mut self, script: &'static str) {
+        self.starter = Some(script);
     }
 
     /// Lets it be a service from the next start on.
@@ -190,7 +197,14 @@ impl Kuasard {
                 supervisor.forget();
                 supervisor.command(&self.program)?
             }
-            None => Command::new(&self.program),
+            None => match self.starter {
+                Some(script) => {
+                    let mut command = Command::new("sh");
+                    command.arg("-c").arg(script).arg(&self.program);
+                    command
+                }
+                None => Command::new(&self.program),
+            },
         };
         command.arg("--config").arg(&self.config).arg("--state").arg(&self.state).arg("--root").arg(&self.root);
         command.envs(self.env.iter().cloned());

@@ -16,7 +16,7 @@ use kuasar_sandboxers::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{CallFile, MemoryFile, Runtime, launch, memory};
+use super::{CallFile, MemoryFile, Runtime, launch, memory, update};
 
 /// How much of a runtime's own words is passed on, in bytes.
 const MESSAGE_LIMIT: u64 = 4096;
@@ -147,7 +147,7 @@ impl Driver {
 
     /// Applies an OCI `linux.resources` object.
     pub(crate) async fn update(&self, id: &str, resources: &Value) -> Result<()> {
-        let document = self.file(resources.to_string().as_bytes())?;
+        let document = self.file(update::document(resources)?.to_string().as_bytes())?;
         let mut command = launch::command(self.runtime.program(), None)?;
         let log = self.globals(&mut command)?;
         command.args(["update", "--resources"]).arg(document.path()).arg(id);

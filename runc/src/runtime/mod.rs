@@ -11,6 +11,7 @@ mod memory;
 mod probe;
 mod record;
 mod trial;
+mod update;
 
 pub(crate) use driver::{Create, Driver, Exec};
 pub(crate) use memory::{CallFile, MemoryFile, listen, remove_call_files};

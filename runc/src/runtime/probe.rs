@@ -314,7 +314,8 @@ impl Search<'_> {
         if found.kind() != Kind::Known(RuntimeName::Runc)
             && let Err(error) = trial::run(&found, self.reaper, &root.join(TRIAL)).await
         {
-            let facts = Facts { unfit: Some(format!("a trial container does not run: {}", error.report())), ..(*found.facts).clone() };
+            let facts =
+                Facts { unfit: Some(format!("a trial container does not run: {}", error.report())), ..(*found.facts).clone() };
             found = Runtime::known(facts);
         }
         // Without it the next daemon finds out again.
@@ -373,9 +374,7 @@ fn unavailable(why: String) -> Error {
 
 fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
-    env::split_paths(&path)
-        .map(|directory| directory.join(program))
-        .find(|candidate| is_program(candidate))
+    env::split_paths(&path).map(|directory| directory.join(program)).find(|candidate| is_program(candidate))
 }
 
 fn is_program(path: &Path) -> bool {

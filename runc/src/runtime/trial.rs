@@ -65,8 +65,15 @@ async fn attempt(driver: &Driver, reaper: &Reaper, dir: &Path, group: &Path) -> 
     fs::write(&config, document(group).to_string()).map_err(Error::io("write", &config))?;
 
     let pid_file = dir.join("pid");
-    let create =
-        Create { id: ID, bundle: dir, pid_file: &pid_file, console: None, no_pivot: false, no_new_keyring: false, oom_score: None };
+    let create = Create {
+        id: ID,
+        bundle: dir,
+        pid_file: &pid_file,
+        console: None,
+        no_pivot: false,
+        no_new_keyring: false,
+        oom_score: None,
+    };
     let io = ChildFds { stdin: null_device()?, stdout: null_device()?, stderr: null_device()? };
     let mark = reaper.mark();
     driver.create(create, Some(io)).await?;

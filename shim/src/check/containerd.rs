@@ -165,13 +165,6 @@ impl Setup {
         set(CRI).or_else(|| set(CRI_1)).unwrap_or(false)
     }
 
-    /// Whether containerd's runc handler has systemd make the cgroups.
-    #[must_use]
-    pub fn uses_systemd_cgroup(&self) -> bool {
-        let set = |plugin| self.get(&["plugins", plugin, "containerd", "runtimes", "runc", "options", "SystemdCgroup"]);
-        set(CRI).or_else(|| set(CRI_1)).and_then(Value::as_bool).unwrap_or(false)
-    }
-
     /// Directories of CNI plugins.
     pub(super) fn cni_bin_dirs(&self) -> Vec<String> {
         let list = |plugin| self.get(&["plugins", plugin, "cni", "bin_dirs"]).and_then(Value::as_array);

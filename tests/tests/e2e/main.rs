@@ -20,6 +20,7 @@ mod daemon;
 mod devices;
 mod direct;
 mod gc;
+mod inherited;
 mod inside;
 mod kuasarctl;
 mod logs;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         network::cases(),
         volumes::cases(),
         security::cases(),
+        inherited::cases(),
         devices::cases(),
         users::cases(),
         resources::cases(),

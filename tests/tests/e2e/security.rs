@@ -215,9 +215,8 @@ async fn selinux(case: &Case) -> Result<()> {
 async fn oom_score(case: &Case) -> Result<()> {
     let container = case.container(ContainerSpec::new("c").sleep().oom_score_adj(567)).await?;
     assert_eq!(container.exec(["cat", "/proc/1/oom_score_adj"]).await?.stdout(), "567\n");
-    // crun gives it to the first process only.
-    if !case.handler.contains("crun") && !case.is_machine() {
-        assert_eq!(container.exec(["cat", "/proc/self/oom_score_adj"]).await?.stdout(), "567\n");
-    }
+    assert_eq!(container.exec(["cat", "/proc/self/oom_score_adj"]).await?.stdout(), "567\n");
+    let terminal = container.exec_session(&["cat", "/proc/self/oom_score_adj"], true, true).await?.finish().await?;
+    assert_eq!(terminal.1.trim_end(), "567");
     Ok(())
 }

@@ -16,7 +16,7 @@ use kuasar_shim::{
     config::{Config, DEFAULT_STATE, SandboxerConfig},
     options,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The name under which Go's typeurl knows the runtime specification's `features` document (containerd `core/runtime/typeurl.go`).
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
@@ -39,11 +39,9 @@ pub(crate) fn answer(sandboxer: Option<&str>, input: impl Read + IsTerminal) -> 
         SandboxerConfig::Vmm(_) => Some(kuasar_vmm::features()),
         _ => bail!("sandboxer {name:?} runs no OCI runtime that could be asked"),
     };
-    let features = features.map(|features| Any {
-        type_url: FEATURES.into(),
-        value: features.to_string().into_bytes(),
-        ..Default::default()
-    });
+    // containerd takes a missing document for a fault when a pod asks for something, and a document that lists nothing for "not supported".
+    let features = features.unwrap_or_else(|| json!({ "ociVersionMin": "1.0.0", "ociVersionMax": "1.0.2" }));
+    let features = Some(Any { type_url: FEATURES.into(), value: features.to_string().into_bytes(), ..Default::default() });
     let info = RuntimeInfo {
         name: format!("io.containerd.{name}.v1"),
         version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() }).into(),

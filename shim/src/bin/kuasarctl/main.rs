@@ -23,7 +23,7 @@ use kuasar_sandboxers::reaper::Reaper;
 use kuasar_shim::{
     check::{
         self, Host,
-        containerd::{self, Setup, Version},
+        containerd::{self, Version},
     },
     config::{Config, DEFAULT_PATH, DEFAULT_STATE, PATH_VARIABLE},
     server::CONTROL_SOCKET,
@@ -338,7 +338,6 @@ fn containerd_config(global: &Global, version: Option<Version>, programs: &Path,
         programs,
         pause_image,
         restrict_oom_score: !containerd::may_lower_oom_score(&host),
-        systemd_cgroup: Setup::read(&host).uses_systemd_cgroup(),
     };
     drop_in::write(&load(global)?, &target).map_err(|problem| anyhow!(problem))
 }
