@@ -7,6 +7,7 @@ use kuasar_sandboxers::{
     Error, Result,
     cgroup::Cgroup,
     mount,
+    process::Tracked,
     reaper::Reaper,
     stdio::{ChildFds, null_device},
 };
@@ -15,14 +16,17 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::{Create, Driver, Runtime};
-use crate::program;
+use super::{Create, Driver, MemoryFile, Runtime};
+use crate::{container::read_pid, program};
 
 /// How long each step may take; together they take some tens of milliseconds.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// The container's id, and its directory's.
+/// The container's id.
 const ID: &str = "trial";
+
+/// What kuasar-init says when it has nothing to do: there is no process 1.
+const SAID: &str = "0";
 
 /// Creates, starts and deletes the container, all of it in `dir`, which is gone afterwards.
 ///
@@ -34,7 +38,7 @@ pub(super) async fn run(runtime: &Runtime, reaper: &Reaper, dir: &Path) -> Resul
     remove(&driver, dir).await?;
     // Two daemons on one node must not meet.
     let group = Path::new("/").join(format!("kuasar-{ID}-{}", std::process::id()));
-    let tried = attempt(&driver, reaper, dir, &group).await;
+    let tried = attempt(&driver, dir, &group).await;
     let removed = match remove(&driver, dir).await {
         Ok(()) => Cgroup::at(&group)?.remove().await,
         failed => failed,
@@ -50,7 +54,7 @@ pub(super) async fn run(runtime: &Runtime, reaper: &Reaper, dir: &Path) -> Resul
     }
 }
 
-async fn attempt(driver: &Driver, reaper: &Reaper, dir: &Path, group: &Path) -> Result<()> {
+async fn attempt(driver: &Driver, dir: &Path, group: &Path) -> Result<()> {
     let rootfs = dir.join("rootfs");
     let make = |dir: &Path| fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(Error::io("create", dir));
     make(&rootfs)?;
@@ -74,15 +78,19 @@ async fn attempt(driver: &Driver, reaper: &Reaper, dir: &Path, group: &Path) -> 
         no_new_keyring: false,
         oom_score: None,
     };
-    let io = ChildFds { stdin: null_device()?, stdout: null_device()?, stderr: null_device()? };
-    let mark = reaper.mark();
+    let stdout = MemoryFile::empty("stdout")?;
+    let io = ChildFds { stdin: null_device()?, stdout: stdout.descriptor()?, stderr: null_device()? };
     driver.create(create, Some(io)).await?;
-    let exit = reaper.exit_of(crate::container::read_pid(&pid_file)?, mark);
+    let process = Tracked::open(read_pid(&pid_file)?)?;
     driver.start(ID).await?;
-    match timeout(LIMIT, exit).await {
-        Ok(exit) if exit.status == 0 => Ok(()),
-        Ok(exit) => Err(Error::failed("run a trial container")(format!("it ended with status {}", exit.status))),
-        Err(_) => Err(Error::TimedOut { operation: "the end of a trial container".into(), seconds: LIMIT.as_secs() }),
+    // The keeper, whose child it is, does not tell of its exit while this daemon starts.
+    if let Some(process) = process {
+        let late = |_| Error::TimedOut { operation: "the end of a trial container".into(), seconds: LIMIT.as_secs() };
+        timeout(LIMIT, process.ended()).await.map_err(late)??;
+    }
+    match stdout.tail(SAID.len() as u64)?.as_str() {
+        SAID => Ok(()),
+        said => Err(Error::failed("run a trial container")(format!("its program was to say {SAID:?}, and said {said:?}"))),
     }
 }
 

@@ -119,7 +119,7 @@ async fn what_the_daemon_was_started_with(lone: &Lone) -> Result<()> {
     let pods = fs::read_dir(&root)?.collect::<std::io::Result<Vec<_>>>()?;
     ensure!(!pods.is_empty(), "no pod in {}", root.display());
     for (pod, name) in pods.iter().flat_map(|pod| ["hosts", "hostname", "resolv.conf"].map(|name| (pod, name))) {
-        let mode = fs::metadata(pod.path().join(name))?.mode() & 0o7777;
+        let mode = fs::metadata(pod.path().join("files").join(name))?.mode() & 0o7777;
         ensure!(mode == 0o644, "{name} has mode {mode:o}");
     }
     node.stop().await
