@@ -156,6 +156,11 @@ pub trait Process: Send + Sync + 'static {
     /// Its pid on the node (or in the guest); `None` before it exists.
     fn pid(&self) -> Option<u32>;
 
+    /// The pid on the node that stands for it, where [`Self::pid`] is in a guest: there it names another process.
+    fn node_pid(&self) -> Option<u32> {
+        None
+    }
+
     /// Lets it run; returns its pid.
     async fn start(&self) -> Result<u32>;
 

@@ -89,8 +89,19 @@ pub struct ProcessStatus {
     pub exec: Option<ExecId>,
     /// Where it is in its life.
     pub state: ProcessState,
+    /// The pid on the node that stands for it, where the state's is in a guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_pid: Option<u32>,
     /// Where its input and output go.
     pub stdio: Stdio,
+}
+
+impl ProcessStatus {
+    /// The pid by which it is known on the node.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.node_pid.unwrap_or(self.state.pid())
+    }
 }
 
 /// A process with what its container adds.

@@ -620,7 +620,7 @@ fn delete_exec(entry: &ProcessEntry) -> impl Future<Output = Result<()>> + Send 
 }
 
 pub(crate) fn process_status(entry: &ProcessEntry, exec: Option<crate::id::ExecId>) -> ProcessStatus {
-    ProcessStatus { exec, state: entry.state, stdio: entry.stdio.clone() }
+    ProcessStatus { exec, state: entry.state, node_pid: entry.process.node_pid(), stdio: entry.stdio.clone() }
 }
 
 impl Owner {

@@ -202,14 +202,14 @@ impl Task for TaskService {
         let exec = exec(&request.exec_id).ttrpc()?;
         let work = |container: ContainerHandle| async move { container.status(exec).await };
         let found = self.on("Task.State", context, &request.id, work).await.ttrpc()?;
-        let state = found.process.state;
+        let (state, pid) = (found.process.state, found.process.pid());
         let stdio = found.process.stdio;
         let exit = state.exit();
         Ok(StateResponse {
             // As with runc's shim, `id` is the process's.
             id: if request.exec_id.is_empty() { request.id } else { request.exec_id.clone() },
             bundle: found.bundle.display().to_string(),
-            pid: state.pid(),
+            pid,
             status: status(state).into(),
             stdin: stdio.stdin,
             stdout: stdio.stdout,
@@ -385,7 +385,7 @@ impl Task for TaskService {
         let found = self.on("Task.Connect", context, &request.id, work).await.ttrpc()?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: found.process.state.pid(),
+            task_pid: found.process.pid(),
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })

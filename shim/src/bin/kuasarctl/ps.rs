@@ -50,6 +50,7 @@ struct Container {
 #[derive(Debug, Deserialize)]
 struct Process {
     state: ProcessState,
+    node_pid: Option<u32>,
 }
 
 /// The table of everything the daemon runs.
@@ -74,7 +75,11 @@ pub(crate) fn render(list: &Value, full_ids: bool, now: SystemTime) -> Result<St
         let (state, pid) = sandbox_state(state);
         rows.push(vec![short(&spec.id), "pod".into(), pod, spec.sandboxer, state, pid, age, spec.namespace]);
         for container in containers {
-            let (state, pid) = process_state(container.init.state);
+            let (state, mut pid) = process_state(container.init.state);
+            // Its processes are another kernel's: on the node there is the VMM alone, for all of the pod's containers.
+            if let Some(vmm) = container.init.node_pid.filter(|_| pid != NONE) {
+                pid = format!("{vmm} (VM)");
+            }
             let empty = String::new;
             rows.push(vec![format!("  {}", short(&container.id)), "container".into(), empty(), empty(), state, pid]);
         }
@@ -116,8 +121,11 @@ fn process_state(state: ProcessState) -> (String, String) {
     }
 }
 
+/// Where there is no pid.
+const NONE: &str = "-";
+
 fn shown(pid: Option<u32>) -> String {
-    pid.filter(|pid| *pid != 0).map_or_else(|| "-".to_owned(), |pid| pid.to_string())
+    pid.filter(|pid| *pid != 0).map_or_else(|| NONE.to_owned(), |pid| pid.to_string())
 }
 
 /// The largest unit that is not zero.
@@ -157,6 +165,12 @@ mod tests {
         assert_eq!(lines[2], ["c1", "container", "running", "42"]);
         assert_eq!(lines[3], ["c2", "container", "exited", "(137)", "-"]);
         assert!(render(&list, true, now).unwrap().contains("0123456789abcdef"));
+        let mut in_vm = list;
+        for container in [0, 1] {
+            in_vm[0]["containers"][container]["init"]["node_pid"] = 4711.into();
+        }
+        let text = render(&in_vm, false, now).unwrap();
+        assert!(text.contains("running  4711 (VM)") && text.matches("(VM)").count() == 1, "{text}");
     }
 
     #[test]
