@@ -45,7 +45,10 @@ impl Rewriting<'_> {
                 _ => {}
             }
         }
-        self.files.apply(spec)?;
+        // In the namespace that the runtime is in they would be everyone's, and stay.
+        if spec.namespace("mount").is_some() {
+            self.files.apply(spec)?;
+        }
         if let Some(rootfs) = self.rootfs
             && spec.root_path().is_none_or(|root| bundle.join(root) != rootfs)
         {

@@ -155,8 +155,13 @@ fn sandboxer(text: &mut String, target: &Target<'_>, name: &str, config: &Sandbo
         text.push_str("  disable_pause_image_pull = true\n");
     }
     if in_machine {
-        comment(text, "  ", "Pods run in virtual machines: a privileged container cannot be given the node's devices.");
+        comment(
+            text,
+            "  ",
+            "Pods run in virtual machines: a privileged container cannot be given the node's devices, and has the machine's.",
+        );
         text.push_str("  privileged_without_host_devices = true\n");
+        text.push_str("  privileged_without_host_devices_all_devices_allowed = true\n");
     }
 }
 
@@ -254,6 +259,8 @@ mod tests {
             let table: toml::Table = text.parse().unwrap();
             let without = |name| runtime(&table, name).get("privileged_without_host_devices").and_then(toml::Value::as_bool);
             assert_eq!((without("kuasar-qemu"), without("kuasar-runc")), (Some(true), None), "{version}");
+            let all = "privileged_without_host_devices_all_devices_allowed";
+            assert_eq!(runtime(&table, "kuasar-qemu").get(all).and_then(toml::Value::as_bool), Some(true), "{version}");
             // The way round the missing question is for OCI runtimes of the node.
             assert!(!text.contains("containerd-shim-kuasar-qemu-v1\"\n"), "{version}");
         }
