@@ -58,35 +58,56 @@ kernel_cloud() {
 
 unpack_cloud() {
     say "unpacking $1 $2"
-    local tree=$scratch/tree name file alias
+    local tree=$scratch/tree name file later
     apt_unpack "$1" "$2" "$tree"
     cp "$tree"/boot/vmlinuz-* "$scratch/vmlinuz"
     mkdir "$scratch/modules"
     depmod -b "$tree" "$(ls "$tree/lib/modules")"
     module_order "$tree" >"$scratch/order"
-    while read -r file alias; do
+    while read -r file later; do
         name=$(basename "$file")
         cp "$file" "$scratch/modules/$name"
-        say "/lib/modules/$name${alias:+ $alias}" >>"$scratch/modules.list"
+        say "/lib/modules/$name${later:+ $later}" >>"$scratch/modules.list"
     done <"$scratch/order"
     rm -rf "$tree" "$scratch/order"
 }
 
-# Files of the modules that guest/modules names, each after those it depends on, with the alias that loads them if boot does not.
+# Files of the modules that guest/modules names: first those that boot loads, each after those it depends on; then the others, each with its
+# aliases or -, and with what has to be loaded before it, both with commas.
 module_order() {
     local dir
     dir=$(echo "$1"/lib/modules/*)
     awk -v dir="$dir" '
         function name_of(path) { sub(/.*\//, "", path); sub(/\.ko.*/, "", path); gsub(/-/, "_", path); return path }
-        function load(path, alias) { if (!loaded[path, ""] && !loaded[path, alias]++) print dir "/" path, alias }
+        function join(list, word) { return list (list == "" ? "" : ",") word }
+        function boot(path) { if (!at_boot[path]++) print dir "/" path }
+        function want(path) { if (!wanted[path]++) order[++count] = path }
         FILENAME ~ /modules.builtin$/ { builtin[name_of($1)] = 1; next }
         FILENAME ~ /modules.dep$/ { path = $1; sub(/:$/, "", path); line[name_of(path)] = $0; file[name_of(path)] = path; next }
+        # Patterns are for devices of a bus, and none of these modules is for one.
+        FILENAME ~ /modules.alias$/ { if ($1 == "alias" && $2 !~ /[*?[,]/) known[$3] = join(known[$3], $2); next }
         { sub(/#.*/, "") }
         NF == 0 || $1 in builtin { next }
         !($1 in file) { print "error: the kernel has no module " $1 ", which guest/modules names" > "/dev/stderr"; exit 1 }
-        # What has to come first is listed last.
-        { n = split(line[$1], parts, " "); for (i = n; i > 1; i--) load(parts[i], $2); load(file[$1], $2) }
-    ' "$dir/modules.builtin" "$dir/modules.dep" guest/modules
+        {
+            # What has to come first is listed last.
+            n = split(line[$1], parts, " ")
+            for (i = n; i > 1; i--) if (NF == 1) boot(parts[i]); else want(parts[i])
+            if (NF == 1) boot(file[$1]); else want(file[$1])
+            if (NF > 1 && $2 != "*") alias[file[$1]] = join(alias[file[$1]], $2)
+        }
+        END {
+            for (k = 1; k <= count; k++) {
+                path = order[k]
+                if (at_boot[path]) continue
+                n = split(line[name_of(path)], parts, " ")
+                first = ""
+                for (i = n; i > 1; i--) if (!at_boot[parts[i]]) { sub(/.*\//, "", parts[i]); first = join(first, parts[i]) }
+                name = name_of(path)
+                print dir "/" path, path in alias ? alias[path] : name in known ? known[name] : "-", first
+            }
+        }
+    ' "$dir/modules.builtin" "$dir/modules.dep" "$dir/modules.alias" guest/modules | sed 's/ *$//'
 }
 
 kernel_mini() {

@@ -9,7 +9,7 @@
 use std::{
     fs::{self, File},
     io,
-    path::Path,
+    path::{Path, PathBuf},
     thread,
     time::Duration,
 };
@@ -19,7 +19,10 @@ use kuasar_sandboxers::{Error, Result};
 use nix::{
     kmod::{ModuleInitFlags, finit_module},
     mount::{MsFlags, mount},
-    sys::resource::{Resource, setrlimit},
+    sys::{
+        resource::{RLIM_INFINITY, Resource, setrlimit},
+        stat::{Mode, SFlag, makedev, mknod},
+    },
     unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout},
 };
 use tokio::{
@@ -31,15 +34,21 @@ use tracing::{debug, error, info, warn};
 
 use crate::{connection::Listener, machine, serve::Ports, storage::make_dir};
 
-/// Names the modules to load, a path a line, in order. A kernel that has everything built in has none. A second word in a line is what the
-/// kernel calls the module when it first wants it, and it is loaded then.
+/// Names the modules, a path a line, in order. A kernel that has everything built in has none. One with a second word in its line is not loaded at
+/// boot but when the kernel first wants it, by its name or by what that word has it called, with commas, or `-`; after those of the third word.
 const MODULES: &str = "/etc/modules";
 
+/// What iptables(8) of old asks for without the kernel's asking: it would start modprobe(8), and containers have none.
+const TABLES: [&str; 2] = ["ip_tables", "ip6_tables"];
+
 /// Where control groups are.
-const CGROUPS: &str = "/sys/fs/cgroup";
+pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Open files of a process, as containerd's have them: containers that ask for no limit get this.
 const OPEN_FILES: u64 = 1 << 20;
+
+/// Processes and threads at a time: the most that the kernel has numbers for.
+const PROCESSES: u32 = 1 << 22;
 
 /// How long the host may take to hear the knock.
 const KNOCK: Duration = Duration::from_secs(1);
@@ -115,10 +124,10 @@ pub fn mount_all() -> Result<Words> {
     // What is mounted below is seen by nobody else but who asks for it.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>)
         .map_err(|errno| Error::io("make mounts private below", "/")(errno.into()))?;
+    make_nodes(Path::new("/dev"))?;
     enable_controllers()?;
     load_on_demand()?;
-    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
-        .map_err(|errno| Error::failed("raise the limit of open files")(io::Error::from(errno)))?;
+    set_limits()?;
     let cmdline = fs::read_to_string("/proc/cmdline").map_err(Error::io("read", "/proc/cmdline"))?;
     Ok(Words::parse(&cmdline))
 }
@@ -159,6 +168,25 @@ fn enable_controllers() -> Result<()> {
     Ok(())
 }
 
+/// The limits of processes, as those of containerd on a node. The kernel's own for the numbers of processes and signals are by the machine's
+/// memory: a machine of 512 MiB would have 1549 processes of a user. What a pod may have is its control group's to say.
+fn set_limits() -> Result<()> {
+    for (what, resource, limit) in [
+        ("open files", Resource::RLIMIT_NOFILE, OPEN_FILES),
+        ("processes", Resource::RLIMIT_NPROC, RLIM_INFINITY),
+        ("pending signals", Resource::RLIMIT_SIGPENDING, RLIM_INFINITY),
+    ] {
+        setrlimit(resource, limit, limit)
+            .map_err(|errno| Error::failed(format!("raise the limit of {what}"))(io::Error::from(errno)))?;
+    }
+    // As systemd has it on nodes, and the kernel's other limit by memory.
+    for (name, value) in [("pid_max", PROCESSES), ("threads-max", PROCESSES)] {
+        let file = Path::new("/proc/sys/kernel").join(name);
+        fs::write(&file, value.to_string()).map_err(Error::io("write", &file))?;
+    }
+    Ok(())
+}
+
 /// Loads modules on a thread of its own; tells after each, and closes the channel at the end.
 fn load_modules() -> mpsc::UnboundedReceiver<()> {
     let (tell, told) = mpsc::unbounded_channel();
@@ -168,7 +196,7 @@ fn load_modules() -> mpsc::UnboundedReceiver<()> {
             Err(error) => return error!(%error, "cannot read {MODULES}"),
             Ok(list) => list,
         };
-        for path in listed(&list, None) {
+        for Module { path, .. } in modules(&list).filter(|module| module.aliases.is_none()) {
             let start = machine::uptime_us();
             match load_module(Path::new(path)) {
                 Ok(()) => debug!(path, took_us = machine::uptime_us() - start, "module loaded"),
@@ -192,25 +220,48 @@ fn load_on_demand() -> Result<()> {
     }
 }
 
-/// The modules of a list, each with the alias that it is loaded for, if boot does not load it.
-fn entries(list: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
+/// A module of the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Module<'a> {
+    path: &'a str,
+    /// Of one that boot does not load.
+    aliases: Option<&'a str>,
+    /// What comes before it.
+    needs: &'a str,
+}
+
+fn modules(list: &str) -> impl Iterator<Item = Module<'_>> {
     list.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
-        Some((words.next()?, words.next()))
+        Some(Module { path: words.next()?, aliases: words.next(), needs: words.next().unwrap_or_default() })
     })
 }
 
-/// The modules of a list that boot loads, or that one alias does.
-fn listed<'a>(list: &'a str, alias: Option<&'a str>) -> impl Iterator<Item = &'a str> {
-    entries(list).filter(move |entry| entry.1 == alias).map(|entry| entry.0)
-}
+impl<'a> Module<'a> {
+    fn aliases(self) -> impl Iterator<Item = &'a str> {
+        self.aliases.into_iter().flat_map(|aliases| aliases.split(',')).filter(|alias| *alias != "-")
+    }
 
-/// The alias in a list that `name` stands for: itself, or that of the module of this name, by which the kernel asks for some.
-fn alias_of<'a>(list: &'a str, name: &str) -> Option<&'a str> {
-    entries(list).find_map(|(path, alias)| {
-        let module = Path::new(path).file_stem()?.to_str()?.replace('-', "_");
-        alias.filter(|alias| *alias == name || module == name)
-    })
+    /// Whether the kernel means it: by an alias, or by its name.
+    fn is_called(self, name: &str) -> bool {
+        let own = Path::new(self.path).file_stem().and_then(|stem| stem.to_str()).map(|stem| stem.replace('-', "_"));
+        self.aliases.is_some() && (own.as_deref() == Some(name) || self.aliases().any(|alias| alias == name))
+    }
+
+    /// The files to load, in order.
+    fn files(self) -> impl Iterator<Item = PathBuf> {
+        let path = Path::new(self.path);
+        let needed = self.needs.split(',').filter(|name| !name.is_empty()).map(|name| path.with_file_name(name));
+        needed.chain(std::iter::once(path.to_owned()))
+    }
+
+    /// The device node that has it loaded when it is opened: its path below /dev, and its number.
+    fn node(self) -> Option<(&'a str, u64)> {
+        let name = self.aliases().find_map(|alias| alias.strip_prefix("devname:"))?;
+        let number = self.aliases().find_map(|alias| alias.strip_prefix("char-major-"))?;
+        let (major, minor) = number.split_once('-')?;
+        Some((name, makedev(major.parse().ok()?, minor.parse().ok()?)))
+    }
 }
 
 /// Loads what the kernel asks for by this name.
@@ -219,8 +270,36 @@ fn alias_of<'a>(list: &'a str, name: &str) -> Option<&'a str> {
 /// There is no such module, or it cannot be loaded.
 pub fn load_for(name: &str) -> Result<()> {
     let list = fs::read_to_string(MODULES).map_err(Error::io("read", MODULES))?;
-    let alias = alias_of(&list, name).ok_or_else(|| Error::NotFound { kind: "module", id: name.to_owned() })?;
-    listed(&list, Some(alias)).try_for_each(|path| load_module(Path::new(path)))
+    let module = modules(&list).find(|module| module.is_called(name));
+    let module = module.ok_or_else(|| Error::NotFound { kind: "module", id: name.to_owned() })?;
+    module.files().try_for_each(|path| load_module(&path))
+}
+
+/// Loads what a container that may change the network wants, and that no kernel asks for.
+pub(crate) fn load_tables() {
+    for name in TABLES {
+        match load_for(name) {
+            Ok(()) | Err(Error::NotFound { .. }) => {}
+            Err(error) => debug!(error = error.report(), name, "a module cannot be loaded"),
+        }
+    }
+}
+
+/// Makes the device nodes of modules that are loaded when one is opened, as kmod does on nodes.
+fn make_nodes(dev: &Path) -> Result<()> {
+    let list = match fs::read_to_string(MODULES) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        list => list.map_err(Error::io("read", MODULES))?,
+    };
+    for (name, number) in modules(&list).filter_map(Module::node) {
+        let path = dev.join(name);
+        path.parent().map_or(Ok(()), make_dir)?;
+        match mknod(&path, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, number) {
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
+            Err(errno) => return Err(Error::io("make device", path)(errno.into())),
+        }
+    }
+    Ok(())
 }
 
 fn load_module(path: &Path) -> Result<()> {
@@ -297,14 +376,21 @@ mod tests {
 
     #[test]
     fn modules_are_for_boot_or_for_a_name() {
-        let list = "/lib/a.ko\n/lib/b.ko fs-c\n\n/lib/c.ko fs-c\n/lib/d.ko fs-d\n";
-        assert_eq!(listed(list, None).collect::<Vec<_>>(), ["/lib/a.ko"]);
-        assert_eq!(listed(list, Some("fs-c")).collect::<Vec<_>>(), ["/lib/b.ko", "/lib/c.ko"]);
-        assert_eq!(listed(list, Some("")).count(), 0);
-        assert_eq!(
-            ["fs-c", "c", "d", "a", "", "fs"].map(|name| alias_of(list, name)),
-            [Some("fs-c"), Some("fs-c"), Some("fs-d"), None, None, None]
-        );
+        let list = "/lib/a.ko\n/lib/b-b.ko -\n\n/lib/c.ko fs-c,fs-cc b-b.ko\n/lib/tun.ko char-major-10-200,devname:net/tun\n";
+        let boot: Vec<_> = modules(list).filter(|module| module.aliases.is_none()).map(|module| module.path).collect();
+        assert_eq!(boot, ["/lib/a.ko"]);
+        let files = |name: &str| {
+            let module = modules(list).find(|module| module.is_called(name));
+            module.map(|module| module.files().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" "))
+        };
+        assert_eq!(files("fs-cc").as_deref(), Some("/lib/b-b.ko /lib/c.ko"));
+        assert_eq!(files("c"), files("fs-c"));
+        assert_eq!(files("b_b").as_deref(), Some("/lib/b-b.ko"));
+        for name in ["a", "", "-", "fs", "b-b"] {
+            assert_eq!(files(name), None, "{name:?}");
+        }
+        let nodes: Vec<_> = modules(list).filter_map(Module::node).collect();
+        assert_eq!(nodes, [("net/tun", makedev(10, 200))]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde_json::json;
 pub const WAIT: &str = "wait";
 
 /// The name under which it is kept.
-const ID: &str = "kuasar-guest-debug";
+pub(crate) const ID: &str = "kuasar-guest-debug";
 
 /// Its name, if there may be one.
 pub(crate) fn id(allowed: bool) -> Result<ContainerId> {

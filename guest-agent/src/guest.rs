@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::DirBuilder,
+    fs::{self, DirBuilder},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -33,8 +33,9 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tracing::warn;
 
 use crate::{
+    boot,
     connection::Connection,
-    debug,
+    debug, devices,
     events::Events,
     lanes::Lanes,
     process::{Fifos, Live, remove_dir},
@@ -167,6 +168,7 @@ impl Guest {
         if let Err(error) = Cgroup::create(&self.0.place.cgroup) {
             warn!(error = error.report(), "the pod has no control group of its own");
         }
+        self.limit_pod(request.pod_memory_bytes)?;
         let context = SandboxContext {
             dir: self.0.place.root.join("state"),
             notices: self.0.events.notices(),
@@ -184,6 +186,17 @@ impl Guest {
         *pod = Some(made.clone());
         self.0.made.send_replace(Some(made));
         Ok(())
+    }
+
+    /// Limits what the containers may use together, in bytes; 0 changes nothing. Without it, memory that was added in larger steps than the pod
+    /// asked for would be theirs, and the node's limit would end the machine.
+    pub(crate) fn limit_pod(&self, bytes: u64) -> Result<()> {
+        if bytes == 0 || !self.0.place.machine {
+            return Ok(());
+        }
+        let group = self.0.place.cgroup.strip_prefix("/").unwrap_or(&self.0.place.cgroup);
+        let file = Path::new(boot::CGROUPS).join(group).join("memory.max");
+        fs::write(&file, bytes.to_string()).map_err(Error::io("limit the pod's memory with", &file))
     }
 
     /// The name of a container; what runs beside the containers has none.
@@ -259,7 +272,15 @@ impl Guest {
             submounts::let_go(taken);
             Ok(())
         });
+        let in_container = id.as_str() != debug::ID;
         adapt(&mut spec, &self.0.place.cgroup.join(id), &held);
+        if in_container {
+            spec.set_namespace("cgroup", None);
+            devices::add_to_privileged(&mut spec, Path::new("/dev"))?;
+            if self.0.place.machine && may_change_network(&spec) {
+                boot::load_tables();
+            }
+        }
         let fifos = Fifos::make(dir.join("io"), streams)?;
         let container = ContainerSpec { id: id.clone(), bundle, spec, rootfs: Vec::new(), stdio: fifos.stdio() };
         let container = pod.sandbox.create_container(container).await?;
@@ -501,13 +522,20 @@ fn adapt(spec: &mut OciSpec, cgroup: &Path, storages: &[Held]) {
         // The host's own class of cache and memory bandwidth.
         linux.remove("intelRdt");
     }
-    for (major, minor) in storages.iter().filter_map(|held| held.device) {
-        let rule = json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": "rwm"});
+    for (held, (major, minor)) in storages.iter().filter_map(|held| Some((held, held.device?))) {
+        let access = if held.readonly { "rm" } else { "rwm" };
+        let rule = json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": access});
         match document["linux"]["resources"]["devices"].as_array_mut() {
             Some(rules) => rules.push(rule),
             None => document["linux"]["resources"]["devices"] = json!([rule]),
         }
     }
+}
+
+/// Whether a container may make rules for packets.
+fn may_change_network(spec: &OciSpec) -> bool {
+    let bounding = spec.as_value().pointer("/process/capabilities/bounding").and_then(Value::as_array);
+    bounding.into_iter().flatten().any(|capability| capability == "CAP_NET_ADMIN")
 }
 
 /// The guest's kernel has neither AppArmor nor SELinux: these are the host's, and mean nothing here.

@@ -18,6 +18,7 @@ pub mod boot;
 mod connection;
 pub mod console;
 mod debug;
+mod devices;
 mod events;
 mod guest;
 mod lanes;
@@ -31,6 +32,7 @@ mod setup;
 mod status;
 mod storage;
 mod submounts;
+mod sys;
 mod uevent;
 
 pub use connection::{Connection, Listener};

@@ -19,10 +19,14 @@ use nix::{
 };
 use tracing::{debug, error};
 
-use crate::uevent;
+use crate::{sys, uevent};
 
 /// A clock that is wrong by less is left alone: setting it costs more than it mends.
 const TOLERANCE: Duration = Duration::from_millis(1);
+
+/// A clock that is wrong by less runs faster or slower for a while: it never jumps, above all not backwards, by what the host's word has taken
+/// to arrive. One that is wrong by more has stood still, as in a pause.
+const STEP: Duration = Duration::from_secs(1);
 
 const SYSTEM: &str = "/sys/devices/system";
 
@@ -39,17 +43,39 @@ pub(crate) fn uptime_us() -> u64 {
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Sets the clock, if it differs.
-pub(crate) fn set_time(time_ns: i64) -> Result<()> {
+/// Sets the clock, if it differs: at once where nobody has looked at it yet, or where it is wrong by much.
+pub(crate) fn set_time(time_ns: i64, is_new: bool) -> Result<()> {
     let wanted = u64::try_from(time_ns).ok().filter(|ns| *ns > 0).map(Duration::from_nanos);
     let Some(wanted) = wanted else { return Err(Error::invalid("time", format!("{time_ns} ns is before 1970"))) };
     let failed = |operation: &'static str| move |errno| Error::failed(operation)(io::Error::from(errno));
     let now = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME).map_err(failed("read the clock"))?);
-    if now.abs_diff(wanted) <= TOLERANCE {
-        return Ok(());
+    match correction(now, wanted) {
+        Correction::None => Ok(()),
+        Correction::Slew(us) if !is_new => sys::slew_clock(us).map_err(Error::failed("adjust the clock")),
+        Correction::Slew(_) | Correction::Step => {
+            debug!(wrong_by = ?now.abs_diff(wanted), "setting the clock");
+            clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(wanted)).map_err(failed("set the clock"))
+        }
     }
-    debug!(wrong_by = ?now.abs_diff(wanted), "setting the clock");
-    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(wanted)).map_err(failed("set the clock"))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Correction {
+    None,
+    /// By so many microseconds.
+    Slew(i64),
+    Step,
+}
+
+fn correction(now: Duration, wanted: Duration) -> Correction {
+    let wrong_by = now.abs_diff(wanted);
+    if wrong_by <= TOLERANCE {
+        return Correction::None;
+    }
+    match i64::try_from(wrong_by.as_micros()) {
+        Ok(us) if wrong_by < STEP => Correction::Slew(if wanted > now { us } else { -us }),
+        _ => Correction::Step,
+    }
 }
 
 /// Brings processors and memory into use, as soon as they are there: the kernel hears of added ones some time after the host has them.
@@ -204,8 +230,22 @@ mod tests {
     #[test]
     fn a_clock_that_is_right_is_left_alone() {
         let now = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME).unwrap());
-        set_time(i64::try_from(now.as_nanos()).unwrap()).unwrap();
-        assert!(set_time(0).is_err() && set_time(i64::MIN).is_err());
+        set_time(i64::try_from(now.as_nanos()).unwrap(), false).unwrap();
+        assert!(set_time(0, false).is_err() && set_time(i64::MIN, true).is_err());
+    }
+
+    #[test]
+    fn a_clock_jumps_only_when_it_has_stood_still() {
+        let at = |ms: u64| Duration::from_millis(1_000_000 + ms);
+        for (now, wanted, expected) in [
+            (0, 1, Correction::None),
+            (0, 300, Correction::Slew(300_000)),
+            (300, 0, Correction::Slew(-300_000)),
+            (0, 1000, Correction::Step),
+            (60_000, 0, Correction::Step),
+        ] {
+            assert_eq!(correction(at(now), at(wanted)), expected, "{now} {wanted}");
+        }
     }
 
     #[tokio::test]

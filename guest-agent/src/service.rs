@@ -75,7 +75,8 @@ impl Agent for Service {
         }
         // A host that says no time does not want it set.
         if self.0.place().machine && request.time_ns != 0 {
-            machine::set_time(request.time_ns).map_err(|error| status(&error))?;
+            // The hardware's clock, which the kernel has begun with, tells whole seconds.
+            machine::set_time(request.time_ns, self.0.pod().is_none()).map_err(|error| status(&error))?;
         }
         let runtime = self.0.runtime();
         Ok(HelloResponse {
@@ -225,14 +226,19 @@ impl Agent for Service {
         if !self.0.place().machine {
             return Ok(Empty::default());
         }
-        machine::set_time(request.time_ns).map(empty).map_err(|error| status(&error))
+        machine::set_time(request.time_ns, false).map(empty).map_err(|error| status(&error))
     }
 
     async fn online(&self, _: &Context, request: OnlineRequest) -> ttrpc::Result<OnlineResponse> {
         // Much memory takes a while.
         let runtime = tokio::runtime::Handle::current();
         let work = move || runtime.block_on(machine::online(request.cpus, request.memory_bytes));
-        self.run(|_| async move { tokio::task::spawn_blocking(work).await.map_err(Error::failed("use what was added"))? }).await
+        self.run(|guest| async move {
+            let used = tokio::task::spawn_blocking(work).await.map_err(Error::failed("use what was added"))??;
+            guest.limit_pod(request.pod_memory_bytes)?;
+            Ok(used)
+        })
+        .await
     }
 
     async fn diagnose(&self, _: &Context, _: Empty) -> ttrpc::Result<DiagnoseResponse> {

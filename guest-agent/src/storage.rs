@@ -31,6 +31,8 @@ pub(crate) struct Held {
     target: PathBuf,
     /// A raw disk's device number.
     pub(crate) device: Option<(u64, u64)>,
+    /// Whether the container may only read that.
+    pub(crate) readonly: bool,
 }
 
 impl Storages {
@@ -42,11 +44,12 @@ impl Storages {
             return match &storage.kind {
                 Some(Kind::HugePages(_)) => {
                     *count += 1;
-                    Ok(Held { target, device: None })
+                    Ok(Held { target, device: None, readonly: false })
                 }
                 _ => Err(Error::AlreadyExists { kind: "storage", id: storage.target.clone() }),
             };
         }
+        let readonly = matches!(&storage.kind, Some(Kind::Disk(disk)) if disk.options.iter().any(|option| option == "ro"));
         let (device, count) = match &storage.kind {
             Some(Kind::Disk(disk)) => (add_disk(disk, &target).await?, 1),
             Some(Kind::HugePages(pages)) => {
@@ -57,7 +60,7 @@ impl Storages {
             _ => return Err(Error::invalid("storage", format!("that for {} is of no kind known here", storage.target))),
         };
         uses.insert(target.clone(), count);
-        Ok(Held { target, device })
+        Ok(Held { target, device, readonly })
     }
 
     /// Gives one back; the last one takes it away. One that was given back before is fine.
