@@ -172,7 +172,9 @@ impl Pod {
         let unavailable = |why: &str| Error::Unavailable { what: format!("sandbox {}", self.spec.id), why: why.into() };
         // They are named by the pid of process 1, which may soon be another's.
         if state.init.as_ref().is_some_and(|init| !init.signal(0).unwrap_or(false)) {
-            return Err(unavailable("its process 1 has ended; create a new sandbox"));
+            return Err(unavailable(
+                "its process 1 has ended; kubelet starts the pod anew, with crictl remove it and run it again",
+            ));
         }
         state.namespaces.clone().ok_or_else(|| unavailable("it has no namespaces yet; start it first"))
     }

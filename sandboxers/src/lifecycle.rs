@@ -115,7 +115,7 @@ impl SandboxState {
             (P::Created, R::CreateContainer) => "start it first",
             (P::Starting, _) => "wait until it is ready",
             (P::Ready, R::Start) => "a sandbox is started once",
-            (P::Stopping | P::Stopped, _) => "create a new sandbox",
+            (P::Stopping | P::Stopped, _) => "kubelet starts the pod anew, with crictl remove it and run it again",
         };
         Err(Denial {
             kind: "sandbox",

@@ -22,7 +22,7 @@ use kuasar_sandboxers::{
     spec::OciSpec,
     stages,
     stdio::{IoContext, ProcessIo, Stdio},
-    types::{ContainerHead, ContainerSpec, ExecSpec, Exit, Mount, ProcessInfo, WindowSize},
+    types::{ContainerHead, ContainerSpec, ExecSpec, Exit, ProcessInfo, WindowSize},
     undo::Undo,
 };
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,7 @@ use tracing::{Instrument, warn};
 
 use crate::{
     agent::{QUICK, SLOW},
+    disks::{self, DiskUse},
     ended::{OomKills, exit},
     pod::{Guest, Pod},
     relay::{self, Relay},
@@ -49,7 +50,10 @@ const MOST_PROCESSES: usize = 65_536;
 struct Running {
     pod: Arc<Pod>,
     request: ProcessRequest,
+    /// In the guest.
     pid: u32,
+    /// The VMM, which is all that there is of it on the node.
+    vmm: Option<u32>,
     relay: Relay,
     ending: Ending,
     /// Whether somebody waits for it to die of SIGKILL.
@@ -69,6 +73,9 @@ struct Record {
     pid: u32,
     /// Serial numbers.
     disks: Vec<String>,
+    /// The same disks, and what they are; a daemon before this one did not save that.
+    #[serde(default)]
+    uses: Vec<DiskUse>,
 }
 
 /// What is saved of an added process.
@@ -90,7 +97,7 @@ pub(crate) struct VmContainer(Arc<Contained>);
 pub(crate) struct Contained {
     process: Arc<Running>,
     head: ContainerHead,
-    disks: Vec<String>,
+    disks: Vec<DiskUse>,
 }
 
 /// A process that was added to a container.
@@ -118,9 +125,10 @@ fn request(container: &ContainerId, exec: Option<&ExecId>) -> ProcessRequest {
 impl Running {
     /// Watches for its end.
     fn begin(pod: Arc<Pod>, guest: Option<Arc<Guest>>, request: ProcessRequest, pid: u32, relay: Relay) -> Arc<Self> {
+        let vmm = guest.as_ref().map(|guest| guest.vm().pid());
         let (ending, doomed, deleted) = (Ending::pending(), AtomicBool::new(false), Notify::new());
         let oom_kills = OomKills::default();
-        let running = Arc::new(Self { pod, request, pid, relay, ending, doomed, oom_kills, deleted });
+        let running = Arc::new(Self { pod, request, pid, vmm, relay, ending, doomed, oom_kills, deleted });
         tokio::spawn(running.clone().watch(guest).in_current_span());
         running
     }
@@ -277,8 +285,11 @@ impl VmContainer {
         let (guest, context) = (pod.guest().ok(), IoContext::of(&pod.spec, &pod.context, &head.id, None));
         let agent = guest.as_ref().map(|guest| guest.agent());
         let relay = Relay::adopt(&head.stdio, &context, agent, &request).await?;
-        let process = Running::begin(pod, guest, request, record.pid, relay);
-        Ok(Self(Contained { process, head, disks: record.disks }.known()))
+        let Record { pid, disks: serials, uses } = record;
+        let disks = if uses.is_empty() { serials.into_iter().map(DiskUse::of).collect() } else { uses };
+        pod.disks.adopt(&disks).await;
+        let process = Running::begin(pod, guest, request, pid, relay);
+        Ok(Self(Contained { process, head, disks }.known()))
     }
 }
 
@@ -308,12 +319,21 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             place.bind_rootfs(&source, oci.root_readonly(), &offload).await?
         }
         [only] if on_disk => {
-            let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
-            let serial =
-                add_disk(&pod, &guest, only.source.as_ref(), only.options.iter().any(|option| option == "ro"), undo).await?;
-            storages.push(disk_storage(&serial, only, &target));
-            disks.push(serial);
-            target.into()
+            let readonly = only.options.iter().any(|option| option == "ro");
+            match pod.disks.add(&guest, only.source.as_ref(), readonly, false, undo).await {
+                Ok(disk) => {
+                    let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
+                    storages.push(disks::filesystem(&disk, only, &target));
+                    disks.push(disk);
+                    target.into()
+                }
+                // All places are taken: the node can mount it as well.
+                Err(error @ Error::Unsupported { .. }) => {
+                    debug!(error = error.report(), "the root filesystem is shared instead");
+                    place.add_rootfs(&rootfs, &offload).await?
+                }
+                Err(error) => return Err(error),
+            }
         }
         mounts => place.add_rootfs(mounts, &offload).await?,
     };
@@ -333,14 +353,16 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         rewrite::place(&mut oci, volume, &place);
     }
     for device in &devices {
-        let serial = add_disk(&pod, &guest, &device.source, device.readonly, undo).await?;
-        let target = format!("{}/{id}/{serial}", kuasar_guest_protocol::STORAGE_TARGET);
-        let disk = agent::Disk { serial: serial.clone(), ..agent::Disk::default() };
-        let mut storage = Storage { target: target.clone(), ..Storage::default() };
-        storage.set_disk(disk);
-        storages.push(storage);
+        let disk = pod.disks.add(&guest, &device.source, device.readonly, true, undo).await?;
+        let serial = &disk.serial;
+        let target =
+            format!("{}/{id}/{serial}{}", kuasar_guest_protocol::STORAGE_TARGET, if device.readonly { "-ro" } else { "" });
+        // The same device may be at two paths of a container.
+        if !storages.iter().any(|storage| storage.target == target) {
+            storages.push(disks::raw(&disk, device.readonly, &target));
+        }
         rewrite::add_block_device(&mut oci, device, target.as_ref());
-        disks.push(serial);
+        disks.push(disk);
     }
 
     stages::enter("open its input and output");
@@ -362,6 +384,9 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     let (made, connections) = guest.unless_ended(relay::make(guest.agent(), &stdio, made)).await?;
     failpoint::reach(Failpoint::ContainerMade);
     let relay = Relay::open(io, connections?, &context, &request)?;
+    if let Err(error) = pod.disks.sweep(&guest).await {
+        warn!(error = error.report(), "disks that no container has may be left in the machine");
+    }
     let process = Running::begin(pod, Some(guest), request, made.pid, relay);
     Ok(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }.known())
 }
@@ -374,33 +399,6 @@ fn document(spec: &OciSpec) -> Result<Vec<u8>> {
         return Err(Error::invalid("container spec", format!("it has {} bytes; a guest takes at most {most}", bytes.len())));
     }
     Ok(bytes)
-}
-
-async fn add_disk(
-    pod: &Arc<Pod>,
-    guest: &Arc<Guest>,
-    source: &std::path::Path,
-    readonly: bool,
-    undo: &mut Undo,
-) -> Result<String> {
-    stages::enter(format!("add {} as a disk", source.display()));
-    let serial = pod.disk_serial();
-    let (taken_back, named) = (guest.clone(), serial.clone());
-    undo.push(format!("remove disk {serial}"), async move { taken_back.remove_disk(&named).await });
-    guest.add_disk(source, &serial, readonly).await?;
-    Ok(serial)
-}
-
-fn disk_storage(serial: &str, mount: &Mount, target: &str) -> Storage {
-    let disk = agent::Disk {
-        serial: serial.into(),
-        filesystem: mount.kind.clone(),
-        options: mount.options.clone(),
-        ..agent::Disk::default()
-    };
-    let mut storage = Storage { target: target.into(), ..Storage::default() };
-    storage.set_disk(disk);
-    storage
 }
 
 fn huge_pages(options: &[String], target: &str) -> Storage {
@@ -432,6 +430,10 @@ impl Process for VmContainer {
         Some(self.0.process.pid)
     }
 
+    fn node_pid(&self) -> Option<u32> {
+        self.0.process.vmm
+    }
+
     async fn start(&self) -> Result<u32> {
         let guest = self.0.process.pod.guest()?;
         let request = self.0.named();
@@ -461,8 +463,8 @@ impl Process for VmContainer {
         self.0.process.delete().await?;
         failpoint::reach(Failpoint::ContainerDeleted);
         if let Ok(guest) = pod.guest() {
-            for serial in &self.0.disks {
-                guest.remove_disk(serial).await?;
+            for disk in &self.0.disks {
+                pod.disks.remove(&guest, &disk.serial).await?;
             }
             guest.known_stats().forget(self.0.head.id.as_str());
         }
@@ -479,7 +481,8 @@ impl Process for VmContainer {
     }
 
     fn record(&self) -> Value {
-        json!(Record { pid: self.0.process.pid, disks: self.0.disks.clone() })
+        let disks = self.0.disks.iter().map(|disk| disk.serial.clone()).collect();
+        json!(Record { pid: self.0.process.pid, disks, uses: self.0.disks.clone() })
     }
 }
 
@@ -518,7 +521,8 @@ impl Container for VmContainer {
     }
 
     async fn pids(&self) -> Result<Vec<ProcessInfo>> {
-        let first = ProcessInfo { pid: self.0.process.pid, exec: None };
+        // As many as there are in the guest; on the node each is the VMM.
+        let first = ProcessInfo { pid: self.0.process.vmm.unwrap_or(0), exec: None };
         let Ok(guest) = self.0.process.pod.guest() else { return Ok(vec![first]) };
         let mut listed: Vec<_> = match guest.processes(self.0.named()).await {
             Ok(listed) => listed.unwrap_or_default().processes,
@@ -527,7 +531,7 @@ impl Container for VmContainer {
         };
         listed.truncate(MOST_PROCESSES);
         let list: Vec<_> =
-            listed.into_iter().map(|process| ProcessInfo { pid: process.pid, exec: process.exec.parse().ok() }).collect();
+            listed.into_iter().map(|process| ProcessInfo { exec: process.exec.parse().ok(), ..first.clone() }).collect();
         Ok(if list.is_empty() { vec![first] } else { list })
     }
 
@@ -608,6 +612,10 @@ impl VmExec {
 impl Process for VmExec {
     fn pid(&self) -> Option<u32> {
         self.running.get().map(|running| running.pid)
+    }
+
+    fn node_pid(&self) -> Option<u32> {
+        self.running.get().and_then(|running| running.vmm)
     }
 
     async fn start(&self) -> Result<u32> {

@@ -53,6 +53,9 @@ const FOLLOWS: Duration = Duration::from_secs(1);
 /// How long to wait before an agent that does not answer is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// What becomes of a pod whose machine has ended.
+const ANEW: &str = "kubelet starts the pod anew, with crictl remove it and run it again";
+
 /// How many events are taken at a time.
 const EVENTS: usize = 64;
 
@@ -130,7 +133,7 @@ impl Guest {
                 format!("it switched itself off; last on its console: {said}")
             }
             (None, _) if exit.status == 0 => {
-                "it was off before its kernel said a word, as with too little memory or a kernel that is not for it".into()
+                "the VM powered off before its kernel printed anything; check its memory and its kernel image".into()
             }
             (None, _) => format!("its hypervisor ended with status {}", exit.status),
         }
@@ -192,7 +195,7 @@ impl Guest {
     }
 
     pub(crate) fn gone(&self) -> Error {
-        Error::Unavailable { what: "the pod's virtual machine".into(), why: format!("{}; create a new pod", self.reason()) }
+        Error::Unavailable { what: "the pod's virtual machine".into(), why: format!("{}; {ANEW}", self.reason()) }
     }
 
     /// Does something with the guest, which fails with the reason when the machine ends meanwhile.
@@ -366,9 +369,14 @@ impl Guest {
         }
     }
 
-    /// Has the guest use what was added to its machine.
-    pub(crate) async fn online(&self, cpus: u32, memory_bytes: u64) -> Result<()> {
-        let request = OnlineRequest { cpus, memory_bytes, ..OnlineRequest::default() };
+    /// The serial numbers of its disks.
+    pub(crate) async fn disks(&self) -> Result<Vec<String>> {
+        self.unless_ended(self.vm.disks()).await
+    }
+
+    /// Has the guest use what was added to its machine, and limit its containers to what the pod may have; 0 is as it was.
+    pub(crate) async fn online(&self, cpus: u32, memory_bytes: u64, pod_memory_bytes: u64) -> Result<()> {
+        let request = OnlineRequest { cpus, memory_bytes, pod_memory_bytes, ..OnlineRequest::default() };
         let asked = self.agent.call("use added processors and memory", Some(QUICK), |client, context| async move {
             client.online(context, &request).await
         });

@@ -96,6 +96,9 @@ pub trait Vm: Debug + Send + Sync + 'static {
     /// Removes it, once the guest has let go. One that is not there is fine.
     async fn remove_disk(&self, serial: &str) -> Result<()>;
 
+    /// The serial numbers of all disks that were added.
+    async fn disks(&self) -> Result<Vec<String>>;
+
     /// Gives it processors, up to the maximum of its spec; the guest has to bring them into use.
     async fn set_cpus(&self, count: u32) -> Result<()>;
 

@@ -50,7 +50,7 @@ use tokio::{
     net::unix::pipe,
     time::{sleep, timeout},
 };
-use tracing::debug;
+use tracing::{debug, warn};
 
 /// How much of what a program says is kept, in bytes from the end.
 pub const LAST_WORDS: usize = 4 << 10;
@@ -317,7 +317,7 @@ impl Launch {
             // Raising the hard limit takes CAP_SYS_RESOURCE, which a daemon in a container may lack: then what there is must do.
             if let Err(error) = prlimit(raw, Resource::Nofile, limit(count)) {
                 let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(count).min(count);
-                debug!(%error, wanted = count, got = most, program = self.name, "cannot raise the limit of open files");
+                warn!(%error, wanted = count, got = most, program = self.name, "cannot raise the limit of open files");
                 prlimit(raw, Resource::Nofile, limit(most))
                     .map_err(|errno| Error::failed("limit open files")(io::Error::from(errno)))?;
             }

@@ -19,14 +19,17 @@
 //!   record.
 
 mod agent;
+mod boot;
 pub mod config;
 mod console;
 mod container;
 mod dial;
+mod disks;
 mod ended;
 mod features;
 mod guest;
 pub mod hypervisor;
+mod image;
 mod inside;
 pub mod launch;
 pub mod net;

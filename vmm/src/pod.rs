@@ -21,10 +21,7 @@ use std::{
     io::ErrorKind,
     os::unix::fs::{DirBuilderExt, symlink},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -58,9 +55,11 @@ use tracing::{Instrument, debug, warn};
 pub(crate) use crate::guest::Guest;
 use crate::{
     agent::SLOW,
+    boot,
     console::Console,
     container::{self, Contained, VmContainer},
     dial,
+    disks::Disks,
     guest::GuestRecord,
     hypervisor::Place,
     inside::{self, Sessions},
@@ -88,7 +87,7 @@ pub(crate) struct Pod {
     sandboxer: Arc<Shared>,
     number: u32,
     state: Mutex<State>,
-    next_disk: AtomicU32,
+    pub(crate) disks: Disks,
     ending: Ending,
     /// Programs beside the containers.
     pub(crate) sessions: Sessions,
@@ -113,7 +112,6 @@ pub(crate) struct Record {
     pub(crate) number: u32,
     size: Option<Size>,
     guest: Option<GuestRecord>,
-    next_disk: u32,
 }
 
 /// Finds what is wrong with a pod before anything is made.
@@ -157,7 +155,7 @@ impl Pod {
             sandboxer,
             number,
             state: Mutex::default(),
-            next_disk: AtomicU32::new(0),
+            disks: Disks::default(),
             ending: Ending::pending(),
             sessions: Sessions::default(),
         }
@@ -197,11 +195,6 @@ impl Pod {
         self.state().containers.get(id).is_some_and(|container| container.strong_count() > 0)
     }
 
-    /// A serial number that no disk of the machine has had.
-    pub(crate) fn disk_serial(&self) -> String {
-        format!("disk-{}", self.next_disk.fetch_add(1, Ordering::Relaxed))
-    }
-
     /// Whether a root filesystem can be a disk of the machine: it is one device, and never anything else that a path may name.
     pub(crate) async fn can_be_disk(&self, mount: &Mount, offload: &Offload) -> Result<bool> {
         let may = mount.target.is_empty()
@@ -226,8 +219,9 @@ impl Pod {
     }
 
     fn size(&self) -> Result<Size> {
+        let Shared { config, boot_mib, .. } = &*self.sandboxer;
         let can_grow = self.sandboxer.can_grow();
-        sizing::of(&self.sandboxer.config, Host::look()?, &self.spec.resources, &self.spec.annotations, can_grow)
+        sizing::of(config, *boot_mib, Host::look()?, &self.spec.resources, &self.spec.annotations, can_grow)
     }
 
     /// Makes the directory and finds out what can be known before the start.
@@ -244,7 +238,7 @@ impl Pod {
 
     /// Takes the state over that an earlier daemon has saved.
     pub(crate) async fn restore(self: &Arc<Self>, record: Record) -> Result<()> {
-        self.next_disk.store(record.next_disk, Ordering::Relaxed);
+        self.disks.set_inherited();
         self.state().size = record.size;
         let Some(saved) = record.guest else {
             // A start that was cut off is not waited for any more, and its machine would run until somebody deletes the sandbox.
@@ -392,15 +386,8 @@ impl Pod {
         let booted = self.boot(&guest, vsock.ready, &setup).await;
         if let Err(error) = booted {
             stages::keep_log("the guest's console", &console.end(stages::LOG_LIMIT as u64)?);
-            let (why, said) = (error.report(), console.last_lines());
-            let message = match said.as_str() {
-                "" => format!("{why}; nothing is on its console"),
-                // The reason of its end.
-                said if why.contains(said) => why,
-                said => format!("{why}; last on its console: {said}"),
-            };
-            let program = sandboxer.hypervisor.capabilities().name.clone();
-            return Err(Error::Backend { program, operation: "bring the guest up".into(), message });
+            let (program, said) = (sandboxer.hypervisor.capabilities().name.clone(), console.last_lines());
+            return Err(boot::failure(program, &error, &said, size.memory.boot_mib, &self.spec.resources));
         }
         failpoint::reach(Failpoint::GuestBooted);
         stages::enter("forward ports");
@@ -433,7 +420,8 @@ impl Pod {
 
     async fn boot(&self, guest: &Guest, ready: Option<UnixListener>, network: &net::GuestNetwork) -> Result<()> {
         stages::enter("boot the guest");
-        guest.unless_ended(guest.agent().wait(ready, self.sandboxer.config.boot_limit)).await?;
+        let limit = boot::limit(self.sandboxer.config.boot_limit, &self.spec.resources);
+        guest.unless_ended(guest.agent().wait(ready, limit)).await?;
         stages::enter("set up the guest");
         let request = self.setup(network)?;
         let set_up = guest
@@ -482,6 +470,7 @@ impl Pod {
             routes: network.routes.clone(),
             neighbours: network.neighbours.clone(),
             huge_pages: huge_pages.collect(),
+            pod_memory_bytes: sizing::pod_limit_bytes(&self.sandboxer.config, &spec.resources).unwrap_or(0),
             ..SetUpRequest::default()
         })
     }
@@ -629,22 +618,19 @@ impl Sandbox for VmSandbox {
     async fn update(&self, resources: &PodResources) -> Result<()> {
         let Some(now) = self.0.state().size else { return Ok(()) };
         let Ok(guest) = self.0.guest() else { return Ok(()) };
-        let wanted = sizing::grown(&self.0.sandboxer.config, now, resources);
-        if wanted == now {
-            return Ok(());
-        }
+        let config = &self.0.sandboxer.config;
+        let mut wanted = sizing::grown(config, now, resources);
         let (mut cpus, mut memory_mib) = (0, 0);
         if wanted.cpus != now.cpus {
             guest.unless_ended(guest.vm().set_cpus(wanted.cpus.boot)).await?;
             cpus = wanted.cpus.boot;
         }
-        let mut wanted = wanted;
         if wanted.memory != now.memory {
             memory_mib = guest.unless_ended(guest.vm().set_memory(wanted.memory.boot_mib)).await?;
             // It may have been given more, for memory comes in blocks.
             wanted.memory.boot_mib = memory_mib.min(wanted.memory.max_mib);
         }
-        guest.online(cpus, memory_mib << 20).await?;
+        guest.online(cpus, memory_mib << 20, sizing::pod_limit_bytes(config, resources).unwrap_or(0)).await?;
         self.0.state().size = Some(wanted);
         Ok(())
     }
@@ -661,12 +647,7 @@ impl Sandbox for VmSandbox {
 
     fn record(&self) -> Value {
         let state = self.0.state();
-        json!(Record {
-            number: self.0.number,
-            size: state.size,
-            guest: state.guest.as_ref().map(|guest| guest.record()),
-            next_disk: self.0.next_disk.load(Ordering::Relaxed),
-        })
+        json!(Record { number: self.0.number, size: state.size, guest: state.guest.as_ref().map(|guest| guest.record()) })
     }
 
     fn describe(&self) -> Value {
@@ -711,5 +692,8 @@ pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId) -> Result<()> 
     }
     let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
     container::delete(pod, &request).await?;
+    if let Ok(guest) = pod.guest() {
+        pod.disks.sweep(&guest).await?;
+    }
     pod.shared.remove_container(id).await
 }

@@ -27,6 +27,7 @@ use kuasar_sandboxers::{
 };
 use nix::sys::stat::{major, makedev, minor};
 use serde_json::{Value, json};
+use tracing::debug;
 
 /// How containerd writes a namespace of a sandbox that has no process; the agent knows it too.
 const PLACEHOLDER: &str = "/proc/0/ns";
@@ -183,13 +184,15 @@ pub(crate) fn place(spec: &mut OciSpec, volume: &Volume, source: &Path) {
     }
 }
 
-/// Takes block devices out of the specification's list. A privileged container is given all of the host's devices, which it asked for none
-/// of: those are left out.
+/// Takes block devices out of the specification's list. A privileged container may be given all of the host's devices, which it asked for none
+/// of: those are left out. They are told by /dev/null, which no other list has.
 fn block_devices(spec: &mut OciSpec) -> Result<Vec<BlockDevice>> {
     let privileged = has_all_devices(spec);
     let Some(list) = spec.as_value_mut().pointer_mut("/linux/devices").and_then(Value::as_array_mut) else {
         return Ok(Vec::new());
     };
+    let is_null = |device: &Value| device["type"] == "c" && device["major"] == 1 && device["minor"] == 3;
+    let has_hosts = privileged && list.iter().any(is_null);
     let mut blocks = Vec::new();
     list.retain(|device| {
         let block = device["type"] == "b";
@@ -199,7 +202,8 @@ fn block_devices(spec: &mut OciSpec) -> Result<Vec<BlockDevice>> {
         // Character devices are those of the guest's kernel with the same numbers: /dev/fuse, /dev/net/tun. It has no others to give.
         !block
     });
-    if privileged {
+    if has_hosts {
+        debug!(count = blocks.len(), "the node's block devices of a privileged container are left out");
         return Ok(Vec::new());
     }
     blocks.iter().map(|device| block_device(device, spec)).collect()
@@ -222,13 +226,18 @@ fn block_device(device: &Value, spec: &OciSpec) -> Result<BlockDevice> {
         return Err(invalid(format!("{} is device {}:{}", source.display(), major(found.rdev()), minor(found.rdev()))));
     }
     let rules = spec.as_value().pointer("/linux/resources/devices").and_then(Value::as_array);
-    let writable = rules.into_iter().flatten().any(|rule| {
-        let same = |key: &str, number| rule[key].as_u64() == Some(number);
-        rule["allow"] == true
-            && same("major", wanted_major)
-            && same("minor", wanted_minor)
-            && rule["access"].as_str().is_some_and(|access| access.contains('w'))
-    });
+    let same = |rule: &Value, key: &str, number| rule[key].as_u64() == Some(number);
+    let mut own = rules
+        .into_iter()
+        .flatten()
+        .filter(|rule| rule["allow"] == true && same(rule, "major", wanted_major) && same(rule, "minor", wanted_minor));
+    // One that may use all devices needs no rule for this one.
+    let writable = match own.next() {
+        None => has_all_devices(spec),
+        Some(first) => {
+            std::iter::once(first).chain(own).any(|rule| rule["access"].as_str().is_some_and(|access| access.contains('w')))
+        }
+    };
     Ok(BlockDevice { source, path, readonly: !writable })
 }
 
@@ -336,6 +345,10 @@ mod tests {
             spec(json!({ "linux": { "devices": [device, disk], "resources": { "devices": [{ "allow": false }, all] } } }));
         assert_eq!(prepare(&mut privileged).unwrap().1, []);
         assert_eq!(privileged.as_value()["linux"]["devices"], json!([device]));
+        // One that may use all of the machine's devices, and has asked for a disk.
+        let mut asking = spec(json!({ "linux": { "devices": [disk], "resources": { "devices": [all] } } }));
+        let error = prepare(&mut asking).unwrap_err();
+        assert!(error.to_string().contains("4000:1"), "{error}");
         let error = prepare(&mut spec(json!({ "linux": { "devices": [disk] } }))).unwrap_err();
         assert!(error.to_string().contains("/dev/xvda") && error.to_string().contains("4000:1"), "{error}");
         let mut spec = spec(json!({}));

@@ -59,6 +59,8 @@ pub(crate) struct Shared {
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) virtiofsd: Virtiofsd,
     pub(crate) vsock: VsockWay,
+    /// The least memory that a guest boots with, in MiB.
+    pub(crate) boot_mib: u64,
     /// The numbers of machines that there are.
     numbers: Mutex<BTreeSet<u32>>,
 }
@@ -126,7 +128,13 @@ impl Shared {
         if self.config.debug {
             words.push(DEBUG_WORD.into());
         }
-        words.extend(self.config.kernel_parameters.iter().cloned());
+        let configured = &self.config.kernel_parameters;
+        if !configured.iter().any(|word| word.starts_with("swiotlb=")) {
+            // Memory that can be added above 4 GiB has the kernel set 64 MiB of bounce buffers apart, for devices that do not reach there. These
+            // machines have none: virtio devices without VIRTIO_F_ACCESS_PLATFORM take the guest's own addresses, of 64 bits.
+            words.push("swiotlb=noforce".into());
+        }
+        words.extend(configured.iter().cloned());
         words
     }
 
@@ -182,7 +190,8 @@ impl VmmSandboxer {
         }
         // Those of sandboxes that cannot be recovered too: their machines may run.
         let numbers = Mutex::new(numbers_in(&config.root)?);
-        let shared = Shared { config, hypervisor, virtiofsd, vsock, numbers };
+        let mut shared = Shared { config, hypervisor, virtiofsd, vsock, boot_mib: 0, numbers };
+        shared.boot_mib = crate::image::boot_mib(&shared.config.kernel(), &shared.initrd())?;
         Ok(Self { shared: Arc::new(shared), pods: Arc::default() })
     }
 

@@ -278,8 +278,11 @@ async fn boots_that_come_to_nothing() {
         (Ill::Flood, ["the guest's agent is unavailable: it has sent more than a guest has to say", "delete the pod"]),
         (Ill::Refusal("no\x1b[2J".into()), ["the guest failed to say hello: no\u{fffd}[2J", "nothing is on its console"]),
         (Ill::Answer(hello(99, "")), ["it speaks version 99 of the protocol", "install the guest image of the same release"]),
-        (Ill::Death(0, "panicked at x\n"), ["it switched itself off; last on its console: panicked at x", "create a new pod"]),
-        (Ill::Death(0, ""), ["it was off before its kernel said a word", "nothing is on its console"]),
+        (
+            Ill::Death(0, "panicked at x\n"),
+            ["it switched itself off; last on its console: panicked at x", "kubelet starts the pod anew"],
+        ),
+        (Ill::Death(0, ""), ["the VM powered off before its kernel printed anything", "nothing is on its console"]),
         (Ill::Death(137, "early\n"), ["its hypervisor ended with status 137", "; last on its console: early"]),
     ] {
         node.ways.ill("Hello", ill.clone());
@@ -305,7 +308,10 @@ async fn guests_that_boot_and_are_not_set_up() {
         (Ill::HangUp, "the guest's agent is unavailable"),
         (Ill::Flood, "it has sent more than a guest has to say"),
         (Ill::Refusal("no such interface".into()), "the guest failed to set up the guest: no such interface"),
-        (Ill::Death(1, ""), "the pod's virtual machine is unavailable: its hypervisor ended with status 1; create a new pod"),
+        (
+            Ill::Death(1, ""),
+            "the pod's virtual machine is unavailable: its hypervisor ended with status 1; kubelet starts the pod anew",
+        ),
     ] {
         node.ways.ill("SetUp", ill.clone());
         let report = node.failed_start().await;
@@ -508,7 +514,7 @@ async fn machines_that_die_in_a_call() {
             Ok(())
         };
         let done: Result<()> = timeout(SOON, work).await.expect("a call without end");
-        let why = "it switched itself off; last on its console: the agent cannot go on; create a new pod";
+        let why = "it switched itself off; last on its console: the agent cannot go on; kubelet starts the pod anew";
         match done {
             // These come later.
             Ok(()) => assert!(["Delete", "ShutDown"].contains(&method), "{method}"),

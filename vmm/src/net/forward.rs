@@ -14,7 +14,10 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener},
     os::fd::{AsFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -55,6 +58,8 @@ pub struct Forwarder {
     /// Where the kernel has IPv6.
     v6: Option<TcpListener>,
     connections: Arc<Semaphore>,
+    /// It was said that no more connections are taken.
+    is_full: AtomicBool,
     /// The program is attached as long as this is open.
     _link: OwnedFd,
     _held: Held,
@@ -95,6 +100,7 @@ impl Forwarder {
             v4: watch(v4)?,
             v6: v6.map(watch).transpose()?,
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            is_full: AtomicBool::new(false),
             _link: link,
             _held: held,
         })
@@ -143,7 +149,21 @@ impl Forwarder {
 
     /// The next connection, and the port that was meant. No connection is lost if this is dropped.
     async fn accept(&self) -> io::Result<(TcpStream, u16, OwnedSemaphorePermit)> {
-        let permit = self.connections.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let permit = match self.connections.clone().try_acquire_owned() {
+            Ok(permit) => {
+                self.is_full.store(false, Ordering::Relaxed);
+                permit
+            }
+            Err(_) => {
+                if !self.is_full.swap(true, Ordering::Relaxed) {
+                    warn!(
+                        most = CONNECTIONS_MAX,
+                        "the pod's port-forwards have as many connections as they may; the next ones wait"
+                    );
+                }
+                self.connections.clone().acquire_owned().await.map_err(io::Error::other)?
+            }
+        };
         let v6 = async {
             match &self.v6 {
                 Some(listener) => listener.accept().await,

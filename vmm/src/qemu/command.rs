@@ -16,6 +16,9 @@ pub(super) const DIMM_MIB: u64 = 128;
 /// How many times memory can be added, at most: each takes one of the eight regions that a vhost-user device has at least.
 const DIMM_SLOTS: u64 = 4;
 
+/// How many times as much at least is left for the places after one as it takes.
+const DIMM_GROWTH: u64 = 4;
+
 /// The processor that is translated: all that QEMU knows, without what makes the guest slow. With `erms` and `fsrm` its kernel clears and
 /// copies pages by `rep stosb` and `rep movsb`, which are translated to a step for each byte: starting a program takes twice as long.
 /// Five levels of page tables are one more to walk, for addresses that no guest has.
@@ -131,7 +134,8 @@ impl Line<'_> {
             Machine::Q35 => "q35,smm=off,vmport=off,hpet=off,usb=off,sata=off",
             Machine::Microvm => "microvm,isa-serial=on",
         };
-        self.option("-machine", &format!("{machine},memory-backend=ram"));
+        // A core of QEMU has none of the guest's secrets in it.
+        self.option("-machine", &format!("{machine},memory-backend=ram,dump-guest-core=off"));
         match setup.accelerator {
             Accelerator::Kvm => {
                 self.option("-accel", "kvm");
@@ -159,7 +163,8 @@ impl Line<'_> {
     fn memory(&mut self, spec: &VmSpec) {
         let (boot, slots) = (spec.memory.boot_mib, dimm_slots(spec.memory));
         let more = if self.bus == Machine::Q35 && slots > 0 {
-            format!(",slots={slots},maxmem={}M", boot + slots * dimm_mib(spec.memory))
+            let more = (spec.memory.max_mib - boot).next_multiple_of(DIMM_MIB);
+            format!(",slots={slots},maxmem={}M", boot + more)
         } else {
             String::new()
         };
@@ -207,14 +212,16 @@ impl Line<'_> {
     }
 }
 
-/// The node of a disk that is open as `file`.
+/// The node of a disk that is open as `file`. A block device may have other users on the node, as with pods that are no machines: who may use
+/// it with whom is the volume's access mode, of which Kubernetes takes care. An image is this machine's alone.
 pub(super) fn block_node(disk: &Disk, file: &str) -> serde_json::Value {
+    let (driver, locking) = if is_device(disk) { ("host_device", "off") } else { ("file", "auto") };
     serde_json::json!({
         "node-name": format!("disk-{}", disk.serial),
         "driver": "raw",
         "read-only": disk.readonly,
         "discard": "unmap",
-        "file": {"driver": if is_device(disk) { "host_device" } else { "file" }, "filename": file, "locking": "auto"},
+        "file": {"driver": driver, "filename": file, "locking": locking},
     })
 }
 
@@ -224,14 +231,15 @@ fn is_device(disk: &Disk) -> bool {
 }
 
 /// How often memory can be added on the way to the maximum.
-fn dimm_slots(memory: Memory) -> u64 {
+pub(super) fn dimm_slots(memory: Memory) -> u64 {
     (memory.max_mib.saturating_sub(memory.boot_mib)).div_ceil(DIMM_MIB).min(DIMM_SLOTS)
 }
 
-/// The least that is added at a time, in MiB, so that the maximum can be reached with so few.
-pub(super) fn dimm_mib(memory: Memory) -> u64 {
-    let all = memory.max_mib.saturating_sub(memory.boot_mib);
-    all.div_ceil(dimm_slots(memory).max(1)).next_multiple_of(DIMM_MIB)
+/// How much is to be added, in MiB, where `missing` are asked for, `rest` are left to the maximum, and `slots` places are free. The places are
+/// few, so what is added grows with each: as little as is asked for at first, and all the rest in the last.
+pub(super) fn dimm_mib(missing: u64, rest: u64, slots: u64) -> u64 {
+    let least = rest.div_ceil(DIMM_GROWTH.pow(u32::try_from(slots.saturating_sub(1)).unwrap_or(0)));
+    missing.max(least).next_multiple_of(DIMM_MIB).min(rest.next_multiple_of(DIMM_MIB))
 }
 
 fn huge_pages(memory: Memory) -> String {
@@ -298,10 +306,10 @@ mod tests {
     fn a_pc_in_words() {
         let line = words(&spec(), Machine::Q35).join(" ");
         for part in [
-            "-machine q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,memory-backend=ram ",
+            "-machine q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,memory-backend=ram,dump-guest-core=off ",
             "-cpu max,la57=off,erms=off,fsrm=off ",
             "-smp cpus=1,maxcpus=4 ",
-            "-m size=256M,slots=4,maxmem=1280M ",
+            "-m size=256M,slots=4,maxmem=1024M ",
             "-object memory-backend-memfd,id=ram,size=256M,share=on,hugetlb=on,hugetlbsize=2048K ",
             "-append console=ttyS0 reboot=t tsc_early_khz=2600000 quiet panic=5 ",
             "-add-fd fd=11,set=1 -chardev file,id=console,path=/dev/fdset/1,append=on ",
@@ -335,11 +343,17 @@ mod tests {
     }
 
     #[test]
-    fn the_maximum_of_memory_is_reached_in_as_many_steps_as_there_are_slots() {
-        for (boot_mib, max_mib) in [(128, 128), (128, 200), (256, 1024), (256, 100_000)] {
+    fn memory_is_added_by_small_steps_and_reaches_its_maximum() {
+        for (boot_mib, max_mib, step) in [(128, 256, 128), (256, 1024, 128), (248, 3960, 128), (256, 100_096, 1664)] {
             let memory = Memory { boot_mib, max_mib, huge_page_kib: None };
-            let (slots, step) = (dimm_slots(memory), dimm_mib(memory));
-            assert!(slots <= DIMM_SLOTS && boot_mib + slots * step >= max_mib && step % DIMM_MIB == 0, "{memory:?}");
+            assert_eq!(dimm_mib(1, max_mib - boot_mib, dimm_slots(memory)), step, "{memory:?}");
+            assert_eq!(dimm_mib(max_mib - boot_mib, max_mib - boot_mib, dimm_slots(memory)), max_mib - boot_mib);
+            let mut present = boot_mib;
+            for slots in (1..=dimm_slots(memory)).rev() {
+                assert!(present < max_mib, "{memory:?} has {slots} places too many");
+                present += dimm_mib(1, max_mib - present, slots);
+            }
+            assert_eq!(present, max_mib, "{memory:?}");
         }
     }
 

@@ -241,8 +241,11 @@ impl QemuVm {
     }
 }
 
+/// Before a disk's serial number, in the id of its device.
+const DEVICE: &str = "dev-";
+
 fn device(serial: &str) -> String {
-    format!("dev-{serial}")
+    format!("{DEVICE}{serial}")
 }
 
 fn node(serial: &str) -> String {
@@ -295,6 +298,11 @@ impl Vm for QemuVm {
         self.forget_disk(serial).await
     }
 
+    async fn disks(&self) -> Result<Vec<String>> {
+        let devices = self.devices().await?;
+        Ok(devices.iter().filter_map(|device| device.strip_prefix(DEVICE).map(str::to_owned)).collect())
+    }
+
     async fn set_cpus(&self, count: u32) -> Result<()> {
         let _changing = self.changing.lock().await;
         if count > self.record.cpus.max {
@@ -330,8 +338,13 @@ impl Vm for QemuVm {
             return Ok(present);
         }
         self.hot("adding memory")?;
-        let more = (mib - present).max(command::dimm_mib(memory)).next_multiple_of(command::DIMM_MIB);
         let devices = self.devices().await?;
+        let dimms = command::dimm_slots(memory);
+        let taken = devices.iter().filter(|device| device.starts_with("dimm")).count() as u64;
+        if taken >= dimms {
+            return Ok(present);
+        }
+        let more = command::dimm_mib(mib - present, memory.max_mib.saturating_sub(present), dimms - taken);
         let Some(id) = (0..).map(|number| format!("dimm{number}")).find(|id| !devices.contains(id)) else { return Ok(present) };
         let ram = format!("{id}-ram");
         let mut backend = json!({"qom-type": "memory-backend-memfd", "id": ram, "size": more << 20, "share": true});

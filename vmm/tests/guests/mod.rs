@@ -213,6 +213,10 @@ impl Vm for FakeVm {
         Ok(())
     }
 
+    async fn disks(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     async fn set_cpus(&self, _count: u32) -> Result<()> {
         Ok(())
     }

@@ -1,0 +1,164 @@
+//! The disks of a pod's machine: one for each block device of the node, however many of the pod's containers have it.
+//!
+//! A serial number is used once in the life of a machine, whatever becomes of the daemon: what a disk is cannot be asked for, and one that a
+//! daemon has added before it died must not be taken for another.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use kuasar_guest_protocol::agent::{self, Storage};
+use kuasar_sandboxers::{Error, Result, stages, types::Mount, undo::Undo};
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+use crate::guest::Guest;
+
+/// A disk as a container has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskUse {
+    pub(crate) serial: String,
+    /// Number of the node's device, where others may have it too.
+    shared: Option<u64>,
+    /// Whether the machine may not write to it.
+    readonly: bool,
+}
+
+/// The disks of one machine.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Disks(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// By serial number. Locked while the machine is changed, so that two containers that want the same device get one disk.
+    known: Mutex<HashMap<String, Known>>,
+    /// An earlier daemon may have added some that no container has.
+    inherited: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Known {
+    shared: Option<u64>,
+    readonly: bool,
+    users: usize,
+}
+
+impl DiskUse {
+    /// One of which only the serial number is known.
+    pub(crate) fn of(serial: String) -> Self {
+        Self { serial, shared: None, readonly: false }
+    }
+}
+
+impl Disks {
+    /// Counts what a container of an earlier daemon has.
+    pub(crate) async fn adopt(&self, disks: &[DiskUse]) {
+        let mut known = self.0.known.lock().await;
+        for DiskUse { serial, shared, readonly } in disks {
+            let disk = Known { shared: *shared, readonly: *readonly, users: 0 };
+            known.entry(serial.clone()).or_insert(disk).users += 1;
+        }
+    }
+
+    /// The machine was started by an earlier daemon.
+    pub(crate) fn set_inherited(&self) {
+        self.0.inherited.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes a device of the node a disk of the machine, or counts one more user of the disk that it is. Only what is `shared` is given to more
+    /// than one.
+    pub(crate) async fn add(
+        &self,
+        guest: &Arc<Guest>,
+        source: &Path,
+        readonly: bool,
+        shared: bool,
+        undo: &mut Undo,
+    ) -> Result<DiskUse> {
+        stages::enter(format!("add {} as a disk", source.display()));
+        let device = fs::metadata(source).map_err(Error::io("find the device", source))?.rdev();
+        let shared = shared.then_some(device);
+        let mut known = self.0.known.lock().await;
+        // One that can be written to serves a container that may only read, too: its control group holds it to that.
+        let there =
+            known.iter_mut().find(|(_, disk)| shared.is_some() && disk.shared == shared && (readonly || !disk.readonly));
+        let taken = if let Some((serial, disk)) = there {
+            disk.users += 1;
+            DiskUse { serial: serial.clone(), shared, readonly: disk.readonly }
+        } else {
+            let serial = serial()?;
+            // Before it is there, so that nobody takes it for one that no container has.
+            known.insert(serial.clone(), Known { shared, readonly, users: 1 });
+            if let Err(error) = guest.add_disk(source, &serial, readonly).await {
+                known.remove(&serial);
+                return Err(error);
+            }
+            DiskUse { serial, shared, readonly }
+        };
+        drop(known);
+        let (disks, guest, serial) = (self.clone(), guest.clone(), taken.serial.clone());
+        undo.push(format!("remove disk {serial}"), async move { disks.remove(&guest, &serial).await });
+        Ok(taken)
+    }
+
+    /// Takes a disk from a container, and from the machine if it was the last that had it. One that is not there is fine.
+    pub(crate) async fn remove(&self, guest: &Guest, serial: &str) -> Result<()> {
+        let mut known = self.0.known.lock().await;
+        match known.get_mut(serial) {
+            Some(disk) if disk.users > 1 => disk.users -= 1,
+            // Asked for again after a failure, it is still known.
+            _ => {
+                guest.remove_disk(serial).await?;
+                known.remove(serial);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what an earlier daemon has added for a container that it did not come to finish: each takes one of the machine's few places.
+    /// Every container that there is has been adopted.
+    pub(crate) async fn sweep(&self, guest: &Guest) -> Result<()> {
+        if !self.0.inherited.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let known = self.0.known.lock().await;
+        for serial in guest.disks().await?.iter().filter(|serial| !known.contains_key(*serial)) {
+            guest.remove_disk(serial).await?;
+        }
+        self.0.inherited.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// A number that no disk of a machine has had: the machine does not outlive this clock. At most 17 characters.
+fn serial() -> Result<String> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(Error::failed("read the clock"))?;
+    let ns = now.tv_sec().unsigned_abs().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec().unsigned_abs());
+    Ok(format!("d{ns:x}"))
+}
+
+/// A filesystem on a disk, as the agent mounts it.
+pub(crate) fn filesystem(disk: &DiskUse, mount: &Mount, target: &str) -> Storage {
+    storage(disk, &mount.kind, mount.options.clone(), target)
+}
+
+/// A device node for a disk, as the agent makes it.
+pub(crate) fn raw(disk: &DiskUse, readonly: bool, target: &str) -> Storage {
+    storage(disk, "", if readonly { vec!["ro".into()] } else { Vec::new() }, target)
+}
+
+fn storage(disk: &DiskUse, filesystem: &str, options: Vec<String>, target: &str) -> Storage {
+    let serial = disk.serial.clone();
+    let disk = agent::Disk { serial, filesystem: filesystem.into(), options, ..agent::Disk::default() };
+    let mut storage = Storage { target: target.into(), ..Storage::default() };
+    storage.set_disk(disk);
+    storage
+}
