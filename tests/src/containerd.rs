@@ -276,6 +276,11 @@ fn configuration(config: &Config, paths: &Paths, cni_bin: &Path) -> Value {
                 if config.tools.version >= (2, 4, 0) {
                     runtime["disable_pause_image_pull"] = true.into();
                 }
+                // As the drop-in has it.
+                if tools::is_machine(sandboxer) {
+                    runtime["privileged_without_host_devices"] = true.into();
+                    runtime["privileged_without_host_devices_all_devices_allowed"] = true.into();
+                }
                 if *streaming {
                     runtime["io_type"] = "streaming".into();
                 }

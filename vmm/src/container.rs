@@ -9,8 +9,8 @@ use std::sync::{
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
-    self, ContainerRequest, CreateContainerRequest, ExecRequest, HugePages, ProcessRequest, ResizeRequest, SignalRequest,
-    Storage, UpdateRequest, state_response::State,
+    self, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, UpdateRequest,
+    state_response::State,
 };
 use kuasar_sandboxers::{
     Code, Container, Error, Process, Result,
@@ -19,7 +19,6 @@ use kuasar_sandboxers::{
     id::{ContainerId, ExecId},
     offload::Offload,
     process::Ending,
-    spec::OciSpec,
     stages,
     stdio::{IoContext, ProcessIo, Stdio},
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, ProcessInfo, WindowSize},
@@ -32,11 +31,11 @@ use tracing::{Instrument, warn};
 
 use crate::{
     agent::{QUICK, SLOW},
-    disks::{self, DiskUse},
+    disks::DiskUse,
     ended::{OomKills, exit},
     pod::{Guest, Pod},
     relay::{self, Relay},
-    rewrite,
+    rewrite, storage,
 };
 
 /// The status of a process whose machine ended under it, as of one that was killed.
@@ -112,7 +111,7 @@ pub(crate) struct VmExec {
     document: Mutex<Value>,
     /// An earlier daemon has added it, and may have started it.
     recovered: bool,
-    /// A start was tried, so the guest may have it even if that failed.
+    /// The guest was asked to start it, and may have.
     attempted: AtomicBool,
     running: OnceLock<Arc<Running>>,
 }
@@ -323,7 +322,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             match pod.disks.add(&guest, only.source.as_ref(), readonly, false, undo).await {
                 Ok(disk) => {
                     let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
-                    storages.push(disks::filesystem(&disk, only, &target));
+                    storages.push(storage::filesystem(&disk, only, &target));
                     disks.push(disk);
                     target.into()
                 }
@@ -346,7 +345,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             None => place,
             Some(size) => {
                 let target = pod.memory_volume(&volume.source);
-                storages.push(huge_pages(&[format!("pagesize={size}"), "mode=1777".into()], &target));
+                storages.push(storage::huge_pages(&[format!("pagesize={size}"), "mode=1777".into()], &target));
                 target.into()
             }
         };
@@ -359,7 +358,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
             format!("{}/{id}/{serial}{}", kuasar_guest_protocol::STORAGE_TARGET, if device.readonly { "-ro" } else { "" });
         // The same device may be at two paths of a container.
         if !storages.iter().any(|storage| storage.target == target) {
-            storages.push(disks::raw(&disk, device.readonly, &target));
+            storages.push(storage::raw(&disk, device.readonly, &target));
         }
         rewrite::add_block_device(&mut oci, device, target.as_ref());
         disks.push(disk);
@@ -371,7 +370,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("create the container in the guest");
     let asked = CreateContainerRequest {
         id: id.to_string(),
-        spec: document(&oci)?,
+        spec: storage::document(&oci)?,
         storages,
         streams: Some(relay::streams(&stdio)).into(),
         ..CreateContainerRequest::default()
@@ -389,22 +388,6 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     }
     let process = Running::begin(pod, Some(guest), request, made.pid, relay);
     Ok(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }.known())
-}
-
-fn document(spec: &OciSpec) -> Result<Vec<u8>> {
-    let bytes = spec.as_value().to_string().into_bytes();
-    // With room for the rest of the message.
-    let most = kuasar_guest_protocol::MESSAGE_MAX - (64 << 10);
-    if bytes.len() > most {
-        return Err(Error::invalid("container spec", format!("it has {} bytes; a guest takes at most {most}", bytes.len())));
-    }
-    Ok(bytes)
-}
-
-fn huge_pages(options: &[String], target: &str) -> Storage {
-    let mut storage = Storage { target: target.into(), ..Storage::default() };
-    storage.set_huge_pages(HugePages { options: options.to_vec(), ..HugePages::default() });
-    storage
 }
 
 impl Contained {
@@ -630,6 +613,7 @@ impl Process for VmExec {
             streams: Some(relay::streams(&self.stdio)).into(),
             ..ExecRequest::default()
         };
+        self.attempted.store(true, Ordering::Relaxed);
         let started =
             guest.agent().call("exec", Some(SLOW), |client, context| async move { client.exec(context, &request).await });
         let (pid, relay) = if self.recovered {

@@ -14,8 +14,7 @@ use std::{
     },
 };
 
-use kuasar_guest_protocol::agent::{self, Storage};
-use kuasar_sandboxers::{Error, Result, stages, types::Mount, undo::Undo};
+use kuasar_sandboxers::{Error, Result, stages, undo::Undo};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
@@ -145,20 +144,25 @@ fn serial() -> Result<String> {
     Ok(format!("d{ns:x}"))
 }
 
-/// A filesystem on a disk, as the agent mounts it.
-pub(crate) fn filesystem(disk: &DiskUse, mount: &Mount, target: &str) -> Storage {
-    storage(disk, &mount.kind, mount.options.clone(), target)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// A device node for a disk, as the agent makes it.
-pub(crate) fn raw(disk: &DiskUse, readonly: bool, target: &str) -> Storage {
-    storage(disk, "", if readonly { vec!["ro".into()] } else { Vec::new() }, target)
-}
+    #[test]
+    fn serial_numbers_are_new_and_fit_a_disk() {
+        let (first, second) = (serial().unwrap(), serial().unwrap());
+        assert_ne!(first, second);
+        // virtio-blk has 20 bytes; the earlier daemons' began with "disk-".
+        assert!(second.len() <= 20 && !second.starts_with("disk-"), "{second}");
+    }
 
-fn storage(disk: &DiskUse, filesystem: &str, options: Vec<String>, target: &str) -> Storage {
-    let serial = disk.serial.clone();
-    let disk = agent::Disk { serial, filesystem: filesystem.into(), options, ..agent::Disk::default() };
-    let mut storage = Storage { target: target.into(), ..Storage::default() };
-    storage.set_disk(disk);
-    storage
+    #[tokio::test]
+    async fn users_of_an_earlier_daemon_are_counted() {
+        let disks = Disks::default();
+        let shared = DiskUse { shared: Some(7), ..DiskUse::of("one".into()) };
+        disks.adopt(&[shared.clone(), DiskUse::of("two".into())]).await;
+        disks.adopt(&[shared]).await;
+        let known = disks.0.known.lock().await;
+        assert_eq!((known["one"].users, known["two"].users, known["two"].shared), (2, 1, None));
+    }
 }

@@ -9,7 +9,10 @@
 
 use std::{
     path::Path,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -53,6 +56,9 @@ const FOLLOWS: Duration = Duration::from_secs(1);
 /// How long to wait before an agent that does not answer is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// Why a machine has ended that was asked to.
+const STOPPED: &str = "it was stopped";
+
 /// What becomes of a pod whose machine has ended.
 const ANEW: &str = "kubelet starts the pod anew, with crictl remove it and run it again";
 
@@ -77,6 +83,8 @@ pub(crate) struct Guest {
     console: Console,
     ending: Ending,
     reason: OnceLock<String>,
+    /// It was asked to end. Until it has, its containers run and are answered for.
+    stopping: AtomicBool,
     tending: Mutex<Vec<JoinHandle<()>>>,
     known: KnownStats,
 }
@@ -92,6 +100,7 @@ impl Guest {
             console,
             ending: Ending::pending(),
             reason: OnceLock::new(),
+            stopping: AtomicBool::new(false),
             tending: Mutex::default(),
             known: KnownStats::default(),
         });
@@ -119,7 +128,8 @@ impl Guest {
             },
         };
         // The first reason is the true one: what follows is ended by us.
-        let reason = self.reason.get_or_init(|| reason);
+        let stopped = || STOPPED.to_owned();
+        let reason = self.reason.get_or_init(|| if self.stopping.load(Ordering::Relaxed) { stopped() } else { reason });
         info!(reason, "the machine has ended");
         self.end_all().await;
         self.ending.tell(Exit::now(0));
@@ -191,7 +201,7 @@ impl Guest {
 
     /// Why it ended.
     pub(crate) fn reason(&self) -> String {
-        self.reason.get().cloned().unwrap_or_else(|| "it was stopped".into())
+        self.reason.get().cloned().unwrap_or_else(|| STOPPED.into())
     }
 
     pub(crate) fn gone(&self) -> Error {
@@ -333,12 +343,12 @@ impl Guest {
                 }
                 self.ended().await
             };
-            self.reason.get_or_init(|| "it was stopped".into());
+            self.stopping.store(true, Ordering::Relaxed);
             if timeout(grace + OFF, asked).await.is_err() {
                 warn!("the guest has not switched itself off; its machine is killed");
             }
         }
-        self.reason.get_or_init(|| "it was stopped".into());
+        self.reason.get_or_init(|| STOPPED.into());
         self.end_all().await;
         self.ended().await;
         for task in self.tending.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {

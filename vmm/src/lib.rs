@@ -43,6 +43,7 @@ mod share;
 mod sizing;
 pub mod spec;
 mod stats;
+mod storage;
 mod sys;
 pub mod virtiofsd;
 mod vsock;

@@ -121,8 +121,25 @@ async fn a_block_device(case: &Case) -> Result<()> {
             from
         }))?;
     assert_eq!(on_node, "c".repeat(4096));
+    // Another container has it, too, by two names, and one of another pod.
+    let mut twice = with("second", "rwm");
+    let mut again = twice.config.devices[0].clone();
+    again.container_path = "/dev/again".to_owned();
+    twice.config.devices.push(again);
+    let second = pod.run(twice).await?;
+    assert_eq!(second.sh("dd if=/dev/again bs=4096 skip=1 count=1 2>/dev/null | head -c 4").await?.stdout(), "cccc");
+    let other = case.quick_pod().await?;
+    let elsewhere = other.run(with("elsewhere", "rwm")).await?;
+    assert_eq!(elsewhere.sh("head -c 4 /dev/data").await?.stdout(), "nnnn");
+    other.remove_all().await?;
+    // One that may only read cannot write, whoever else can.
+    let reader = pod.run(with("reader", "r")).await?;
+    assert_ne!(reader.sh(WRITE).await?.exit_code, 0);
+    reader.remove().await?;
+    second.remove().await?;
+    assert_eq!(writer.sh(WRITE).await?.exit_code, 0, "it is the writer's still");
     writer.remove().await?;
-    // Another container finds what the first has written, and cannot write when it may only read.
+    // Another container finds what the first has written.
     let reader = pod.run(with("reader", "r")).await?;
     assert_eq!(reader.sh("dd if=/dev/data bs=4096 skip=1 count=1 2>/dev/null | head -c 4").await?.stdout(), "cccc");
     assert_ne!(reader.sh(WRITE).await?.exit_code, 0);

@@ -76,6 +76,9 @@ async fn programs(lone: &Lone) -> Result<()> {
                   brctl addbr br9 && brctl delbr br9";
     let output = ran(&node, &pod, wanted)?;
     assert!(output.status.success(), "{output:?}");
+    // Nothing of it is left in the guest.
+    let mounts = || Ok::<_, anyhow::Error>(text(&ran(&node, &pod, "grep -c . /proc/mounts")?.stdout));
+    assert_eq!(mounts()?, mounts()?);
     // By the id of a container, or the beginning of the pod's.
     for id in [container.id.as_str(), &pod.id[..20]] {
         let output = exec(&node, &["-n", "k8s.io"], id, &["true"])?.output()?;

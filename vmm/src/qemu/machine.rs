@@ -300,7 +300,9 @@ impl Vm for QemuVm {
 
     async fn disks(&self) -> Result<Vec<String>> {
         let devices = self.devices().await?;
-        Ok(devices.iter().filter_map(|device| device.strip_prefix(DEVICE).map(str::to_owned)).collect())
+        let mut disks: Vec<_> = devices.iter().filter_map(|device| Some(device.strip_prefix(DEVICE)?.to_owned())).collect();
+        disks.sort_unstable();
+        Ok(disks)
     }
 
     async fn set_cpus(&self, count: u32) -> Result<()> {
