@@ -219,8 +219,8 @@ mod tests {
     fn limits_and_defaults() {
         assert_eq!(size(&PodResources::default(), &[]).unwrap(), (1, 512));
         assert_eq!(size(&pod(-1, 0), &[]).unwrap(), (1, 512));
-        assert_eq!(size(&pod(150_000, (100 << 20) + 1), &[]).unwrap(), (2, 101 + 2 + 64));
-        assert_eq!(size(&pod(-1, 4096 << 20), &[]).unwrap(), (1, 4096 + 64 + 64));
+        assert_eq!(size(&pod(150_000, (100 << 20) + 1), &[]).unwrap(), (2, 101 + 2 + 80));
+        assert_eq!(size(&pod(-1, 4096 << 20), &[]).unwrap(), (1, 4096 + 64 + 80));
         // Whatever the limit: it boots.
         assert_eq!(size(&pod(-1, 1), &[]).unwrap(), (1, BOOT_MIB));
         // Limits above what the node has are legal.
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(size(&pod(150_000, 100 << 20), &[("cpus", "3"), ("memory_mib", "128")]).unwrap(), (3, 128));
         let mut huge = pod(-1, 100 << 20);
         huge.containers.as_mut().unwrap().huge_page_limits = BTreeMap::from([(2 << 20, 64 << 20), (1 << 30, 1 << 30)]);
-        assert_eq!(size(&huge, &[]).unwrap(), (1, 100 + 2 + 64 + 64 + 1024));
+        assert_eq!(size(&huge, &[]).unwrap(), (1, 100 + 2 + 80 + 64 + 1024));
         assert_eq!(size(&huge, &[("memory_mib", "512")]).unwrap(), (1, 512));
     }
 
@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn the_pods_limit_and_what_the_guest_takes() {
         assert_eq!(pod_limit_bytes(&config(), &PodResources::default()), None);
-        assert_eq!(pod_limit_bytes(&config(), &pod(-1, 200 << 20)), Some(264 << 20));
+        assert_eq!(pod_limit_bytes(&config(), &pod(-1, 200 << 20)), Some(280 << 20));
         assert!(pod_limit_bytes(&config(), &pod(-1, i64::MAX)).unwrap() > i64::MAX as u64);
     }
 
