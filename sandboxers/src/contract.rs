@@ -153,10 +153,10 @@ pub trait Sandbox: Send + Sync + 'static {
 /// A process under our care: a container's first one, or an exec.
 #[async_trait]
 pub trait Process: Send + Sync + 'static {
-    /// Its pid on the node (or in the guest); `None` before it exists.
+    /// Its pid on the node, or a number that stands for it alone and for no process there; `None` before it exists.
     fn pid(&self) -> Option<u32>;
 
-    /// The pid on the node that stands for it, where [`Self::pid`] is in a guest: there it names another process.
+    /// The process of the node that it is in, where [`Self::pid`] is no process there: a VMM.
     fn node_pid(&self) -> Option<u32> {
         None
     }

@@ -89,7 +89,7 @@ pub struct ProcessStatus {
     pub exec: Option<ExecId>,
     /// Where it is in its life.
     pub state: ProcessState,
-    /// The pid on the node that stands for it, where the state's is in a guest.
+    /// The process of the node that it is in, where the state's pid is none there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_pid: Option<u32>,
     /// Where its input and output go.
@@ -97,7 +97,7 @@ pub struct ProcessStatus {
 }
 
 impl ProcessStatus {
-    /// The pid by which it is known on the node.
+    /// The process of the node that it is, or is in.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.node_pid.unwrap_or(self.state.pid())

@@ -35,7 +35,8 @@ use crate::{
     ended::{OomKills, exit},
     pod::{Guest, Pod},
     relay::{self, Relay},
-    rewrite, storage,
+    rewrite::{self, GUEST_PIDS},
+    storage,
 };
 
 /// The status of a process whose machine ended under it, as of one that was killed.
@@ -158,6 +159,11 @@ impl Running {
             self.relay.report_loss(exit, &self.request);
             self.relay.close().await;
         }
+    }
+
+    /// A number that stands for it alone, and for no process of the node.
+    fn shown_pid(&self) -> u32 {
+        GUEST_PIDS.saturating_add(self.pid)
     }
 
     async fn kill(self: &Arc<Self>, signal: i32, all: bool) -> Result<()> {
@@ -410,7 +416,7 @@ impl Contained {
 #[async_trait]
 impl Process for VmContainer {
     fn pid(&self) -> Option<u32> {
-        Some(self.0.process.pid)
+        Some(self.0.process.shown_pid())
     }
 
     fn node_pid(&self) -> Option<u32> {
@@ -425,12 +431,12 @@ impl Process for VmContainer {
         });
         guest.unless_ended(started).await?;
         failpoint::reach(Failpoint::ContainerStarted);
-        Ok(self.0.process.pid)
+        Ok(self.0.process.shown_pid())
     }
 
     async fn started(&self) -> Result<Option<u32>> {
         let process = &self.0.process;
-        Ok(known_to_run(&process.pod, &process.request).await.map(|_| process.pid))
+        Ok(known_to_run(&process.pod, &process.request).await.map(|_| process.shown_pid()))
     }
 
     async fn kill(&self, signal: i32, all: bool) -> Result<()> {
@@ -504,17 +510,16 @@ impl Container for VmContainer {
     }
 
     async fn pids(&self) -> Result<Vec<ProcessInfo>> {
-        // As many as there are in the guest; on the node each is the VMM.
-        let first = ProcessInfo { pid: self.0.process.vmm.unwrap_or(0), exec: None };
+        let first = ProcessInfo { pid: self.0.process.shown_pid(), exec: None };
         let Ok(guest) = self.0.process.pod.guest() else { return Ok(vec![first]) };
-        let mut listed: Vec<_> = match guest.processes(self.0.named()).await {
+        let listed = match guest.processes(self.0.named()).await {
             Ok(listed) => listed.unwrap_or_default().processes,
-            Err(error) if guest.has_ended() || error.code() == Code::NotFound => Vec::new(),
+            Err(error) if guest.has_ended() || error.code() == Code::NotFound => return Ok(vec![first]),
             Err(error) => return Err(error),
         };
-        listed.truncate(MOST_PROCESSES);
-        let list: Vec<_> =
-            listed.into_iter().map(|process| ProcessInfo { exec: process.exec.parse().ok(), ..first.clone() }).collect();
+        let listed = listed.into_iter().take(MOST_PROCESSES);
+        let list = listed.map(|one| ProcessInfo { pid: GUEST_PIDS.saturating_add(one.pid), exec: one.exec.parse().ok() });
+        let list: Vec<_> = list.collect();
         Ok(if list.is_empty() { vec![first] } else { list })
     }
 
@@ -594,7 +599,7 @@ impl VmExec {
 #[async_trait]
 impl Process for VmExec {
     fn pid(&self) -> Option<u32> {
-        self.running.get().map(|running| running.pid)
+        self.running.get().map(|running| running.shown_pid())
     }
 
     fn node_pid(&self) -> Option<u32> {
@@ -633,9 +638,10 @@ impl Process for VmExec {
             }
         };
         // Once: by the one start, or by the recovery.
-        self.running.get_or_init(|| Running::begin(self.pod.clone(), Some(guest), self.request.clone(), pid, relay));
+        let running = || Running::begin(self.pod.clone(), Some(guest), self.request.clone(), pid, relay);
+        let shown = self.running.get_or_init(running).shown_pid();
         *self.document() = Value::Null;
-        Ok(pid)
+        Ok(shown)
     }
 
     async fn started(&self) -> Result<Option<u32>> {

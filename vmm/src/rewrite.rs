@@ -99,8 +99,12 @@ fn refuse_hooks(spec: &OciSpec) -> Result<()> {
     }
 }
 
+/// What a guest's pids are shown with on the node: no process there has such a number (`PID_MAX_LIMIT` of Linux), and still each names one
+/// container, for `kubectl debug --target`.
+pub(crate) const GUEST_PIDS: u32 = 1 << 22;
+
 /// The pod's namespaces are the guest's; which one is meant the agent knows by the kind. A process id that is named (`kubectl debug
-/// --target`) is the guest's already.
+/// --target`) becomes the guest's.
 fn namespaces(spec: &mut OciSpec) {
     let asked: Vec<(String, Option<String>)> =
         spec.namespaces().map(|(kind, path)| (kind.to_owned(), path.map(str::to_owned))).collect();
@@ -108,8 +112,16 @@ fn namespaces(spec: &mut OciSpec) {
         if path.is_some() && kind != "pid" {
             let name = if kind == "network" { "net" } else { &kind };
             spec.set_namespace(&kind, Some(&Path::new(PLACEHOLDER).join(name)));
+        } else if let Some(pid) = path.as_deref().and_then(guest_pid) {
+            spec.set_namespace(&kind, Some(&PathBuf::from(format!("/proc/{pid}/ns/pid"))));
         }
     }
+}
+
+/// The pid in the guest that a path of a pid namespace names by the number that it has on the node.
+fn guest_pid(path: &str) -> Option<u32> {
+    let shown: u32 = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()?;
+    shown.checked_sub(GUEST_PIDS)
 }
 
 fn volumes(spec: &OciSpec) -> Result<Vec<Volume>> {
@@ -290,6 +302,12 @@ mod tests {
         assert_eq!(value["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
         assert_eq!((spec.namespace("network"), spec.namespace("pid")), (Some(Some("/proc/0/ns/net")), Some(None)));
         assert!(value["process"].get("apparmorProfile").is_none());
+        for (shown, guests) in [(GUEST_PIDS + 106, 106), (107, 107)] {
+            let path = format!("/proc/{shown}/ns/pid");
+            let mut target = self::spec(json!({ "linux": { "namespaces": [{ "type": "pid", "path": path }] } }));
+            prepare(&mut target).unwrap();
+            assert_eq!(target.namespace("pid"), Some(Some(format!("/proc/{guests}/ns/pid").as_str())));
+        }
         assert_eq!(value["later"], json!([1]));
     }
 

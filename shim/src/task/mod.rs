@@ -202,14 +202,14 @@ impl Task for TaskService {
         let exec = exec(&request.exec_id).ttrpc()?;
         let work = |container: ContainerHandle| async move { container.status(exec).await };
         let found = self.on("Task.State", context, &request.id, work).await.ttrpc()?;
-        let (state, pid) = (found.process.state, found.process.pid());
+        let state = found.process.state;
         let stdio = found.process.stdio;
         let exit = state.exit();
         Ok(StateResponse {
             // As with runc's shim, `id` is the process's.
             id: if request.exec_id.is_empty() { request.id } else { request.exec_id.clone() },
             bundle: found.bundle.display().to_string(),
-            pid,
+            pid: state.pid(),
             status: status(state).into(),
             stdin: stdio.stdin,
             stdout: stdio.stdout,
