@@ -608,7 +608,6 @@ impl Process for VmExec {
 
     async fn start(&self) -> Result<u32> {
         let guest = self.pod.guest()?;
-        self.attempted.store(true, Ordering::Relaxed);
         let context = self.io_context();
         let ProcessRequest { container, exec, .. } = self.request.clone();
         let request = ExecRequest {
