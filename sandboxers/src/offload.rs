@@ -110,6 +110,13 @@ pub enum Work {
     OpenLog(PathBuf),
     /// Finds out whether a path names a block device.
     IsBlockDevice(PathBuf),
+    /// Opens a device or image for reading, and perhaps for writing.
+    OpenDisk {
+        /// Of the device or image.
+        path: PathBuf,
+        /// Not for writing.
+        readonly: bool,
+    },
 }
 
 /// The result of a step.
@@ -150,7 +157,7 @@ impl Work {
     fn limit(&self) -> Duration {
         match self {
             Self::Mount { .. } => MOUNT,
-            Self::Show(_) | Self::OpenLog(_) | Self::IsBlockDevice(_) => LOOK,
+            Self::Show(_) | Self::OpenLog(_) | Self::IsBlockDevice(_) | Self::OpenDisk { .. } => LOOK,
         }
     }
 
@@ -162,6 +169,10 @@ impl Work {
             }
             Self::Show(showing) => Done::Shown(mount::show_now(showing)?),
             Self::OpenLog(path) => Done::Opened(stdio::open_log_now(path)?),
+            Self::OpenDisk { path, readonly } => {
+                let opened = File::options().read(true).write(!readonly).open(path);
+                Done::Opened(opened.map_err(Error::io("open", path))?.into())
+            }
             Self::IsBlockDevice(path) => {
                 Done::Answer(fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()))
             }

@@ -325,7 +325,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         }
         [only] if on_disk => {
             let readonly = only.options.iter().any(|option| option == "ro");
-            match pod.disks.add(&guest, only.source.as_ref(), readonly, false, undo).await {
+            match pod.disks.add(&guest, only.source.as_ref(), readonly, false, &offload, undo).await {
                 Ok(disk) => {
                     let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
                     storages.push(storage::filesystem(&disk, only, &target));
@@ -358,7 +358,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         rewrite::place(&mut oci, volume, &place);
     }
     for device in &devices {
-        let disk = pod.disks.add(&guest, &device.source, device.readonly, true, undo).await?;
+        let disk = pod.disks.add(&guest, &device.source, device.readonly, true, &offload, undo).await?;
         let serial = &disk.serial;
         let target =
             format!("{}/{id}/{serial}{}", kuasar_guest_protocol::STORAGE_TARGET, if device.readonly { "-ro" } else { "" });

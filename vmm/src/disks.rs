@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs::File,
     os::unix::fs::MetadataExt,
     path::Path,
     sync::{
@@ -14,7 +14,12 @@ use std::{
     },
 };
 
-use kuasar_sandboxers::{Error, Result, stages, undo::Undo};
+use kuasar_sandboxers::{
+    Error, Result,
+    offload::{Done, Offload, Work},
+    stages,
+    undo::Undo,
+};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
@@ -80,10 +85,17 @@ impl Disks {
         source: &Path,
         readonly: bool,
         shared: bool,
+        offload: &Offload,
         undo: &mut Undo,
     ) -> Result<DiskUse> {
         stages::enter(format!("add {} as a disk", source.display()));
-        let device = fs::metadata(source).map_err(Error::io("find the device", source))?.rdev();
+        // The driver opens it once more: that is quick as long as this is open.
+        let work = Work::OpenDisk { path: source.to_owned(), readonly };
+        let opened = match offload.run_one(format!("device {}", source.display()), work).await? {
+            Done::Opened(opened) => File::from(opened),
+            other => return Err(Error::failed("open a device")(format!("its helper answered {other:?}"))),
+        };
+        let device = opened.metadata().map_err(Error::io("look at the device", source))?.rdev();
         let shared = shared.then_some(device);
         let mut known = self.0.known.lock().await;
         // One that can be written to serves a container that may only read, too: its control group holds it to that.
