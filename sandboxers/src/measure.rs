@@ -9,8 +9,9 @@ use tokio::{spawn, time::timeout};
 
 use crate::error::{Error, Result};
 
-/// How long a measurement may take. One that takes longer goes on, and its result is the next answer.
-pub(crate) const LIMIT: Duration = Duration::from_secs(2);
+/// How long a measurement may take. One that takes longer goes on, and its result is the next answer. A little more than what a backend
+/// allows whatever it asks, so that its error, which says more, comes first.
+pub(crate) const LIMIT: Duration = Duration::from_millis(2500);
 
 /// What was measured last. Clones share it.
 #[derive(Clone, Debug)]

@@ -1,10 +1,12 @@
 //! What the containers of a pod share with each other and with the node.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use kuasar_tests::cri::k8s_cri::v1::{ContainerState, NamespaceMode};
 use kuasar_tests::{Container, ContainerSpec};
+use serde_json::Value;
 
 use crate::suite::{Case, Entry, cases, eventually, refused};
 
@@ -22,7 +24,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         the_nodes_ipc,
         everything_of_the_node,
     ];
-    cases.extend(cases![Ours Shared: the_init_of_a_pod_is_ours]);
+    cases.extend(cases![Ours Shared: the_init_of_a_pod_is_ours, crictl_inspectp_names_them]);
     cases
 }
 
@@ -89,6 +91,27 @@ async fn a_pod_shares_its_processes(case: &Case) -> Result<()> {
     // One that asks for its own has its own.
     let apart = pod.run(ContainerSpec::new("apart").sleep().pid(NamespaceMode::Container, "")).await?;
     assert_ne!(namespace(&one, "pid").await?, namespace(&apart, "pid").await?);
+    Ok(())
+}
+
+async fn crictl_inspectp_names_them(case: &Case) -> Result<()> {
+    let pod = case.run(case.spec().shared_pid()).await?;
+    let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+    let info: Value = serde_json::from_str(pod.status().await?.info.get("info").context("no info")?)?;
+    let named = info["runtimeSpec"]["linux"]["namespaces"].as_array().cloned().unwrap_or_default();
+    let path = |kind: &str| named.iter().find(|one| one["type"] == kind).and_then(|one| one["path"].as_str());
+    let inode = |kind| Ok::<_, anyhow::Error>(std::fs::metadata(path(kind).with_context(|| format!("no {kind}"))?)?.ino());
+    inode("network")?;
+    if case.is_machine() {
+        // The others are the guest's.
+        assert_eq!((&info["pid"], named.len()), (&Value::from(0), 1));
+        return Ok(());
+    }
+    for (kind, name) in [("network", "net"), ("ipc", "ipc"), ("uts", "uts"), ("pid", "pid")] {
+        assert_eq!(format!("{name}:[{}]", inode(kind)?), namespace(&container, name).await?);
+    }
+    let pid = std::fs::read_link(format!("/proc/{}/ns/pid", info["pid"]))?.display().to_string();
+    assert_eq!(pid, namespace(&container, "pid").await?);
     Ok(())
 }
 

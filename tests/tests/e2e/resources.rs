@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use futures::future::join_all;
 use kuasar_tests::cri::k8s_cri::v1::{
     ContainerState, LinuxContainerResources, ListContainerStatsRequest, ListPodSandboxMetricsRequest,
+    ListPodSandboxStatsRequest, PodSandboxStatsFilter,
 };
 use kuasar_tests::{Container, ContainerSpec};
 
@@ -15,7 +16,7 @@ use tonic::Code;
 use crate::suite::{Case, Entry, cases, eventually, refused};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![Handlers Shared:
+    let mut cases = cases![Handlers Shared:
         limits_are_set,
         limits_change,
         everything_of_a_pod_is_below_its_cgroup,
@@ -28,7 +29,9 @@ pub(crate) fn cases() -> Vec<Entry> {
         a_pods_resources_change,
         a_machine_grows_with_its_pod,
         metrics_are_listed,
-    ]
+    ];
+    cases.extend(cases![Ours Shared: a_pod_without_a_group_is_the_sum_of_its_containers]);
+    cases
 }
 
 /// The cgroup of a process below one controller, on the node.
@@ -271,6 +274,27 @@ async fn a_machine_grows_with_its_pod(case: &Case) -> Result<()> {
     pod.update(limits(1, 192), None).await?;
     assert_eq!(size().await?, (cpus, after));
     Ok(())
+}
+
+/// One that cannot be measured would hide all pods of the node.
+async fn a_pod_without_a_group_is_the_sum_of_its_containers(case: &Case) -> Result<()> {
+    if case.node.containerd.version() < (2, 4, 0) {
+        return case.skip("before containerd 2.4 it measures pods itself");
+    }
+    let pod = case.run(case.spec().quick().cgroup_parent("/")).await?;
+    let working_set = || async {
+        let filter = PodSandboxStatsFilter { id: pod.id.clone(), ..Default::default() };
+        let request = ListPodSandboxStatsRequest { filter: Some(filter) };
+        let listed = case.cri.runtime().list_pod_sandbox_stats(request).await?.into_inner().stats;
+        let stats = listed.into_iter().next().context("no statistics of the pod")?.linux.unwrap_or_default();
+        Ok::<_, anyhow::Error>(stats.memory.and_then(|memory| memory.working_set_bytes).map_or(0, |value| value.value))
+    };
+    // One without containers has statistics, too.
+    working_set().await?;
+    for name in ["a", "b"] {
+        pod.run(ContainerSpec::new(name).sh("x=$(head -c 8000000 /dev/zero | tr '\\0' x); sleep 1000; echo $x")).await?;
+    }
+    eventually("the memory of both to show", || async { Ok(working_set().await? > 12_000_000) }).await
 }
 
 async fn metrics_are_listed(case: &Case) -> Result<()> {
