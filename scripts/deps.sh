@@ -13,7 +13,7 @@
 containerd=2.4.2
 runc=1.3.5
 cni=1.9.1
-cri_tools=1.34.0
+cri_tools=1.37.0
 cargo_deny=0.20.2
 virtiofsd=1.14.0
 vhost_device_vsock=0.3.0
@@ -197,19 +197,20 @@ cargo_tool() {
     rm -rf "$cache/.$crate"
 }
 
-# critest is a test binary, which go install does not build.
-build_cri_tools() { go build -ldflags '-s -w' -o "$GOBIN/crictl" ./cmd/crictl && go test -c -ldflags '-s -w' -o "$GOBIN/critest" ./cmd/critest; }
+# critest is a test binary, which go install does not build. Both tell the version that they are linked with.
+build_cri_tools() {
+    local flags="-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$cri_tools"
+    go build -ldflags "$flags" -o "$GOBIN/crictl" ./cmd/crictl && go test -c -ldflags "$flags" -o "$GOBIN/critest" ./cmd/critest
+}
 
 # Only conformance needs them, and skips loudly without: not having them is no failure.
 install_cri_tools() {
-    if [ -n "${KUASAR_CRITEST:-}" ] || [ -x "$cache/bin/critest" ] || have critest; then
-        return 0
-    fi
+    usable KUASAR_CRITEST critest "$cri_tools" && return 0
     local tried=$cache/.no-cri-tools
     # Not to be asked for at each run.
     [ -z "$(find "$tried" -mtime -1 2>/dev/null)" ] || return 0
     if ! have go; then
-        say "no critest and no Go to build it: conformance will be skipped; $go_hint, or set KUASAR_CRITEST"
+        say "no critest $cri_tools and no Go to build it: conformance will be skipped without one; $go_hint, or set KUASAR_CRITEST"
         return 0
     fi
     say "building crictl and critest $cri_tools"

@@ -3,7 +3,10 @@
 //! Codes are those of gRPC (<https://grpc.github.io/grpc/core/md_doc_statuscodes.html>); ttrpc uses the same numbers. The
 //! north face turns an [`Error`] into a status with [`Error::code`] and [`Error::report`], and nowhere else.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -103,7 +106,7 @@ pub enum Error {
         source: io::Error,
     },
     /// An OCI runtime, hypervisor or engine refused; its own words are kept.
-    #[error("{program} failed to {operation}: {message}")]
+    #[error("{} failed to {operation}: {}", name(program), own_words(program, message))]
     Backend {
         /// The program's name or path.
         program: String,
@@ -140,13 +143,13 @@ pub enum Error {
         /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A start failed half way. Its text has all causes, so that the account stands at the end.
-    #[error("{} ({account})", .error.report())]
+    /// A start failed half way. Its text has all causes, so that the reference stands at the end.
+    #[error("{} ({reference})", .error.report())]
     Staged {
         /// What went wrong.
         error: Box<Error>,
-        /// In which stage, how long each took, and where it is written down (see [`failures`](crate::failures)).
-        account: String,
+        /// How to read its report (see [`failures`](crate::failures)).
+        reference: String,
     },
 }
 
@@ -217,6 +220,21 @@ impl Error {
     }
 }
 
+/// A program as people call it.
+fn name(program: &str) -> &str {
+    Path::new(program).file_name().and_then(|name| name.to_str()).unwrap_or(program)
+}
+
+/// A program's message without what the error says before it, such as `runc create failed: ` of runc.
+fn own_words<'a>(program: &str, message: &'a str) -> &'a str {
+    let repeated = || {
+        let (said, rest) = message.split_once(" failed: ")?;
+        let (by, verb) = said.split_once(' ')?;
+        (by == name(program) && !verb.contains(' ')).then_some(rest)
+    };
+    repeated().unwrap_or(message)
+}
+
 fn io_code(error: &io::Error) -> Code {
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN) => {
@@ -238,5 +256,22 @@ mod tests {
         let outer = Error::failed("save the sandbox")(full);
         assert_eq!(outer.code(), Code::ResourceExhausted);
         assert_eq!(outer.report(), "failed to save the sandbox: failed to write /run/x: No space left on device (os error 28)");
+    }
+
+    #[test]
+    fn a_program_is_named_once() {
+        let said = |program: &str, message: &str| {
+            Error::Backend { program: program.into(), operation: "create it".into(), message: message.into() }.to_string()
+        };
+        let runc = "/usr/local/sbin/runc";
+        assert_eq!(
+            said(runc, "runc create failed: exec: \"x\": not found"),
+            "runc failed to create it: exec: \"x\": not found"
+        );
+        // What tells more stays.
+        assert_eq!(said(runc, "exec failed: not found"), "runc failed to create it: exec failed: not found");
+        assert_eq!(said("crun", "runc create failed: x"), "crun failed to create it: runc create failed: x");
+        assert_eq!(said("runc", "runc has long failed: x"), "runc failed to create it: runc has long failed: x");
+        assert_eq!(said("the guest's agent", ""), "the guest's agent failed to create it: ");
     }
 }

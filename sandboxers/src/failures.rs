@@ -8,7 +8,6 @@
 //! no use to anything but people.
 
 use std::{
-    fmt::Write as _,
     fs::{self, DirBuilder, OpenOptions},
     io::{self, ErrorKind, Write as _},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -34,6 +33,9 @@ pub const KEPT: usize = 100;
 
 /// Name of their directory below the daemon's state directory.
 pub const DIRECTORY: &str = "failures";
+
+/// As many digits of an id as crictl shows.
+const SHORT_ID: usize = 13;
 
 /// How much of an error is kept, in bytes from its beginning.
 const ERROR_LIMIT: usize = 16 << 10;
@@ -64,22 +66,26 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// In a few words, for the end of an error message.
-    fn summary(&self, file: Option<&Path>) -> String {
-        let mut summary = String::new();
-        let Some((failed, done)) = self.stages.split_last() else { return summary };
-        // Writing to a string cannot fail.
-        let _ = write!(summary, "stage: {}, {} ms", failed.name, failed.milliseconds);
-        let mut before = "; after: ";
-        for stage in done {
-            let _ = write!(summary, "{before}{} {} ms", stage.name, stage.milliseconds);
-            before = ", ";
+    /// Where the rest is, in a few words for the end of an error message, which Kubernetes shows with each event. They are the same for
+    /// each try of a container, so that Kubernetes counts such events instead of listing them.
+    fn reference(&self, written: bool) -> String {
+        match self.stages.last() {
+            // Without a report there is nothing else that tells.
+            Some(failed) if !written => format!("while it was to {}", failed.name),
+            _ => {
+                let id: String = self.sandbox.as_str().chars().take(SHORT_ID).collect();
+                format!("kuasarctl failures {id}")
+            }
         }
-        if let Some(file) = file {
-            let _ = write!(summary, "; log: {}", file.display());
-        }
-        summary
     }
+}
+
+/// All that have been written down below a daemon's state directory, oldest first; the daemon need not run.
+///
+/// # Errors
+/// When their directory cannot be listed.
+pub fn read(state: &Path) -> Result<Vec<Failure>> {
+    Failures::below(state).list()
 }
 
 /// The directory of failures.
@@ -210,8 +216,8 @@ impl Attempt {
         debug!(id, operation = self.operation, %stages, "done");
     }
 
-    /// Writes the failure down, and says in the error in which stage it happened and where more of it is. Refusals are not failures, nor
-    /// is what was wrong before anything had begun.
+    /// Writes the failure down, and says in the error where to read more of it. Refusals are not failures, nor is what was wrong before
+    /// anything had begun.
     pub(crate) fn failed(&self, error: Error) -> Error {
         let (stages, log) = self.stages.account();
         if stages.is_empty() || matches!(error, Error::Denied(_) | Error::AlreadyExists { .. }) {
@@ -239,9 +245,10 @@ impl Attempt {
                 Ok(())
             })
         });
-        let file = written.map(|()| failure.file.as_path());
-        let file = file.inspect_err(|error| warn!(error = error.report(), "a failure cannot be written down")).ok();
-        Error::Staged { account: failure.summary(file), error: Box::new(error) }
+        if let Err(error) = &written {
+            warn!(error = error.report(), "a failure cannot be written down");
+        }
+        Error::Staged { reference: failure.reference(written.is_ok()), error: Box::new(error) }
     }
 }
 
@@ -293,19 +300,13 @@ mod tests {
         let [failure] = told.as_slice() else { panic!("{told:?}") };
         assert_eq!(error.code(), Code::ResourceExhausted);
         let text = full().report();
-        let [first, second] = failure.stages.as_slice() else { panic!("{failure:?}") };
-        assert_eq!(
-            error.report(),
-            format!(
-                "{text} (stage: create the container with runc, {} ms; after: mount the rootfs {} ms; log: {})",
-                second.milliseconds,
-                first.milliseconds,
-                failure.file.display()
-            )
-        );
+        let stages: Vec<&str> = failure.stages.iter().map(|stage| stage.name.as_str()).collect();
+        assert_eq!(stages, ["mount the rootfs", "create the container with runc"]);
+        // What took how long is for the report alone, and so is its path: each event of Kubernetes has the whole text.
+        assert_eq!(error.report(), format!("{text} (kuasarctl failures pod)"));
         // Wrapped once more it stays what it is.
         let outer = Error::failed("run")(fails(attempt(&failures, None), full()).await);
-        assert!(outer.report().starts_with(&format!("failed to run: {text} (stage: ")), "{}", outer.report());
+        assert_eq!(outer.report(), format!("failed to run: {text} (kuasarctl failures pod)"));
         assert_eq!(outer.code(), Code::ResourceExhausted);
         assert_eq!((failure.container.as_ref().unwrap().as_str(), failure.error.as_str()), ("web", text.as_str()));
         assert_eq!((failure.code, failure.operation.as_str()), (Code::ResourceExhausted, "create the container"));
@@ -339,7 +340,7 @@ mod tests {
             panic!("on purpose");
         };
         let error = attempt(&failures, None).watch::<(), _>(work).await.unwrap_err();
-        assert!(error.report().contains("on purpose (stage: calculate, "), "{}", error.report());
+        assert!(error.report().ends_with("on purpose (kuasarctl failures pod)"), "{}", error.report());
     }
 
     #[tokio::test]
@@ -348,8 +349,7 @@ mod tests {
         let failures = Failures::below(dir.path());
         fs::write(&failures.0, "not a directory").unwrap();
         let error = fails(attempt(&failures, None), full()).await;
-        assert!(error.report().contains("(stage: create the container with runc, "), "{}", error.report());
-        assert!(!error.report().contains("log: "), "{}", error.report());
+        assert!(error.report().ends_with(" (while it was to create the container with runc)"), "{}", error.report());
     }
 
     #[tokio::test]

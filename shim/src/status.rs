@@ -101,9 +101,9 @@ mod tests {
                 "failed to write /s: No space left on device (os error 28)",
             ),
             (
-                Error::Staged { error: Error::invalid("netns", "it is gone").into(), account: text("stage: look, 0 ms") },
+                Error::Staged { error: Error::invalid("netns", "it is gone").into(), reference: text("kuasarctl failures a") },
                 3,
-                "invalid netns: it is gone (stage: look, 0 ms)",
+                "invalid netns: it is gone (kuasarctl failures a)",
             ),
         ]
     }

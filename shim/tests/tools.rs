@@ -89,12 +89,7 @@ async fn kuasarctl_tells_why_a_start_failed() {
     let _controller = daemon.pod("p1").await;
     let error = daemon.controller().await.create(request(annotated("lost", "fake/refuse"))).await.unwrap_err();
     let file = daemon.state().join("failures").read_dir().unwrap().next().unwrap().unwrap().path();
-    let told = [
-        "(stage: make the fake sandbox, ".to_owned(),
-        " ms; after: make the sandbox's directory ".to_owned(),
-        format!(" ms; log: {})", file.display()),
-    ];
-    assert!(told.iter().all(|part| error.message().contains(part)), "{error}");
+    assert!(error.message().ends_with(" (kuasarctl failures lost)"), "{error}");
     // The sandbox is gone; what there is to tell is not.
     for id in ["lost", "lo"] {
         let (account, said) = kuasarctl(&daemon, &["inspect", id]).await;
@@ -113,7 +108,7 @@ async fn kuasarctl_tells_why_a_start_failed() {
     task.create(context(), &daemon.container("p1", "c1", &Behaviour::FailToStart.process())).await.unwrap();
     let (code, text) = status(task.start(context(), &StartRequest { id: "c1".into(), ..Default::default() }).await);
     assert_eq!(code, Code::INTERNAL);
-    assert!(text.contains("executable file not found (stage: start the fake process, "), "{text}");
+    assert!(text.contains("executable file not found (kuasarctl failures p1)"), "{text}");
     let (json, _) = kuasarctl(&daemon, &["inspect", "c1"]).await;
     let pod: Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&pod["spec"]["id"], &pod["failures"][0]["container"]), (&json!("p1"), &json!("c1")));

@@ -69,18 +69,26 @@ async fn pods_are_listed_and_inspected(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// The report that an error names.
-pub(crate) fn report(error: &Status) -> Result<(String, Value)> {
-    let (_, rest) = error.message().split_once("; log: ").with_context(|| format!("no log in {error}"))?;
-    let (file, _) = rest.split_once(')').with_context(|| format!("no end of the log's name in {error}"))?;
-    let text = std::fs::read_to_string(file).with_context(|| format!("read {file}"))?;
-    Ok((file.to_owned(), serde_json::from_str(&text)?))
+/// The last report of what an error names, and the file it is in.
+pub(crate) fn report(node: &Node, error: &Status) -> Result<(String, Value)> {
+    let (_, rest) = error.message().split_once("(kuasarctl failures ").with_context(|| format!("no report in {error}"))?;
+    let id = rest.trim_end_matches(')');
+    let mut reports: Vec<Value> = serde_json::from_str(&said(node, &["failures", id, "--json"])?)?;
+    let report = reports.pop().with_context(|| format!("no report of {id}"))?;
+    let file = report["file"].as_str().context("the report does not tell its file")?.to_owned();
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(&file).with_context(|| format!("read {file}"))?)?;
+    assert_eq!(report, written);
+    // Kubernetes shows the whole error with each event.
+    for word in ["stage: ", " ms", &file] {
+        assert!(!error.message().contains(word), "{word:?} is for the report, and not for {error}");
+    }
+    Ok((file, report))
 }
 
 async fn starts_that_fail_are_told(case: &Case) -> Result<()> {
     let failed = case.run(case.spec().shared_pid().sysctl("kernel.shm_rmid_forced", "many")).await;
-    let error = crate::suite::refused(failed, &["shm_rmid_forced", "(stage: make the pod's namespaces, its sysctls"])?;
-    let (file, failure) = report(&error)?;
+    let error = crate::suite::refused(failed, &["shm_rmid_forced", "(kuasarctl failures "])?;
+    let (file, failure) = report(&case.node, &error)?;
     let state = case.node.kuasard.as_ref().context("the node has no kuasard")?.state().join("failures");
     assert!(Path::new(&file).starts_with(&state), "{file}");
     assert_eq!(failure["operation"], "start the sandbox");
@@ -92,11 +100,15 @@ async fn starts_that_fail_are_told(case: &Case) -> Result<()> {
     }
     let json: Value = serde_json::from_str(&said(&case.node, &["inspect", &id[..20], "--json"])?)?;
     assert_eq!(json, json!({ "failures": [failure] }));
+    let without_age = |account: &str| account.lines().filter(|line| !line.starts_with("AGE")).collect::<Vec<_>>().join("\n");
+    assert_eq!(without_age(&said(&case.node, &["failures", id])?), without_age(&account));
+    let list = said(&case.node, &["failures", "--no-trunc"])?;
+    assert!(list.lines().any(|line| line.contains(id) && line.contains("start the sandbox")), "{list}");
 
     let pod = case.run(case.spec().quick()).await?;
     let missing = pod.create(ContainerSpec::new("missing").command(&["/no/such/program"])).await?;
-    let error = crate::suite::refused(missing.start().await, &["/no/such/program", "(stage: create the container with "])?;
-    let (_, failure) = report(&error)?;
+    let error = crate::suite::refused(missing.start().await, &["/no/such/program", "(kuasarctl failures "])?;
+    let (_, failure) = report(&case.node, &error)?;
     let log = failure["log"]["text"].as_str().context("the OCI runtime's log is not kept")?;
     assert!(log.contains("/no/such/program"), "{log}");
     let stages: Vec<&str> = failure["stages"].as_array().into_iter().flatten().filter_map(|s| s["name"].as_str()).collect();

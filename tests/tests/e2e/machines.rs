@@ -447,7 +447,7 @@ async fn kernels_that_do_not_get_far(lone: &Lone) -> Result<()> {
             spec = spec.annotation(key, value);
         }
         let error = refused(answer("RunPodSandbox", BOOT, node.run_pod(spec)).await?, words)?;
-        let (_, failure) = report(&error)?;
+        let (_, failure) = report(&node, &error)?;
         let stage = failure["stages"].as_array().and_then(|stages| stages.last()).context("no stages in the report")?;
         assert_eq!((&stage["name"], &failure["log"]["program"]), (&"boot the guest".into(), &"the guest's console".into()));
         // The first pod of a sandboxer makes a directory for its namespace.

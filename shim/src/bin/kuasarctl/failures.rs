@@ -1,13 +1,66 @@
-//! `kuasarctl inspect` of what could not be started and is gone: the failures, for people.
+//! `kuasarctl failures`, and `kuasarctl inspect` of what could not be started and is gone: the reports, for people.
 
-use std::{fmt::Write, time::SystemTime};
+use std::{fmt::Write, path::Path, time::SystemTime};
 
-use anyhow::{Context, Result};
-use kuasar_sandboxers::failures::Failure;
+use anyhow::{Context, Result, anyhow, bail};
+use kuasar_sandboxers::failures::{self, DIRECTORY, Failure};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{ps::age, table::printable};
+use crate::{
+    ps::age,
+    table::{self, printable, short},
+};
+
+/// How much of an error a table shows, in characters; the whole is in the account.
+const ERROR_WIDTH: usize = 120;
+
+/// The reports below a state directory, oldest first: those of a sandbox or container when an id, or the beginning of one, is given.
+pub(crate) fn read(state: &Path, id: Option<&str>, namespace: &str) -> Result<Vec<Failure>> {
+    let mut found = failures::read(state).map_err(|error| anyhow!("{}; run this as root", error.report()))?;
+    found.retain(|failure| namespace.is_empty() || failure.namespace.as_str() == namespace);
+    if let Some(id) = id.filter(|id| !id.is_empty()) {
+        found.retain(|failure| ids(failure).any(|candidate| candidate.starts_with(id)));
+        if found.is_empty() {
+            bail!("no failed start of {id:?} is recorded in {}", state.join(DIRECTORY).display());
+        }
+    }
+    Ok(found)
+}
+
+fn ids(failure: &Failure) -> impl Iterator<Item = &str> {
+    failure.container.iter().map(|id| id.as_str()).chain([failure.sandbox.as_str()])
+}
+
+/// A line for each.
+pub(crate) fn table(failures: &[Failure], full_ids: bool, now: SystemTime) -> String {
+    let row = |failure: &Failure| {
+        let container = failure.container.as_ref().map_or_else(|| "-".to_owned(), |id| short(id.as_str(), full_ids));
+        let mut error: String = failure.error.chars().take(ERROR_WIDTH).collect();
+        if error.len() < failure.error.len() {
+            error.push('…');
+        }
+        vec![
+            since(failure, now),
+            failure.operation.clone(),
+            short(failure.sandbox.as_str(), full_ids),
+            container,
+            failure.namespace.to_string(),
+            error,
+        ]
+    };
+    let rows: Vec<_> = failures.iter().map(row).collect();
+    table::render(&["AGE", "FAILED TO", "SANDBOX", "CONTAINER", "NAMESPACE", "ERROR"], &rows)
+}
+
+/// All of each.
+pub(crate) fn accounts(failures: &[Failure], now: SystemTime) -> String {
+    failures.iter().map(|failure| account(failure, now)).collect::<Vec<_>>().join("\n")
+}
+
+fn since(failure: &Failure, now: SystemTime) -> String {
+    now.duration_since(failure.at).map_or_else(|_| "-".to_owned(), age)
+}
 
 /// The answer that has nothing else.
 #[derive(Debug, Deserialize)]
@@ -22,8 +75,7 @@ pub(crate) fn render(inspected: &Value, now: SystemTime) -> Result<Option<String
         return Ok(None);
     }
     let gone = Gone::deserialize(inspected).context("kuasard's failures are of another form; is it another version?")?;
-    let accounts: Vec<String> = gone.failures.iter().map(|failure| account(failure, now)).collect();
-    Ok(Some(accounts.join("\n")))
+    Ok(Some(accounts(&gone.failures, now)))
 }
 
 fn account(failure: &Failure, now: SystemTime) -> String {
@@ -37,7 +89,7 @@ fn account(failure: &Failure, now: SystemTime) -> String {
         line("CONTAINER", container.as_str());
     }
     line("NAMESPACE", failure.namespace.as_str());
-    line("AGE", &now.duration_since(failure.at).map_or_else(|_| "-".to_owned(), age));
+    line("AGE", &since(failure, now));
     line("ERROR", &failure.error);
     for (index, stage) in failure.stages.iter().enumerate() {
         let mark = if index + 1 == failure.stages.len() { "  (failed)" } else { "" };
@@ -99,6 +151,36 @@ LOGGED BY  /bin/runc
            second
 ";
         assert_eq!(text, format!("{one}\n{one}"));
+    }
+
+    #[test]
+    fn reports_are_read_without_a_daemon() {
+        let state = tempfile::tempdir().unwrap();
+        assert!(read(state.path(), None, "").unwrap().is_empty());
+        std::fs::create_dir(state.path().join(DIRECTORY)).unwrap();
+        for (number, (sandbox, namespace)) in [("abc", "k8s.io"), ("abd", "k8s.io"), ("abc", "other")].into_iter().enumerate() {
+            let mut report = failure();
+            (report["sandbox"], report["namespace"]) = (sandbox.into(), namespace.into());
+            report["error"] = "é".repeat(ERROR_WIDTH + number).into();
+            std::fs::write(state.path().join(DIRECTORY).join(format!("{number}.json")), report.to_string()).unwrap();
+        }
+        let count = |id, namespace| read(state.path(), id, namespace).map(|found| found.len()).unwrap_or_default();
+        assert_eq!((count(None, ""), count(None, "k8s.io"), count(Some("ab"), "")), (3, 2, 3));
+        assert_eq!((count(Some("abc"), ""), count(Some("abc"), "other"), count(Some("web"), "")), (2, 1, 3));
+        let error = read(state.path(), Some("b"), "").unwrap_err().to_string();
+        assert!(error.contains("\"b\"") && error.contains(DIRECTORY), "{error}");
+
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1061);
+        let found = read(state.path(), Some("abc"), "").unwrap();
+        let shown = format!(
+            "\
+AGE  FAILED TO             SANDBOX  CONTAINER  NAMESPACE  ERROR
+1m   create the container  abc      web        k8s.io     {error}
+1m   create the container  abc      web        other      {error}…
+",
+            error = "é".repeat(ERROR_WIDTH)
+        );
+        assert_eq!(table(&found, false, now), shown);
     }
 
     #[test]

@@ -103,6 +103,19 @@ enum Command {
         #[arg(long, short, default_value = "", hide_default_value = true)]
         namespace: String,
     },
+    /// List starts of pods and containers that have failed, or tell all that is known of those of one pod or container
+    ///
+    /// The newest 100 are kept, whatever has become of the pod and the daemon.
+    Failures {
+        /// Id of the pod or container, or the beginning of one
+        id: Option<String>,
+        /// Only in this containerd namespace
+        #[arg(long, short, default_value = "", hide_default_value = true)]
+        namespace: String,
+        /// Do not shorten ids
+        #[arg(long)]
+        no_trunc: bool,
+    },
     /// Run a program in a pod's virtual machine, beside its containers and as root there
     ///
     /// For pods of a sandboxer with `debug = true`. Exits as the program does, with 128 and the number of the signal that has ended it, or
@@ -215,6 +228,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             match failures::render(&inspected, SystemTime::now())?.filter(|_| !global.json) {
                 Some(account) => account,
                 None => pretty(&inspected)?,
+            }
+        }
+        Command::Failures { id, namespace, no_trunc } => {
+            let found = failures::read(&global.state()?, id.as_deref(), namespace)?;
+            match id {
+                _ if global.json => pretty(&serde_json::to_value(&found)?)?,
+                Some(_) => failures::accounts(&found, SystemTime::now()),
+                None => failures::table(&found, *no_trunc, SystemTime::now()),
             }
         }
         Command::Exec { stdin, tty, namespace, id, command } => {
