@@ -15,12 +15,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     calls::Calls,
+    check::daemon::{Serving, Settings},
     gc::Gc,
     inside, inspect,
     keeper::worker::Keeper,
     proto::admin::{
-        ConsoleRequest, Document, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, Text, UpgradeRequest,
-        VersionRequest, admin_server,
+        ConsoleRequest, Document, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, SettingsRequest, Text,
+        UpgradeRequest, VersionRequest, admin_server,
     },
     status::IntoStatus,
     upgrade::Upgrades,
@@ -33,13 +34,23 @@ pub struct Admin {
     calls: Calls,
     gc: Gc,
     upgrades: Option<Upgrades>,
+    configured: Configured,
+}
+
+/// What the daemon has read when it started, or its first worker.
+#[derive(Clone, Debug)]
+pub struct Configured {
+    /// The file.
+    pub file: PathBuf,
+    /// The configuration in force, as TOML.
+    pub text: String,
 }
 
 impl Admin {
     /// A service over `registry`.
     #[must_use]
-    pub fn new(registry: Registry, calls: Calls, gc: Gc, upgrades: Option<Upgrades>) -> Self {
-        Self { registry, calls, gc, upgrades }
+    pub fn new(registry: Registry, calls: Calls, gc: Gc, upgrades: Option<Upgrades>, configured: Configured) -> Self {
+        Self { registry, calls, gc, upgrades, configured }
     }
 
     /// What tells one daemon and its program from another.
@@ -155,6 +166,21 @@ impl admin_server::Admin for Admin {
         let mut answer = self.identity();
         answer.insert("sandboxers".into(), sandboxers.into());
         document(&answer)
+    }
+
+    async fn settings(&self, _: Request<SettingsRequest>) -> Result<Response<Document>, Status> {
+        let serving = |name: String| {
+            let can = self.registry.capabilities(&name)?;
+            Ok((name, Serving::Ready { technique: can.technique.clone(), features: can.features.clone() }))
+        };
+        document(&Settings {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            search_path: std::env::var("PATH").unwrap_or_default(),
+            config: self.configured.file.clone(),
+            configuration: self.configured.text.clone(),
+            sandboxers: self.registry.sandboxers().into_iter().map(serving).collect::<Result<_>>().grpc()?,
+        })
     }
 
     async fn upgrade(&self, request: Request<UpgradeRequest>) -> Result<Response<Document>, Status> {

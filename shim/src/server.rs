@@ -38,7 +38,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     abandoned::Comparison,
-    admin::Admin,
+    admin::{Admin, Configured},
     calls::Calls,
     controller::Controller,
     events, forgotten,
@@ -114,6 +114,8 @@ pub struct Parts {
     pub workers: Handle,
     /// containerd's gRPC socket.
     pub containerd: PathBuf,
+    /// What the daemon has been told.
+    pub configured: Configured,
     /// Who takes upgrades on, where there is a keeper.
     pub upgrades: Option<Upgrades>,
     /// How long operations may take to finish after a stop.
@@ -278,7 +280,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     if Handle::current().runtime_flavor() != RuntimeFlavor::CurrentThread {
         return Err(Error::invalid("runtime", "sockets are to be served on a current-thread runtime"));
     }
-    let Parts { registry, hub, events, workers, containerd, upgrades, grace, look_interval } = parts;
+    let Parts { registry, hub, events, workers, containerd, configured, upgrades, grace, look_interval } = parts;
     let (hush, leave) = (Hush::default(), upgrades.as_ref().map(Upgrades::leave).unwrap_or_default());
     // No more gRPC connections or calls on them.
     let parted = CancellationToken::new();
@@ -309,7 +311,7 @@ pub async fn serve(state: &StateDir, sockets: Sockets, parts: Parts, stop: Cance
     let controller = Controller::new(registry.clone(), calls.clone(), &state.path.join(TASK_SOCKET));
     let control = tonic::transport::Server::builder()
         .add_service(ControllerServer::new(controller))
-        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone(), gc, upgrades)))
+        .add_service(AdminServer::new(Admin::new(registry.clone(), calls.clone(), gc, upgrades, configured)))
         .serve_with_incoming_shutdown(incoming, parted.clone().cancelled_owned());
     let mut control = tokio::spawn(control);
 

@@ -14,8 +14,8 @@ use futures::{
     stream::{self, BoxStream},
 };
 use kuasar_shim::proto::admin::{
-    ConsoleRequest, Document, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, Text, UpgradeRequest,
-    VersionRequest, admin_server, exec_input, exec_output,
+    ConsoleRequest, Document, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, SettingsRequest, Text,
+    UpgradeRequest, VersionRequest, admin_server, exec_input, exec_output,
 };
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -151,6 +151,13 @@ fn checks_are_told_in_both_forms() {
     assert!(finding("configuration")["detail"].as_str().unwrap().contains("log.level"));
     assert!(findings.iter().all(|finding| finding["status"] == "ok" || finding["remedy"].is_string()));
     assert!(stderr(&output).contains("configuration"));
+    // Without a daemon no pod runs.
+    let state = ["--state", dir.path().to_str().unwrap(), "--json", "check"];
+    let output = run(&state);
+    let findings: Vec<Value> = serde_json::from_str(&stdout(&output)).unwrap();
+    let daemon = findings.iter().find(|finding| finding["subject"] == "kuasard").unwrap();
+    assert_eq!((&daemon["status"], &daemon["required"]), (&json!("missing"), &json!(true)));
+    assert_eq!(output.status.code(), Some(1));
     let table = stdout(&run(&["--config", path.to_str().unwrap(), "check"]));
     assert!(table.starts_with("STATUS") && table.contains("kernel"), "{table}");
 }
@@ -243,6 +250,19 @@ impl admin_server::Admin for Fake {
         }))
     }
 
+    async fn settings(&self, _: Request<SettingsRequest>) -> Result<Response<Document>, Status> {
+        let none = std::env::temp_dir();
+        let ready = json!({ "ready": { "technique": "runc 1.3.5", "features": null } });
+        document(&json!({
+            "version": "9.9.9",
+            "pid": 42,
+            "search_path": "/nowhere",
+            "config": "/no/such/config.toml",
+            "configuration": format!("[containerd]\naddress = '{}'\n", none.join("no-containerd.sock").display()),
+            "sandboxers": { "kuasar-runc": ready, "kuasar-qemu": { "unavailable": "no kernel for its guests" } },
+        }))
+    }
+
     async fn upgrade(&self, request: Request<UpgradeRequest>) -> Result<Response<Document>, Status> {
         let binary = match request.into_inner().binary {
             binary if binary.ends_with("/none") => return Err(Status::invalid_argument("invalid binary: there is none")),
@@ -275,6 +295,23 @@ fn the_daemon_is_asked() {
     let one: Value = serde_json::from_str(&prints(&["inspect", "ab"])).unwrap();
     assert_eq!(one["spec"]["id"], "abc");
     assert_eq!(refuses(&["inspect", "zz"]), "kuasarctl: kuasard refused: sandbox or container \"zz\" does not exist\n");
+    // What the daemon has and how it was started counts, and not what is on our search path.
+    let output = run(&with(&["check", "--json"]).iter().map(String::as_str).collect::<Vec<_>>());
+    let findings: Vec<Value> = serde_json::from_str(&stdout(&output)).unwrap();
+    for (subject, status, required, words) in [
+        ("kuasard", "ok", false, "9.9.9, process 42, listens at "),
+        ("configuration", "warn", false, "the daemon goes by what it read before"),
+        ("OCI runtime, kuasar-runc", "warn", false, "runc 1.3.5: does not tell what it can do"),
+        ("OCI runtime, kuasar-qemu", "missing", false, "no kernel for its guests"),
+        ("containerd", "missing", true, "not on the search path"),
+        ("containerd socket", "missing", true, "no-containerd.sock"),
+    ] {
+        let of = |finding: &&Value| finding["subject"] == subject;
+        let finding = findings.iter().find(of).unwrap_or_else(|| panic!("no {subject} in {findings:?}"));
+        assert_eq!((&finding["status"], &finding["required"]), (&json!(status), &json!(required)), "{finding}");
+        assert!(finding["detail"].as_str().unwrap().contains(words), "{finding}");
+    }
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert_eq!(prints(&["gc", "--dry-run"]), "nothing to collect\n");
     assert_eq!(serde_json::from_str::<Value>(&prints(&["gc", "--dry-run", "--json"])).unwrap()["dry_run"], true);
     assert!(refuses(&["gc"]).contains("nobody listens"));

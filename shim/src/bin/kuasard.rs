@@ -20,6 +20,7 @@ use kuasar_sandboxers::{
     event::EventSink, format, limits, offload, reaper::Reaper, registry::Registry, stdio::StreamHub, store::Store,
 };
 use kuasar_shim::{
+    admin::Configured,
     backends,
     config::{Config, LogLevel},
     keeper::{
@@ -135,7 +136,9 @@ fn work(args: &Args, mut inherited: Inheritance) -> Result<ExitCode> {
         .context("cannot start the worker threads")?;
     let faces = Builder::new_current_thread().enable_all().build().context("cannot start the main loop")?;
     let keeper = inherited.keeper.clone();
-    let served = faces.block_on(daemon(config, fresh, &state, &workers, inherited));
+    let file = std::path::absolute(config_file(args)).context("cannot tell where the configuration is")?;
+    let configured = Configured { file, text: config.to_toml() };
+    let served = faces.block_on(daemon(config, configured, fresh, &state, &workers, inherited));
     if matches!(served, Ok(Served::Left)) {
         keeper.flush(FLUSH);
         // Nothing is closed, removed or given back: it is the next worker's now.
@@ -155,10 +158,13 @@ fn configuration(args: &Args, state: &Path, inherited: &mut Inheritance) -> Resu
     if let Some(kept) = kept {
         return Ok((kept_configuration(kept).context("cannot read the configuration that the keeper has")?, None));
     }
-    let path = args.config.clone().unwrap_or_else(Config::default_path);
-    let config = Config::load(&path, state)?;
+    let config = Config::load(&config_file(args), state)?;
     let text = config.to_toml();
     Ok((config, Some(text)))
+}
+
+fn config_file(args: &Args) -> PathBuf {
+    args.config.clone().unwrap_or_else(Config::default_path)
 }
 
 fn kept_configuration(kept: OwnedFd) -> Result<Config> {
@@ -177,6 +183,7 @@ fn keep_configuration(keeper: &Keeper, text: &str) -> io::Result<()> {
 
 async fn daemon(
     config: Config,
+    configured: Configured,
     fresh: Option<String>,
     state: &StateDir,
     workers: &Runtime,
@@ -253,6 +260,7 @@ async fn daemon(
         events,
         workers: workers.handle().clone(),
         containerd: config.containerd.address,
+        configured,
         upgrades: Some(upgrades),
         grace: GRACE,
         look_interval: LOOK_INTERVAL,

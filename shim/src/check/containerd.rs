@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeSet,
-    fmt,
+    ffi::{OsStr, OsString},
+    fmt, fs,
+    os::unix::{ffi::OsStrExt, net::UnixStream},
     path::{Path, PathBuf},
     process::Command,
     str::FromStr,
@@ -10,9 +12,10 @@ use std::{
 };
 
 use kuasar_sandboxers::reaper::Reaper;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use toml::{Table, Value};
 
-use super::{Finding, Host};
+use super::{Finding, Host, Status};
 use crate::config::Config;
 
 pub use super::kernel::may_lower_oom_score;
@@ -105,6 +108,52 @@ pub async fn find(host: &Host, reaper: &Reaper) -> Result<Containerd, String> {
     Ok(Containerd { path, version })
 }
 
+/// A containerd that runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Running {
+    pub(super) program: PathBuf,
+    /// The configuration file it was given; `None`: the usual one.
+    pub(super) config: Option<PathBuf>,
+    /// Its `PATH`.
+    pub(super) search_path: Option<OsString>,
+}
+
+/// The containerd that listens at this socket, unless it is somebody else who does, or this user may not see it.
+pub(super) fn running_at(socket: &Path) -> Option<Running> {
+    let listener = getsockopt(&UnixStream::connect(socket).ok()?, PeerCredentials).ok()?;
+    let process = PathBuf::from(format!("/proc/{}", listener.pid()));
+    let program = fs::read_link(process.join("exe")).ok()?;
+    // systemd listens for a containerd that has not been started yet.
+    if !program.file_name()?.as_bytes().starts_with(b"containerd") {
+        return None;
+    }
+    let arguments = fs::read(process.join("cmdline")).ok()?;
+    let config = config_argument(&arguments)
+        // As the process sees it.
+        .and_then(|path| Some(fs::read_link(process.join("cwd")).ok()?.join(path)));
+    let environment = fs::read(process.join("environ")).ok()?;
+    let search_path = environment.split(|byte| *byte == 0).find_map(|entry| entry.strip_prefix(b"PATH="));
+    Some(Running { program, config, search_path: search_path.map(|path| OsStr::from_bytes(path).to_owned()) })
+}
+
+/// The file that `-c`, `-config` or `--config` names in the arguments of a process, as `/proc/PID/cmdline` has them.
+pub(super) fn config_argument(arguments: &[u8]) -> Option<PathBuf> {
+    let mut arguments = arguments.split(|byte| *byte == 0).skip(1);
+    while let Some(argument) = arguments.next() {
+        let flag = argument.strip_prefix(b"--").or_else(|| argument.strip_prefix(b"-"));
+        let Some(rest) = flag.and_then(|flag| flag.strip_prefix(b"config").or_else(|| flag.strip_prefix(b"c"))) else {
+            continue;
+        };
+        let value = match rest {
+            [] => arguments.next()?,
+            [b'=', value @ ..] => value,
+            _ => continue,
+        };
+        return Some(PathBuf::from(OsStr::from_bytes(value)));
+    }
+    None
+}
+
 /// The version in what `containerd --version` prints, such as
 /// `containerd github.com/containerd/containerd/v2 v2.4.2 1fbd70374134b891f97ce19c70b6e50c7b9f4e0d`.
 pub(super) fn version_in(text: &str) -> Option<Version> {
@@ -119,11 +168,11 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Reads [`CONFIG`] and its imports as containerd does: relative to the importing file, `*` expanded, each file once.
+    /// Reads the configuration file and its imports as containerd does: relative to the importing file, `*` expanded, each file once.
     #[must_use]
     pub fn read(host: &Host) -> Self {
         let mut setup = Self::default();
-        let mut pending = vec![PathBuf::from(CONFIG)];
+        let mut pending = vec![host.containerd_config.clone()];
         let mut seen = BTreeSet::new();
         while !pending.is_empty() && seen.len() < MAX_FILES {
             let path = pending.remove(0);
@@ -213,11 +262,9 @@ impl Setup {
         let Some(shim) = shim_program(kind) else {
             return Some(format!("the runtime table {sandboxer} has the runtime_type {kind:?}, which names no shim"));
         };
-        // containerd also looks beside itself.
-        let beside = host.containerd_directory().is_some_and(|directory| host.program(directory.join(&shim)).is_some());
-        (host.program(&shim).is_none() && !beside).then(|| {
+        (!host.containerd_finds(&shim)).then(|| {
             format!(
-                "runtime_type {kind} needs {shim} on the search path: without it a restart of containerd loses every container"
+                "runtime_type {kind} needs {shim} on containerd's search path: without it a restart of containerd loses every container"
             )
         })
     }
@@ -255,7 +302,10 @@ pub(super) fn all(
     for (path, error) in &setup.unreadable {
         findings.push(Finding::warn("containerd configuration", format!("{}: {error}", path.display()), "correct it"));
     }
-    findings.extend(config.sandboxers.keys().map(|name| sandboxer(host, setup, name, socket)));
+    let reached: Vec<_> = config.sandboxers.keys().map(|name| sandboxer(host, setup, name, socket)).collect();
+    // Pods of one that containerd knows do run.
+    let none = reached.iter().all(|finding| finding.status == Status::Missing);
+    findings.extend(reached.into_iter().map(|finding| if none { finding.required() } else { finding }));
     findings
 }
 
@@ -286,7 +336,7 @@ fn running(host: &Host, config: &Config) -> Finding {
         return Finding::ok(subject, address.display().to_string());
     }
     let remedy = "start containerd, or set address in the table [containerd] of kuasar's configuration";
-    Finding::missing(subject, format!("no {}", address.display()), remedy)
+    Finding::missing(subject, format!("no {}", address.display()), remedy).required()
 }
 
 fn sandboxer(host: &Host, setup: &Setup, name: &str, socket: &Path) -> Finding {
@@ -294,8 +344,9 @@ fn sandboxer(host: &Host, setup: &Setup, name: &str, socket: &Path) -> Finding {
     match setup.lacks(host, name, socket) {
         None => Finding::ok(subject, format!("runtime handler {name} goes to {}", socket.display())),
         Some(problem) => {
+            let config = host.containerd_config.display();
             let remedy = format!(
-                "kuasarctl containerd-config > {}, `imports = [{DROP_INS:?}]` in {CONFIG}, restart containerd",
+                "kuasarctl containerd-config > {}, `imports = [{DROP_INS:?}]` in {config}, restart containerd",
                 DROP_INS.replace('*', "kuasar")
             );
             Finding::missing(subject, problem, remedy)

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::containerd::PROGRAM_VARIABLE;
+use super::containerd::{CONFIG, PROGRAM_VARIABLE, Running};
 
 /// Files of /proc and /sys, and configuration files, are smaller.
 const MAX_BYTES: u64 = 1 << 20;
@@ -20,6 +20,10 @@ pub struct Host {
     search: Vec<PathBuf>,
     /// The containerd that [`containerd::PROGRAM_VARIABLE`](super::containerd::PROGRAM_VARIABLE) names.
     pub(super) containerd: Option<PathBuf>,
+    /// containerd's configuration file.
+    pub(super) containerd_config: PathBuf,
+    /// Where containerd looks for programs, if not where we do.
+    containerd_search: Option<Vec<PathBuf>>,
 }
 
 impl Host {
@@ -28,13 +32,28 @@ impl Host {
     pub fn this() -> Self {
         let search = std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
         let containerd = std::env::var_os(PROGRAM_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
-        Self { root: "/".into(), search, containerd }
+        Self { root: "/".into(), search, containerd, containerd_config: CONFIG.into(), containerd_search: None }
     }
 
     /// A directory that stands for a machine; programs are looked for in its `usr/bin`.
     #[must_use]
     pub fn at(root: &Path) -> Self {
-        Self { root: root.into(), search: vec!["/usr/bin".into()], containerd: None }
+        let search = vec!["/usr/bin".into()];
+        Self { root: root.into(), search, containerd: None, containerd_config: CONFIG.into(), containerd_search: None }
+    }
+
+    /// Looks for programs where a daemon does.
+    pub(super) fn search_in(&mut self, path: &str) {
+        self.search = std::env::split_paths(path).collect();
+    }
+
+    /// Takes a containerd that runs for this host's, unless another program is named.
+    pub(super) fn see_containerd(&mut self, running: Running) {
+        if let Some(config) = running.config {
+            self.containerd_config = config;
+        }
+        self.containerd_search = running.search_path.map(|path| std::env::split_paths(&path).collect());
+        self.containerd.get_or_insert(running.program);
     }
 
     /// Where an absolute path of the host is for us.
@@ -45,7 +64,7 @@ impl Host {
     }
 
     /// Directory of the containerd program, as the host calls it.
-    pub(super) fn containerd_directory(&self) -> Option<PathBuf> {
+    fn containerd_directory(&self) -> Option<PathBuf> {
         let named = self.containerd.clone();
         let on_path =
             || self.search.iter().map(|directory| directory.join("containerd")).find(|path| self.program(path).is_some());
@@ -73,11 +92,22 @@ impl Host {
 
     /// Whether the host has this program: an absolute path, or a name on the search path. Answers with where it is for us.
     pub(super) fn program(&self, name: impl AsRef<OsStr>) -> Option<PathBuf> {
-        let name = Path::new(name.as_ref());
+        self.program_in(&self.search, Path::new(name.as_ref()))
+    }
+
+    /// Whether containerd finds this program.
+    pub(super) fn containerd_finds(&self, name: &str) -> bool {
+        let search = self.containerd_search.as_ref().unwrap_or(&self.search);
+        // It also looks beside itself.
+        let beside = || self.containerd_directory().is_some_and(|directory| self.program(directory.join(name)).is_some());
+        self.program_in(search, Path::new(name)).is_some() || beside()
+    }
+
+    fn program_in(&self, search: &[PathBuf], name: &Path) -> Option<PathBuf> {
         let mut candidates = if name.is_absolute() {
             vec![self.path(name)]
         } else {
-            self.search.iter().map(|directory| self.path(directory).join(name)).collect()
+            search.iter().map(|directory| self.path(directory).join(name)).collect()
         };
         candidates.retain(|path| is_executable(path));
         candidates.into_iter().next()

@@ -2,21 +2,26 @@
 //!
 //! Every check is a function from a [`Host`] to [`Finding`]s. A host is a root directory and a search path, so tests build one
 //! from a few files. Checks look and never change anything: no mount, no namespace, no module loaded, `/dev/kvm` not opened.
+//! A daemon that listens is asked what it goes by, and so is the containerd that it serves; without them this process's search path and
+//! the usual files are looked at.
 
 pub mod containerd;
+pub mod daemon;
 mod host;
 mod kernel;
 mod network;
 mod runtime;
 mod state;
+mod systemd;
 #[cfg(test)]
 mod tests;
 
-use std::{os::unix::net::UnixStream, path::Path};
+use std::path::Path;
 
 use kuasar_sandboxers::reaper::Reaper;
 use serde::Serialize;
 
+use self::daemon::Daemon;
 pub use self::host::Host;
 use crate::config::{Config, ConfigErrors};
 
@@ -88,23 +93,41 @@ impl Finding {
     }
 }
 
-/// Looks at everything. `socket` is the daemon's; with a configuration that is not valid, the defaults are checked.
+/// Looks at everything. `socket` is the daemon's; with a configuration that is not valid, the defaults are checked, unless a daemon
+/// tells which is in force.
 pub async fn all(
     host: &Host,
     reaper: &Reaper,
     config: &Result<Config, ConfigErrors>,
     config_path: &Path,
     socket: &Path,
+    daemon: &Daemon,
 ) -> Vec<Finding> {
+    let in_force = daemon.settings().and_then(|settings| Config::parse(&settings.config, &settings.configuration).ok());
     let defaults = Config::default();
-    let effective = config.as_ref().unwrap_or(&defaults);
+    let effective = in_force.as_ref().or(config.as_ref().ok()).unwrap_or(&defaults);
+    let mut host = host.clone();
+    if let Some(settings) = daemon.settings() {
+        host.search_in(&settings.search_path);
+    }
+    if let Some(running) = containerd::running_at(&host.path(&effective.containerd.address)) {
+        host.see_containerd(running);
+    }
+    let host = &host;
     let containerd = containerd::Setup::read(host);
     let mut findings = Vec::new();
     findings.extend(kernel::all(host, &containerd));
-    findings.push(configuration(config, config_path));
-    findings.push(daemon(host, socket));
+    findings.extend(systemd::all(host, reaper).await);
+    findings.push(daemon::running(daemon, socket));
+    match daemon.settings() {
+        Some(settings) => findings.push(daemon::configuration(settings, config)),
+        None => findings.push(configuration(config, config_path)),
+    }
     findings.extend(socket.parent().into_iter().flat_map(|state| state::all(host, effective, state)));
-    findings.extend(runtime::all(effective, reaper).await);
+    match daemon.settings() {
+        Some(settings) => findings.extend(daemon::sandboxers(settings, effective)),
+        None => findings.extend(runtime::all(effective, reaper).await),
+    }
     findings.extend(network::all(host, &containerd));
     let found = containerd::find(host, reaper).await;
     findings.extend(containerd::all(host, &found, &containerd, effective, socket));
@@ -121,16 +144,6 @@ fn configuration(config: &Result<Config, ConfigErrors>, path: &Path) -> Finding 
         Err(faults) => {
             let (path, faults) = (path.display(), faults.to_string().replace('\n', "; "));
             Finding::missing("configuration", faults, format!("correct {path} and its conf.d")).required()
-        }
-    }
-}
-
-fn daemon(host: &Host, socket: &Path) -> Finding {
-    match UnixStream::connect(host.path(socket)) {
-        Ok(_) => Finding::ok("kuasard", format!("listens at {}", socket.display())),
-        Err(error) => {
-            let detail = format!("not running: {}: {error}", socket.display());
-            Finding::warn("kuasard", detail, "systemctl start kuasard, or name its state directory with --state")
         }
     }
 }

@@ -2,7 +2,11 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use serde_json::{Value, json};
 
-use super::{Finding, Host, Status, containerd, kernel, network, runtime, state};
+use super::{
+    Finding, Host, Status, containerd,
+    daemon::{self, Daemon, Serving, Settings},
+    kernel, network, runtime, state, systemd,
+};
 use crate::config::Config;
 
 /// A directory made to look like a host.
@@ -307,4 +311,88 @@ fn runtime_types_name_shims_as_containerd_does() {
     assert_eq!(containerd::shim_program("io.containerd.kuasar-runc.v1").as_deref(), Some("containerd-shim-kuasar-runc-v1"));
     assert_eq!(containerd::shim_program("kuasar"), None);
     assert_eq!(containerd::shim_program(".v1"), None);
+}
+
+#[test]
+fn an_old_systemd_is_told() {
+    told(&systemd::version("systemd 257 (257.8-1)\n+PAM +AUDIT"), Status::Ok, false, "257");
+    told(&systemd::version("systemd 254.5\n"), Status::Ok, false, "254");
+    told(&systemd::version("systemd 252 (252.39-1~deb12u1)\n"), Status::Warn, false, "252: when kuasard is stopped");
+    told(&systemd::version(""), Status::Warn, false, "cannot be read");
+}
+
+#[test]
+fn the_configuration_of_a_running_containerd_is_known() {
+    let argument = |arguments: &str| containerd::config_argument(arguments.replace(' ', "\0").as_bytes());
+    for arguments in ["-c /c.toml", "--config /c.toml -l debug", "-l debug --config=/c.toml", "--root /r -config=/c.toml"] {
+        assert_eq!(argument(&format!("containerd {arguments}")), Some("/c.toml".into()), "{arguments}");
+    }
+    for arguments in ["", "--root /r", "--config", "--configuration x", "-cx"] {
+        assert_eq!(argument(&format!("-c {arguments}")), None, "{arguments}");
+    }
+    assert_eq!(containerd::running_at(Path::new("/no/such.sock")), None);
+    // Something else listens there.
+    let dir = tempfile::tempdir().unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(dir.path().join("c.sock")).unwrap();
+    assert_eq!(containerd::running_at(&dir.path().join("c.sock")), None);
+
+    let fake = Fake::new().with("opt/c.toml", DROP_IN).with_program("opt/bin/containerd-shim-kuasar-runc-v1");
+    let mut host = fake.host();
+    host.see_containerd(containerd::Running {
+        program: "/opt/sbin/containerd".into(),
+        config: Some("/opt/c.toml".into()),
+        search_path: Some("/opt/bin".into()),
+    });
+    assert_eq!(containerd::Setup::read(&host).lacks(&host, "kuasar-runc", Path::new(SOCKET)), None);
+}
+
+#[test]
+fn what_no_pod_runs_without_is_required() {
+    let found = |drop_in: &str, names: &[&str]| {
+        let fake =
+            Fake::new().with("etc/containerd/config.toml", drop_in).with_program("usr/bin/containerd-shim-kuasar-runc-v1");
+        let text: String = names.iter().map(|name| format!("[sandboxer.{name}]\nkind = 'runc'\n")).collect();
+        let config = Config::parse(Path::new("c"), &text).unwrap();
+        let setup = containerd::Setup::read(&fake.host());
+        containerd::all(&fake.host(), &Err("none".into()), &setup, &config, Path::new(SOCKET))
+    };
+    let of = |findings: &[Finding], subject: &str| findings.iter().find(|finding| finding.subject == subject).unwrap().clone();
+    let findings = found("", &["kuasar-runc", "other"]);
+    told(&of(&findings, "containerd socket"), Status::Missing, true, "no /run/containerd");
+    told(&of(&findings, "containerd, kuasar-runc"), Status::Missing, true, "no [proxy_plugins.kuasar-runc]");
+    // Pods of one sandboxer do run.
+    let findings = found(DROP_IN, &["kuasar-runc", "other"]);
+    told(&of(&findings, "containerd, kuasar-runc"), Status::Ok, false, "goes to");
+    told(&of(&findings, "containerd, other"), Status::Missing, false, "no [proxy_plugins.other]");
+}
+
+#[test]
+fn a_daemon_that_answers_is_believed() {
+    let config = Config::default();
+    let ready = |technique: &str| Serving::Ready { technique: technique.into(), features: None };
+    let mut settings = Settings {
+        version: "1.2.3".into(),
+        pid: 7,
+        search_path: String::new(),
+        config: "/no/such.toml".into(),
+        configuration: config.to_toml(),
+        sandboxers: [("kuasar-runc".to_owned(), ready("runc 1.3.5"))].into(),
+    };
+    told(&daemon::configuration(&settings, &Ok(Config::default())), Status::Ok, false, "defaults: kuasar-runc");
+    let changed = Config::parse(Path::new("c"), "[log]\nlevel = 'debug'\n");
+    told(&daemon::configuration(&settings, &changed), Status::Warn, false, "changed since the daemon read it");
+    let wrong = Config::parse(Path::new("c"), "[log]\nlevel = 'loud'\n");
+    told(&daemon::configuration(&settings, &wrong), Status::Warn, false, "goes by what it read before");
+    let [finding] = &daemon::sandboxers(&settings, &config)[..] else { panic!() };
+    told(finding, Status::Warn, false, "runc 1.3.5: does not tell");
+    settings.sandboxers.insert("kuasar-runc".into(), Serving::Unavailable("no runc".into()));
+    let [finding] = &daemon::sandboxers(&settings, &config)[..] else { panic!() };
+    told(finding, Status::Missing, true, "no runc");
+    // As it comes over the wire.
+    let text = serde_json::to_string(&settings).unwrap();
+    assert!(serde_json::from_str::<Settings>(&text).is_ok(), "{text}");
+    let socket = Path::new(SOCKET);
+    told(&daemon::running(&Daemon::Answers(settings.into()), socket), Status::Ok, false, "1.2.3, process 7");
+    told(&daemon::running(&Daemon::Silent("slow".into()), socket), Status::Warn, false, "slow");
+    told(&daemon::running(&Daemon::Absent("refused".into()), socket), Status::Missing, true, "refused");
 }

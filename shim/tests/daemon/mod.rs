@@ -29,6 +29,7 @@ use kuasar_sandboxers::{
     types::{Capabilities, SandboxSpec},
 };
 use kuasar_shim::{
+    admin::Configured,
     proto::{
         admin::admin_client::AdminClient,
         sandbox::{ControllerCreateRequest, ControllerStartRequest, controller_client::ControllerClient},
@@ -187,6 +188,7 @@ impl Daemon {
             events,
             workers: Handle::current(),
             containerd,
+            configured: Configured { file: "/no/config.toml".into(), text: String::new() },
             upgrades: None,
             grace: Duration::from_secs(2),
             look_interval,

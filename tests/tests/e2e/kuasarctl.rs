@@ -130,6 +130,17 @@ async fn versions_and_check(case: &Case) -> Result<()> {
     let check: Value = serde_json::from_str(&String::from_utf8(kuasarctl(&case.node, &["check", "--json"])?.stdout)?)?;
     let subjects: Vec<&str> = check.as_array().into_iter().flatten().filter_map(|entry| entry["subject"].as_str()).collect();
     assert!(subjects.contains(&"kernel") && subjects.contains(&"cgroups"), "{subjects:?}");
+    // How the daemon and containerd were started counts, and not what this shell has.
+    let mut check = command(&case.node)?;
+    let output = check.args(["check", "--json"]).env("PATH", "/nowhere").env_remove("KUASAR_CONTAINERD").output()?;
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    for subject in ["kuasard", "configuration", "containerd", "containerd socket", &format!("containerd, {}", case.handler)] {
+        let of = |finding: &&Value| finding["subject"] == subject;
+        let finding = findings.iter().find(of).with_context(|| format!("no {subject} in {findings:?}"))?;
+        let well = finding["status"] == "ok" || subject == "containerd" && finding["status"] == "warn";
+        assert!(well, "{finding}");
+    }
+    assert!(output.status.success(), "pods run here, but: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
 

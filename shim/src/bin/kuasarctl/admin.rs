@@ -3,9 +3,10 @@
 use std::{io::ErrorKind, path::Path, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
+use kuasar_shim::check::daemon::Daemon as Found;
 use kuasar_shim::proto::admin::{
-    ConsoleRequest, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, Text, UpgradeRequest, VersionRequest,
-    admin_client::AdminClient,
+    ConsoleRequest, ExecInput, ExecOutput, GcRequest, InspectRequest, ListRequest, SettingsRequest, Text, UpgradeRequest,
+    VersionRequest, admin_client::AdminClient,
 };
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
@@ -103,6 +104,22 @@ impl Daemon {
     /// The daemon itself.
     pub(crate) async fn version(&mut self) -> Result<Value> {
         document(self.0.version(VersionRequest {}).await.map_err(refused)?.into_inner().json)
+    }
+}
+
+/// What the daemon at a socket goes by, if there is one and it tells.
+pub(crate) async fn settings(socket: &Path) -> Found {
+    if let Err(error) = tokio::net::UnixStream::connect(socket).await {
+        return Found::Absent(format!("{}: {error}", socket.display()));
+    }
+    let asked = async {
+        let mut daemon = Daemon::connect(socket).await?;
+        let answer = document(daemon.0.settings(SettingsRequest {}).await.map_err(refused)?.into_inner().json)?;
+        serde_json::from_value(answer).context("kuasard's settings are of another form; is it another version?")
+    };
+    match asked.await {
+        Ok(settings) => Found::Answers(settings),
+        Err(error) => Found::Silent(format!("{error:#}")),
     }
 }
 

@@ -294,9 +294,14 @@ fn reaper() -> Result<Reaper> {
 }
 
 fn check(global: &Global) -> Result<ExitCode> {
-    let config = Config::load(&global.config, &global.state()?);
     let socket = global.socket()?;
-    let findings = block_on(async { Ok(check::all(&Host::this(), &reaper()?, &config, &global.config, &socket).await) })?;
+    let findings = block_on(async {
+        let daemon = admin::settings(&socket).await;
+        // The file of the daemon that runs, whichever that is.
+        let file = daemon.settings().map_or(global.config.as_path(), |settings| settings.config.as_path());
+        let config = Config::load(file, &global.state()?);
+        Ok(check::all(&Host::this(), &reaper()?, &config, file, &socket, &daemon).await)
+    })?;
     if global.json {
         print(&pretty(&serde_json::to_value(&findings)?)?)?;
     } else {
