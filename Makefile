@@ -10,6 +10,8 @@ KERNEL ?= $(if $(KUASAR_GUEST_KERNEL),own,cloud)
 GUEST := $(or $(KUASAR_GUEST_DIR),$(KUASAR_CACHE)/guest)/$(KERNEL)
 # Which sandboxer conformance and bench are about.
 export SANDBOXER ?= kuasar-runc
+# Which sandboxers the demo shows beside those that it always does.
+export WITH ?=
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
@@ -31,45 +33,55 @@ CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config
 .PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install what building and testing need, only what is missing
-	@scripts/deps.sh
+	@scripts/deps.sh all
 
 # The agent is a static program, which scripts/guest.sh builds.
-build: deps ## Build the daemon, its tools, the test programs (release) and the guest
+build: ## Build the daemon, its tools, the test programs (release) and the guest
+	@scripts/deps.sh build
 	@$(CARGO) build --quiet --release --locked --workspace --exclude kuasar-guest-agent --bins
 	@scripts/crun.sh
 	@scripts/guest.sh $(KERNEL)
 
-guest: deps ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 for newer packages
+guest: ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 for newer packages
+	@scripts/deps.sh build
 	@scripts/guest.sh $(KERNEL)
 
-demo: build ## Run a pod in each sandboxer on a private containerd, beside the runc shim
-	@$(RELEASE)/kuasar-demo
+demo: ## Run a pod in each sandboxer beside the runc shim, building only what that needs; WITH=a,b for more sandboxers
+	@scripts/demo.sh $(KERNEL)
 
 test: build ## check, the guest, end-to-end tests, conformance and a minute of chaos, with a summary
+	@scripts/deps.sh all
 	@scripts/test.sh check guest e2e conformance chaos
 
-check: deps ## Format, lints, unit tests, licences and advisories
+check: ## Format, lints, unit tests, licences and advisories
+	@scripts/deps.sh check
 	@scripts/test.sh check
 
 e2e: build ## End-to-end tests on each containerd there is
+	@scripts/deps.sh e2e
 	@scripts/test.sh e2e
 
 conformance: build ## critest with SANDBOXER=kuasar-runc or kuasar-qemu, compared with the runc shim
+	@scripts/deps.sh conformance
 	@scripts/test.sh conformance
 
 chaos: build ## Kill daemons at random under load, CHAOS_MINUTES long; nobody may notice
+	@scripts/deps.sh run
 	@$(RELEASE)/kuasar-chaos --kills 200 --out $(TARGET)/chaos
 
-fuzz: deps ## Fuzz what reads guests' and hosts' words, FUZZ_SECONDS (60) for each target
+fuzz: ## Fuzz what reads guests' and hosts' words, FUZZ_SECONDS (60) for each target
+	@scripts/deps.sh build
 	@scripts/fuzz.sh
 
 bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute's worth
+	@scripts/deps.sh run
 	@$(RELEASE)/kuasar-bench
 
 bench-vmm: build ## Compare virtual machines with ones booted by hand; BENCH_QUICK=1 for two minutes' worth
+	@scripts/deps.sh run
 	@SANDBOXER=kuasar-qemu $(RELEASE)/kuasar-bench
 
 install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit

@@ -1,5 +1,13 @@
 #!/usr/bin/env bash
-# Installs what building and testing need, and only what is missing:
+# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|check|STEP...]
+#   build         what compiling and the guest need: Debian packages and Rust
+#   run           and what a node is made of, for the demo, benchmarks and chaos: containerd, runc, CNI plugins, crun, QEMU and its helpers
+#   conformance   and crictl and critest
+#   e2e           and a second containerd
+#   check         build, and what unit tests and audits run
+#   all           everything, the default
+# A STEP is one of the functions below, such as packages_build or install_runc.
+#
 #   Debian packages   with apt-get
 #   Rust              not by itself: says how
 #   containerd, runc, CNI plugins, a second containerd, cargo-deny, crictl, critest, virtiofsd, vhost-device-vsock
@@ -25,15 +33,27 @@ if [ "$(id -u)" -ne 0 ]; then
     root=(sudo)
 fi
 
-debian_packages() {
-    local wanted=(gcc libc6-dev make pkg-config protobuf-compiler libprotobuf-dev libseccomp-dev busybox-static iproute2 iptables ca-certificates)
+# To compile, to link static programs, and for the guest: its OCI runtime, and to list its modules and its initrd.
+packages_compile() {
+    debian_packages gcc libc6-dev make pkg-config protobuf-compiler libprotobuf-dev libseccomp-dev ca-certificates \
+        libcap-ng-dev dpkg-dev debian-archive-keyring gperf libcap-dev libyajl-dev libjson-c-dev busybox-static kmod cpio xz-utils
+}
+
+# And for the small kernel.
+packages_build() {
+    packages_compile
+    debian_packages flex bison bc libelf-dev lz4 perl
+}
+
+# What pods need on the node.
+packages_node() {
+    local wanted=(busybox-static iproute2 iptables)
     [ -n "${KUASAR_QEMU:-}" ] || have qemu-system-x86_64 || wanted+=(qemu-system-x86)
-    # To build virtiofsd
-    [ -n "${KUASAR_VIRTIOFSD:-}" ] || wanted+=(libcap-ng-dev)
-    # To build crun
-    wanted+=(dpkg-dev debian-archive-keyring gperf libcap-dev libyajl-dev libjson-c-dev)
-    # To build the guest: its small kernel, and to list its modules and its initrd
-    wanted+=(kmod cpio xz-utils flex bison bc libelf-dev lz4 perl)
+    debian_packages "${wanted[@]}"
+}
+
+# debian_packages NAME...: those that are not installed
+debian_packages() {
     if ! have dpkg-query; then
         local program missing=()
         for program in cc make pkg-config protoc ip iptables; do have "$program" || missing+=("$program"); done
@@ -42,13 +62,16 @@ debian_packages() {
         return 0
     fi
     local missing
-    missing=$(comm -23 <(printf '%s\n' "${wanted[@]}" | sort) \
+    missing=$(comm -23 <(printf '%s\n' "$@" | sort -u) \
         <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' 2>/dev/null | awk '$2 == "installed" { print $1 }' | sort -u))
     [ -n "$missing" ] || return 0
-    say "installing" $missing
-    "${root[@]}" apt-get update -qq
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    timed "installing" $missing -- apt_install $missing
+}
+
+apt_install() {
+    "${root[@]}" apt-get update -qq &&
+        DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq -o DPkg::Lock::Timeout=600 --no-install-recommends "$@" >/dev/null
 }
 
 rust() {
@@ -90,7 +113,10 @@ into() {
     rmdir "$scratch"
 }
 
-go_install() { GOFLAGS="${GOFLAGS:-} -trimpath" go install -ldflags '-s -w' "$@"; }
+# Without a line for each of some hundred modules.
+without_downloads() { "$@" 2> >(grep -v '^go: downloading ' >&2); }
+
+go_install() { GOFLAGS="${GOFLAGS:-} -trimpath" without_downloads go install -ldflags '-s -w' "$@"; }
 
 # go install refuses a module whose go.mod has exclude or replace lines, as containerd 2.1's has. So the module is downloaded
 # (and verified) as such, and built from a copy of it.
@@ -107,7 +133,7 @@ go_build_module() {
     fi
     copy=$(mktemp -d "$cache/.build-XXXXXX")
     cp -r --no-preserve=mode "$dir/." "$copy/"
-    (cd "$copy" && GOFLAGS="${GOFLAGS:-} -trimpath -buildvcs=false" "$@") || status=$?
+    (cd "$copy" && GOFLAGS="${GOFLAGS:-} -trimpath -buildvcs=false" without_downloads "$@") || status=$?
     rm -rf "$copy"
     return $status
 }
@@ -126,9 +152,8 @@ packaged() {
 install_containerd() {
     usable KUASAR_CONTAINERD containerd "$containerd" && return 0
     if have go; then
-        say "building containerd $containerd"
         local module=github.com/containerd/containerd/v2/cmd
-        into "$cache/bin" go_install "$module/containerd@v$containerd" "$module/ctr@v$containerd" "$module/containerd-shim-runc-v2@v$containerd"
+        timed "building containerd $containerd" -- into "$cache/bin" go_install "$module/containerd@v$containerd" "$module/ctr@v$containerd" "$module/containerd-shim-runc-v2@v$containerd"
     else
         usable KUASAR_CONTAINERD containerd 2.0.0 || packaged containerd 2.0 ||
             fail "no containerd 2.0 or newer, no Go to build it, and the distribution has none: $go_hint, or set KUASAR_CONTAINERD"
@@ -147,16 +172,14 @@ install_old_containerd() {
         say "no Go: the tests will run on one version of containerd only, not on $containerd_old too"
         return 0
     fi
-    say "building containerd $containerd_old"
-    into "$dir" go_build_module github.com/containerd/containerd/v2 "$containerd_old" build_old_containerd
+    timed "building containerd $containerd_old" -- into "$dir" go_build_module github.com/containerd/containerd/v2 "$containerd_old" build_old_containerd
 }
 
 install_runc() {
     usable KUASAR_RUNC runc "$runc" && return 0
     if have go; then
-        say "building runc $runc"
         # Without the tag it would refuse every seccomp profile.
-        CGO_ENABLED=1 into "$cache/bin" go_install -tags seccomp "github.com/opencontainers/runc@v$runc"
+        CGO_ENABLED=1 timed "building runc $runc" -- into "$cache/bin" go_install -tags seccomp "github.com/opencontainers/runc@v$runc"
     else
         usable KUASAR_RUNC runc 1.1.0 || packaged runc 1.1 ||
             fail "no runc 1.1 or newer, no Go to build it, and the distribution has none: $go_hint, or set KUASAR_RUNC"
@@ -170,9 +193,8 @@ install_cni() {
         [ -x "$dir/bridge" ] && [ -x "$dir/host-local" ] && [ -x "$dir/loopback" ] && [ -x "$dir/portmap" ] && return 0
     done
     if have go; then
-        say "building CNI plugins $cni"
         local module=github.com/containernetworking/plugins/plugins
-        into "$cache/bin" go_install "$module/main/bridge@v$cni" "$module/main/loopback@v$cni" \
+        timed "building CNI plugins $cni" -- into "$cache/bin" go_install "$module/main/bridge@v$cni" "$module/main/loopback@v$cni" \
             "$module/ipam/host-local@v$cni" "$module/meta/portmap@v$cni"
     else
         packaged containernetworking-plugins 1.0 ||
@@ -182,9 +204,8 @@ install_cni() {
 
 install_cargo_deny() {
     { PATH=$cache/bin:$PATH cargo deny --version >/dev/null 2>&1; } && return 0
-    say "building cargo-deny $cargo_deny"
     # Unoptimised: it builds in a third of the time and runs for a second.
-    CARGO_TARGET_DIR=$cache/.cargo-deny cargo install --quiet --locked --debug --root "$cache" "cargo-deny@$cargo_deny"
+    CARGO_TARGET_DIR=$cache/.cargo-deny timed "building cargo-deny $cargo_deny" -- cargo install --quiet --locked --debug --root "$cache" "cargo-deny@$cargo_deny"
     rm -rf "$cache/.cargo-deny"
 }
 
@@ -192,8 +213,7 @@ install_cargo_deny() {
 cargo_tool() {
     local variable=$1 crate=$2 version=$3
     usable "$variable" "$crate" "$version" && return 0
-    say "building $crate $version"
-    CARGO_TARGET_DIR=$cache/.$crate cargo install --quiet --locked --root "$cache" "$crate@$version"
+    CARGO_TARGET_DIR=$cache/.$crate timed "building $crate $version" -- cargo install --quiet --locked --root "$cache" "$crate@$version"
     rm -rf "$cache/.$crate"
 }
 
@@ -213,21 +233,43 @@ install_cri_tools() {
         say "no critest $cri_tools and no Go to build it: conformance will be skipped without one; $go_hint, or set KUASAR_CRITEST"
         return 0
     fi
-    say "building crictl and critest $cri_tools"
-    if ! into "$cache/bin" go_build_module sigs.k8s.io/cri-tools "$cri_tools" build_cri_tools 2>"$cache/.cri-tools.log"; then
+    if ! timed "building crictl and critest $cri_tools" -- \
+        into "$cache/bin" go_build_module sigs.k8s.io/cri-tools "$cri_tools" build_cri_tools 2>"$cache/.cri-tools.log"; then
         touch "$tried"
         say "cri-tools cannot be built ($(tail -n 1 "$cache/.cri-tools.log")): conformance will be skipped; set KUASAR_CRITEST to a critest you have"
     fi
 }
 
-debian_packages
-rust
-prepare_cache
-install_containerd
-install_old_containerd
-install_runc
-install_cni
-install_cargo_deny
-cargo_tool KUASAR_VIRTIOFSD virtiofsd "$virtiofsd"
-cargo_tool KUASAR_VHOST_DEVICE_VSOCK vhost-device-vsock "$vhost_device_vsock"
-install_cri_tools
+install_virtiofsd() { cargo_tool KUASAR_VIRTIOFSD virtiofsd "$virtiofsd"; }
+install_vhost_device_vsock() { cargo_tool KUASAR_VHOST_DEVICE_VSOCK vhost-device-vsock "$vhost_device_vsock"; }
+
+build=(packages_build rust)
+run=("${build[@]}" packages_node install_containerd install_runc install_cni install_virtiofsd install_vhost_device_vsock)
+conformance=("${run[@]}" install_cri_tools)
+e2e=("${conformance[@]}" install_old_containerd)
+check=("${build[@]}" packages_node install_runc install_virtiofsd install_vhost_device_vsock install_cargo_deny)
+all=("${e2e[@]}" install_cargo_deny)
+
+main() {
+    [ $# -gt 0 ] || set -- all
+    local wanted step steps=()
+    for wanted in "$@"; do
+        case $wanted in
+        build | run | conformance | e2e | check | all)
+            local -n purpose=$wanted
+            steps+=("${purpose[@]}")
+            ;;
+        packages_* | rust | install_*)
+            [ "$(type -t "$wanted")" = function ] || fail "no step $wanted in scripts/deps.sh"
+            steps+=("$wanted")
+            ;;
+        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, check, or a step of scripts/deps.sh" ;;
+        esac
+    done
+    prepare_cache
+    for step in "${steps[@]}"; do "$step"; done
+}
+
+# It takes minutes, and bash reads a script as it goes: in one piece, so that an edit meanwhile does no harm.
+main "$@"
+exit

@@ -17,3 +17,16 @@ have() { command -v "$1" >/dev/null 2>&1; }
 version_in() { grep -oE '[0-9]+\.[0-9]+\.[0-9]+' | head -n 1 || true; }
 # at_least 2.4.2 2.4.0: whether the first version is the second or newer.
 at_least() { [ -n "$1" ] && [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+# Says what is being done, and how long it took: timed WHAT... -- COMMAND...
+timed() {
+    local what=() begun=$SECONDS
+    while [ "$1" != -- ]; do
+        what+=("$1")
+        shift
+    done
+    shift
+    say "${KUASAR_STEP:-}${what[*]} ..."
+    "$@" || return
+    say "${KUASAR_STEP:-}${what[*]}: $((SECONDS - begun)) s"
+}

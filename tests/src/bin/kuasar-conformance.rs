@@ -25,7 +25,7 @@ struct Arguments {
     /// Only specs that match this regular expression.
     #[arg(long, env = "FOCUS", default_value = "")]
     focus: String,
-    /// Also the specs that need NRI.
+    /// Also the specs that need NRI in virtual machines, which take minutes where they are emulated; others always run them.
     #[arg(long)]
     nri: bool,
     /// Directory for logs and JUnit reports.
@@ -73,7 +73,7 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
         socket: node.containerd.paths().socket.clone(),
         out: arguments.out.canonicalize()?,
         focus: arguments.focus.clone(),
-        nri_socket: arguments.nri.then(|| node.containerd.paths().nri_socket.clone()),
+        nri_socket: (arguments.nri || !tools::is_machine(&sandboxer)).then(|| node.containerd.paths().nri_socket.clone()),
     };
     let peer = suite(&critest, peer).await?;
     let behind = if peer_only {
@@ -87,7 +87,7 @@ async fn start(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode
 
 async fn suite(critest: &Critest, handler: &str) -> Result<Run> {
     let minutes =
-        if tools::is_machine(handler) { "up to fifteen minutes where machines are emulated" } else { "about two minutes" };
+        if tools::is_machine(handler) { "up to fifteen minutes where machines are emulated" } else { "about three minutes" };
     println!("\n{handler}: running, {minutes}; log: {}/{handler}.log", critest.out.display());
     let run = critest.run(handler).await?;
     println!("{handler}: {}", run.closing.replace('\n', "\n    "));
