@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::containerd::{CONFIG, PROGRAM_VARIABLE, Running};
+use super::containerd::{self, CONFIG, PROGRAM_VARIABLE, Running};
 
 /// Files of /proc and /sys, and configuration files, are smaller.
 const MAX_BYTES: u64 = 1 << 20;
@@ -47,7 +47,16 @@ impl Host {
         self.search = std::env::split_paths(path).collect();
     }
 
-    /// Takes a containerd that runs for this host's, unless another program is named.
+    /// Goes by the containerd that listens at `address`, where one does: its program, unless another is named, its configuration and its
+    /// search path.
+    #[must_use]
+    pub fn with_containerd_at(mut self, address: &Path) -> Self {
+        if let Some(running) = containerd::running_at(&self.path(address)) {
+            self.see_containerd(running);
+        }
+        self
+    }
+
     pub(super) fn see_containerd(&mut self, running: Running) {
         if let Some(config) = running.config {
             self.containerd_config = config;

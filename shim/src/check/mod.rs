@@ -110,10 +110,7 @@ pub async fn all(
     if let Some(settings) = daemon.settings() {
         host.search_in(&settings.search_path);
     }
-    if let Some(running) = containerd::running_at(&host.path(&effective.containerd.address)) {
-        host.see_containerd(running);
-    }
-    let host = &host;
+    let host = &host.with_containerd_at(&effective.containerd.address);
     let containerd = containerd::Setup::read(host);
     let mut findings = Vec::new();
     findings.extend(kernel::all(host, &containerd));

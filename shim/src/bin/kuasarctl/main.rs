@@ -344,7 +344,8 @@ fn gc(global: &Global, dry_run: bool, full_ids: bool) -> Result<ExitCode> {
 }
 
 fn containerd_config(global: &Global, version: Option<Version>, programs: &Path, pause_image: Option<&str>) -> Result<String> {
-    let host = Host::this();
+    let config = load(global)?;
+    let host = Host::this().with_containerd_at(&config.containerd.address);
     let version = match version {
         Some(version) => version,
         None => {
@@ -365,7 +366,7 @@ fn containerd_config(global: &Global, version: Option<Version>, programs: &Path,
         pause_image,
         restrict_oom_score: !containerd::may_lower_oom_score(&host),
     };
-    drop_in::write(&load(global)?, &target).map_err(|problem| anyhow!(problem))
+    drop_in::write(&config, &target).map_err(|problem| anyhow!(problem))
 }
 
 fn upgrade(global: &Global, binary: Option<&Path>) -> Result<ExitCode> {
