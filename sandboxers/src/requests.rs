@@ -20,7 +20,7 @@ use crate::{
     lane::{Scope, Track},
     lifecycle::{ProcessRequest, ProcessState, ProcessStep, SandboxRequest, SandboxState, SandboxStep},
     measure::Meter,
-    owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply},
+    owner::{ContainerEntry, Key, Owner, ProcessEntry, Reply, name},
     registry::SAVE,
     types::{ContainerHead, ContainerSpec, ExecSpec, Exit, PodResources, Support},
 };
@@ -255,7 +255,7 @@ impl Owner {
         containers.extend(lost.map(|lost| ContainerStatus {
             id: lost.record.head.id.clone(),
             bundle: lost.record.head.bundle.clone(),
-            init: ProcessStatus { exec: None, state: lost.record.state, stdio: lost.record.head.stdio.clone() },
+            init: ProcessStatus { exec: None, state: lost.record.state, node_pid: None, stdio: lost.record.head.stdio.clone() },
             execs: Vec::new(),
             unrecovered: Some(lost.why().to_owned()),
         }));
@@ -494,7 +494,7 @@ impl Owner {
             let status = removed.map(|()| {
                 owner.bury(&key, state);
                 owner.publish(&key.0, EventKind::Deleted { exec: None, pid: state.pid(), exit });
-                ProcessStatus { exec: None, state, stdio }
+                ProcessStatus { exec: None, state, node_pid: None, stdio }
             });
             owner.answer(reply, status);
         });
