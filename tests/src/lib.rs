@@ -65,6 +65,7 @@ pub mod program;
 pub mod registry;
 pub mod scratch;
 pub mod screen;
+pub mod signals;
 pub mod skip;
 pub mod systemd;
 pub mod tools;

@@ -279,22 +279,25 @@ async fn daemon(
 }
 
 /// Cancels `stop` by the keeper's order, and `leave` by SIGTERM or SIGINT, which anybody may send to this process alone: another takes its
-/// place. The second of them ends the process at once.
+/// place. One of these after anything ends the process at once.
 fn stop_when_told(mut orders: mpsc::Receiver<()>, stop: CancellationToken, leave: CancellationToken) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     tokio::spawn(async move {
-        for first in [true, false] {
-            let how = tokio::select! {
-                _ = terminate.recv() => &leave,
-                _ = interrupt.recv() => &leave,
-                Some(()) = orders.recv() => &stop,
+        let mut told = false;
+        loop {
+            let is_order = tokio::select! {
+                _ = terminate.recv() => false,
+                _ = interrupt.recv() => false,
+                Some(()) = orders.recv() => true,
             };
-            if first {
-                how.cancel();
-            } else {
-                warn!("told to stop again: not waiting for calls");
-                std::process::exit(0);
+            match (is_order, std::mem::replace(&mut told, true)) {
+                (true, _) => stop.cancel(),
+                (false, false) => leave.cancel(),
+                (false, true) => {
+                    warn!("told to stop again: not waiting for calls");
+                    std::process::exit(0);
+                }
             }
         }
     });

@@ -463,9 +463,11 @@ impl Keeper {
     fn wait(&self, signals: &SignalFd, at: Option<Instant>) {
         let full = self.full.get().filter(|until| *until > Instant::now());
         let worker = self.worker.as_ref();
-        let mut times = vec![at, self.restart, full, self.notifier.again(), self.stopping.map(|since| since + STOPPING)];
-        times.push(self.upgrade.as_ref().map(|upgrade| upgrade.by));
-        times.extend(worker.map(|worker| [Some(worker.heard + HUNG), worker.closed]).into_iter().flatten());
+        let mut times = vec![at, self.restart, full, self.notifier.again(), worker.and_then(|worker| worker.closed)];
+        match self.stopping {
+            Some(since) => times.push(Some(since + STOPPING)),
+            None => times.extend([self.upgrade.as_ref().map(|upgrade| upgrade.by), worker.map(|worker| worker.heard + HUNG)]),
+        }
         let mut watched = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         // At its end a socket is always ready.
         if let Some(worker) = worker.filter(|worker| worker.closed.is_none()) {

@@ -32,6 +32,7 @@ mod podfiles;
 mod process;
 mod resources;
 mod security;
+mod signals;
 mod soak;
 mod streams;
 mod suite;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         logs::cases(),
         streams::cases(),
         upgrade::cases(),
+        signals::cases(),
         process::cases(),
         pod::cases(),
         namespaces::cases(),

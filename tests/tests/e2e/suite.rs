@@ -44,6 +44,8 @@ const NOT_IN_MACHINES: &[(&str, &str)] = &[
     ("devices::one_that_is_asked_for", "character devices of the node are not the guest's"),
     ("devices::all_of_them", "character devices of the node are not the guest's"),
     ("network::a_server_on_the_nodes_network", "a virtual machine is not on the node's network"),
+    ("signals::process_1_gets_any_signal", "the container's processes are the guest's"),
+    ("signals::oci_runtimes_get_any_signal", "the OCI runtime is in the guest"),
     ("gc::a_damaged_state_file", "it looks for the processes of containers"),
 ];
 

@@ -5,7 +5,8 @@
 //! | disturbed | calls that may fail |
 //! |---|---|
 //! | the worker | those that containerd passes to the Sandbox Controller and does not repeat, and statistics, which are empty: other Task calls are answered by the next worker |
-//! | the worker, stopped for seconds | the same, and those for which containerd has a deadline of its own |
+//! | the daemon, stopped for seconds | the same, and those for which containerd has a deadline of its own |
+//! | a process by a signal that it gets over, or the worker by one at which it leaves | none |
 //! | containerd | all |
 //! | the OCI runtime, descriptors, disk | all: the daemon says so, and nothing is left |
 
@@ -79,11 +80,13 @@ pub(crate) enum Disturbance {
     Runtime,
     /// kill -9 of a container's first process.
     Init,
-    /// SIGSTOP of the worker for seconds.
+    /// SIGSTOP of the whole daemon for seconds.
     Stop,
+    /// Any signal, where it does no harm to calls: to what exists for that, or to a worker that leaves, goes on, or is continued.
+    Signal,
     /// No space left where the state is.
     Disk,
-    /// The worker cannot open another descriptor.
+    /// One of the daemon's processes cannot open another descriptor.
     Descriptors,
     /// The daemon is replaced, which excuses nothing.
     Upgrade,
@@ -100,7 +103,8 @@ impl Disturbance {
             Self::Both => "containerd and worker killed",
             Self::Runtime => "OCI runtime killed",
             Self::Init => "container's init killed",
-            Self::Stop => "worker stopped for seconds",
+            Self::Stop => "daemon stopped for seconds",
+            Self::Signal => "other signals sent",
             Self::Disk => "disk full",
             Self::Descriptors => "descriptors run out",
             Self::Upgrade => "daemon upgraded",
@@ -125,7 +129,7 @@ impl Disturbance {
             Self::Worker | Self::Failpoint | Self::Stop if call.is_not_repeated(status) => Some(REDIAL),
             Self::Stop if status.code() == Code::DeadlineExceeded => Some(Duration::ZERO),
             Self::Runtime | Self::Disk | Self::Descriptors => Some(AFTERMATH),
-            Self::Worker | Self::Failpoint | Self::Stop | Self::Init | Self::Upgrade => None,
+            Self::Worker | Self::Failpoint | Self::Stop | Self::Init | Self::Signal | Self::Upgrade => None,
         }
     }
 }

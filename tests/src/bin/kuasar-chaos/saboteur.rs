@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use kuasar_sandboxers::failpoint;
-use kuasar_tests::Node;
+use kuasar_tests::cri::SOON;
 use kuasar_tests::kuasard::{Killed, Kuasard};
+use kuasar_tests::signals::{self, OfWorker};
+use kuasar_tests::{Node, wait};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -16,19 +18,20 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::process::{Resource, Rlimit, prlimit};
 use tokio::time::sleep;
 
-use crate::ledger::Disturbance;
+use crate::ledger::{Call, Disturbance, Promise};
 use crate::load;
 use crate::rng::Rng;
 use crate::standing::Stand;
 use crate::world::World;
 
 /// How often each is chosen. containerd comes in between, every [`CONTAINERD_EVERY`] kills of the worker.
-const WEIGHTS: [(Disturbance, u64); 7] = [
+const WEIGHTS: [(Disturbance, u64); 8] = [
     (Disturbance::Worker, 64),
     (Disturbance::Failpoint, 16),
     (Disturbance::Runtime, 6),
     (Disturbance::Init, 6),
     (Disturbance::Stop, 2),
+    (Disturbance::Signal, 12),
     (Disturbance::Disk, 3),
     (Disturbance::Descriptors, 3),
 ];
@@ -74,9 +77,10 @@ impl Saboteur<'_> {
             Disturbance::Worker => self.worker().await,
             Disturbance::Failpoint => self.failpoint().await,
             Disturbance::Containerd | Disturbance::Both => self.containerd(what).await,
-            Disturbance::Runtime => self.runtime().await,
+            Disturbance::Runtime => self.runtime(9).await,
             Disturbance::Init => self.init().await,
             Disturbance::Stop => self.stop().await,
+            Disturbance::Signal => self.signal().await,
             Disturbance::Disk => self.disk().await,
             Disturbance::Descriptors => self.descriptors().await,
             Disturbance::Upgrade => self.upgrade().await,
@@ -184,12 +188,12 @@ impl Saboteur<'_> {
         Ok(())
     }
 
-    async fn runtime(&mut self) -> Result<()> {
+    async fn runtime(&mut self, number: i32) -> Result<()> {
         let end = Instant::now() + CHANCE;
         loop {
             if let Some((pid, operation)) = runtime_at_work(self.node.dir())? {
-                let window = self.world.ledger.begin(Disturbance::Runtime, &operation);
-                signal(pid, Signal::SIGKILL)?;
+                let window = self.world.ledger.begin(Disturbance::Runtime, &format!("signal {number}: {operation}"));
+                signals::send(pid, number)?;
                 self.world.ledger.end(window);
                 return Ok(());
             }
@@ -198,6 +202,74 @@ impl Saboteur<'_> {
             }
             sleep(Duration::from_millis(2)).await;
         }
+    }
+
+    /// Any signal: to an exec or a container of its own, to an OCI runtime at work, to the worker.
+    async fn signal(&mut self) -> Result<()> {
+        let number = self.rng.pick(&Vec::from_iter(signals::ALL)).copied().unwrap_or(1);
+        match self.rng.below(4) {
+            0 => self.signal_exec(number).await,
+            1 => self.signal_container(number).await,
+            2 => self.runtime(number).await,
+            _ => self.signal_worker(number).await,
+        }
+    }
+
+    async fn signal_exec(&mut self, number: i32) -> Result<()> {
+        let Some(standing) = self.rng.pick(&self.stand.containers) else { return Ok(()) };
+        let window = self.world.ledger.begin(Disturbance::Signal, &format!("{number} to an exec"));
+        let ran = self
+            .world
+            .once(Call::ExecSync, "what sends itself a signal", standing.container.sh(&signals::script(number)))
+            .await;
+        let codes = signals::codes(number);
+        if let Ok(ran) = ran
+            && !codes.contains(&ran.exit_code)
+        {
+            let text = format!("an exec that sent itself signal {number}: {}, not one of {codes:?}", ran.exit_code);
+            self.world.ledger.broke(Promise::True, 1, &text);
+        }
+        self.world.ledger.end(window);
+        Ok(())
+    }
+
+    async fn signal_container(&mut self, number: i32) -> Result<()> {
+        // Where it is not process 1, which could not send it to itself.
+        let pods: Vec<_> = self.stand.shared_pid().collect();
+        let (Some(pod), &[code]) = (self.rng.pick(&pods), &signals::codes(number)[..]) else { return Ok(()) };
+        let window = self.world.ledger.begin(Disturbance::Signal, &format!("{number} to a container"));
+        let begun = Instant::now();
+        if let Ok(container) = self.world.run_container(pod, |spec| spec.sh(&signals::script(number))).await {
+            // Whoever gives up has said why.
+            let _ = load::exits_with(self.world, &container, code, begun).await;
+            let _ = self.world.remove_container(&container, 0).await;
+        }
+        self.world.ledger.end(window);
+        Ok(())
+    }
+
+    async fn signal_worker(&mut self, number: i32) -> Result<()> {
+        let pid = self.kuasard()?.worker_pid().await?;
+        let does = signals::of_worker(number);
+        let what = if does == OfWorker::Ends { Disturbance::Worker } else { Disturbance::Signal };
+        let window = self.world.ledger.begin(what, &format!("{number} to the worker"));
+        let killed = Killed { pid, at: Instant::now() };
+        signals::send_worker(pid, number)?;
+        match does {
+            OfWorker::Ends | OfWorker::Leaves => {
+                let after = self.kuasard()?.wait_serving(killed).await?;
+                if does == OfWorker::Ends {
+                    self.world.ledger.served(self.phase, after);
+                }
+            }
+            OfWorker::IsContinued => is_continued(pid).await?,
+            OfWorker::GoesOn => {
+                let now = self.kuasard()?.worker_pid().await?;
+                ensure!(now == pid, "signal {number} has ended the worker {pid}, now it is {now}");
+            }
+        }
+        self.world.ledger.end(window);
+        Ok(())
     }
 
     /// A container of its own, whose init is killed; half of the time while there is no worker.
@@ -218,13 +290,17 @@ impl Saboteur<'_> {
         Ok(())
     }
 
+    /// Both processes, or each would continue the other.
     async fn stop(&mut self) -> Result<()> {
         let pid = self.kuasard()?.worker_pid().await?;
+        let keeper = self.kuasard()?.pid().context("kuasard is not running")?;
         let time = self.rng.millis(1000, 4000);
         let window = self.world.ledger.begin(Disturbance::Stop, &format!("for {} ms", time.as_millis()));
+        signal(keeper, Signal::SIGSTOP)?;
         signal(pid, Signal::SIGSTOP)?;
         sleep(time).await;
-        signal(pid, Signal::SIGCONT)?;
+        signal(keeper, Signal::SIGCONT)?;
+        is_continued(pid).await?;
         self.world.ledger.end(window);
         Ok(())
     }
@@ -244,20 +320,28 @@ impl Saboteur<'_> {
         Ok(())
     }
 
+    /// The worker's or the keeper's.
     async fn descriptors(&mut self) -> Result<()> {
-        let pid = self.kuasard()?.worker_pid().await?;
+        let (worker, keeper) = (self.kuasard()?.worker_pid().await?, self.kuasard()?.pid().context("kuasard is not running")?);
+        let pid = if self.rng.one_in(2) { worker } else { keeper };
         let open =
             fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("list the descriptors of {pid}"))?.count() as u64;
         let time = self.rng.millis(100, 500);
-        let window = self.world.ledger.begin(Disturbance::Descriptors, &format!("{open} for {} ms", time.as_millis()));
+        let window = self.world.ledger.begin(Disturbance::Descriptors, &format!("{open} of {pid} for {} ms", time.as_millis()));
         let of = rustix::process::Pid::from_raw(pid);
-        let limit = |limit: Rlimit| prlimit(of, Resource::Nofile, limit).context("limit the worker's descriptors");
+        let limit = |limit: Rlimit| prlimit(of, Resource::Nofile, limit).context("limit the descriptors");
         let before = limit(Rlimit { current: Some(open), maximum: maximum(pid)? })?;
         sleep(time).await;
         limit(before)?;
         self.world.ledger.end(window);
         Ok(())
     }
+}
+
+/// Waits until somebody of ours has continued a process.
+async fn is_continued(pid: i32) -> Result<()> {
+    wait::until(&format!("process {pid} to be continued"), SOON, || async { Ok((!signals::is_stopped(pid)).then_some(())) })
+        .await
 }
 
 /// The hard limit of a process's descriptors, as /proc tells it.

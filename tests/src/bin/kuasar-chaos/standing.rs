@@ -22,6 +22,8 @@ const APART_MS: &str = "50";
 const TAKEN_ALONG: u64 = 3;
 /// Every so many containers one has a terminal.
 const TERMINAL_EVERY: usize = 10;
+/// Kinds of pods, one after the other; in the first all containers share their processes' numbers.
+const KINDS: usize = 3;
 /// The file, in a container's own directory, that collects the tokens of commands run in it.
 const EXECS: &str = "execs";
 
@@ -62,7 +64,7 @@ impl Stand {
         let given_up = |_: GivenUp| anyhow::anyhow!("the standing containers do not start: see the log");
         let mut stand = Self { pods: Vec::new(), containers: Vec::new() };
         for number in 0..pods {
-            let pod = world.run_pod(|spec| match number % 3 {
+            let pod = world.run_pod(|spec| match number % KINDS {
                 0 => spec.shared_pid(),
                 1 => spec,
                 _ => spec.host_network(),
@@ -121,6 +123,11 @@ impl Stand {
             }
         }
         Ok(())
+    }
+
+    /// Pods in which no container's process is process 1.
+    pub(crate) fn shared_pid(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.iter().step_by(KINDS)
     }
 
     /// Runs a command in each.
