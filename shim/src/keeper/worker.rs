@@ -316,7 +316,11 @@ impl Keeper {
         cut: Vec<String>,
         other: impl Fn(Message),
     ) -> io::Error {
-        cut.into_iter().for_each(|name| self.ask_again(name));
+        let without = |name: String| {
+            warn!(name, "descriptors have run out; a connection waits until there are some");
+            self.ask_again(name);
+        };
+        cut.into_iter().for_each(without);
         let heard = async {
             let socket = self.socket(Interest::READABLE)?;
             loop {
@@ -331,7 +335,7 @@ impl Keeper {
                     Err(error) => return Err(error),
                 };
                 match message {
-                    Message::Park(name) if is_cut => self.ask_again(name),
+                    Message::Park(name) if is_cut => without(name),
                     // Nobody takes connections any more: the daemon is stopping.
                     Message::Park(name) => drop(connections.send(Parked { name, descriptors })),
                     Message::Exit(ended) => reaper.hear(ended),
@@ -352,9 +356,8 @@ impl Keeper {
         ended.err().unwrap_or_else(gone)
     }
 
-    /// Asks for what came without its descriptors, when there may be room.
-    fn ask_again(&self, name: String) {
-        warn!(name, "descriptors have run out; a connection waits until there are some");
+    /// Asks for what could not be taken, when there may be room. To be called inside a runtime.
+    pub(crate) fn ask_again(&self, name: String) {
         let keeper = self.clone();
         tokio::spawn(async move {
             sleep(AGAIN).await;

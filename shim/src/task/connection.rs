@@ -155,8 +155,20 @@ impl Kept {
         loop {
             let Parked { name, descriptors } = self.fresh.recv().await?;
             let place = self.places.take().await;
+            let taken = take(descriptors);
+            if let Err(error) = &taken
+                && matches!(
+                    error.raw_os_error(),
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::ENOSPC)
+                )
+            {
+                // Closed, it would be its container's death to containerd. The keeper still has it.
+                warn!(%error, name, "a connection cannot be taken over now");
+                self.keeper.ask_again(name);
+                continue;
+            }
             let hold = Hold { keeper: self.keeper.clone(), name };
-            match take(descriptors) {
+            match taken {
                 Ok(Some((stream, left))) => {
                     let kept = Journalled { journal: left.journal, replay: left.replay.into(), _hold: hold };
                     let (kept, hush) = (Some(kept), self.hush.clone());
