@@ -12,8 +12,10 @@ use kuasar_tests::leak::census;
 use kuasar_tests::systemd::Supervisor;
 use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, tools, wait};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 use tonic::Code;
 
+use crate::kuasarctl::said;
 use crate::suite::{Entry, Lone, agree, cases};
 
 pub(crate) fn cases() -> Vec<Entry> {
@@ -296,6 +298,14 @@ async fn the_keeper_and_containerd_are_killed(lone: &Lone) -> Result<()> {
     node.stop().await
 }
 
+/// The containers that kuasard has in a pod.
+fn known_containers(node: &Node, pod: &str) -> Result<Vec<String>> {
+    let pods: Value = serde_json::from_str(&said(node, &["ps", "--json"])?)?;
+    let pod = pods.as_array().into_iter().flatten().find(|found| found["spec"]["id"] == pod).context("no such pod")?;
+    let ids = pod["containers"].as_array().into_iter().flatten().filter_map(|container| container["id"].as_str());
+    Ok(ids.map(ToOwned::to_owned).collect())
+}
+
 async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
     let mut node = lone.node().await?;
     let before = lone.baseline(&node).await?;
@@ -303,7 +313,7 @@ async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
     let mut pids = Vec::new();
     for container in node.cri.containers().await? {
         let pid = node.cri.container(&container.id).pid().await?;
-        pids.push((container.pod_sandbox_id, pid, census::start_time(pid)));
+        pids.push((pid, census::start_time(pid)));
     }
     kuasard(&mut node)?.kill()?;
     kuasard(&mut node)?.start().await?;
@@ -317,15 +327,21 @@ async fn the_keeper_is_killed(lone: &Lone) -> Result<()> {
         let code = node.cri.container(&container.id).wait_exit().await?.exit_code;
         ensure!([137, 255].contains(&code), "{code}");
     }
-    for (_, pid, start) in pids.iter().filter(|(pod, ..)| *pod == pods[0].id) {
-        ensure!(census::start_time(*pid) != *start, "process {pid} runs on beside the one in its place");
-    }
+    assert_eq!(
+        known_containers(&node, &pods[0].id)?,
+        [again.id.clone()],
+        "those that are in doubt, beside the one in their place"
+    );
     // And those in whose place nothing is made are ended, too.
-    for (_, pid, start) in &pids {
-        wait::until(&format!("process {pid} to be ended"), kuasar_tests::cri::SOON, || async {
-            Ok((census::start_time(*pid) != *start).then_some(()))
+    for pod in &pods[1..] {
+        wait::until("containers that were given up to be ended", kuasar_tests::cri::SOON, || async {
+            Ok(known_containers(&node, &pod.id)?.is_empty().then_some(()))
         })
         .await?;
+    }
+    // A guest's are not the node's.
+    for (pid, start) in pids.iter().filter(|_| !tools::is_machine(&lone.handler)) {
+        ensure!(census::start_time(*pid) != *start, "process {pid} runs on");
     }
     assert_eq!(again.sh("echo on").await?.stdout(), "on\n");
     // What becomes of its containers is containerd's word; that they can be removed, wholly, is ours.
