@@ -5,7 +5,7 @@ use std::{env, fs, path::Path, process::ExitCode};
 use kuasar_guest_agent::{Guest, Place, boot, console, serve};
 use kuasar_runc::Runtime;
 use kuasar_sandboxers::{
-    Error, Result,
+    Error, Result, limits,
     mount::{self, Binding},
     reaper::Reaper,
 };
@@ -57,6 +57,8 @@ fn modprobe(alias: &str) -> ExitCode {
 fn run() -> Result<()> {
     let words = boot::mount_all().inspect_err(|error| eprintln!("kuasar-guest-agent: {}", error.report()))?;
     console::log(words.log.as_deref());
+    // The kernel's 4096 are few; containers are given what those on a node have.
+    limits::begin_with(1024, 524_288).and_then(|()| limits::raise_open_files()).map_err(Error::failed("limit open files"))?;
     info!("mounted");
     let threads = Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
     threads.map_err(Error::failed("start threads"))?.block_on(async {

@@ -5,6 +5,7 @@
 //!      ns/          pinned namespaces, if it has no process 1
 //!      files/       hosts, hostname, resolv.conf, shm
 //!      oci/         the OCI runtime's state, a directory per container
+//!      runtime      which program that is
 //!      *.pid        of added processes, and for the moment of a call
 //!      console-*, .call-*   for the moment of a call
 //! ```
@@ -13,7 +14,7 @@ use std::{
     collections::HashMap,
     fs::{self, DirBuilder},
     io::ErrorKind,
-    os::unix::fs::DirBuilderExt,
+    os::unix::{ffi::OsStrExt, fs::DirBuilderExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
@@ -93,6 +94,9 @@ struct State {
     claims: HashMap<String, Arc<tokio::sync::Mutex<()>>>,
 }
 
+/// Name of the file in a pod's directory that names the OCI runtime's program: another cannot read what it keeps.
+pub(crate) const RUNTIME: &str = "runtime";
+
 /// What is saved of a pod.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Record {
@@ -132,6 +136,8 @@ impl Pod {
         undo.push(format!("remove {}", dir.display()), async move { remove_dir(dir) });
         // Search permission for others: processes in a user namespace reach their hosts file through here.
         DirBuilder::new().recursive(true).mode(0o711).create(&files).map_err(Error::io("create", &files))?;
+        let runtime = self.dir.join(RUNTIME);
+        fs::write(&runtime, self.driver.runtime().program().as_os_str().as_bytes()).map_err(Error::io("write", &runtime))?;
         stages::enter("make the pod's files");
         PodFiles::create(&files, &self.spec).await?;
         Ok(())

@@ -23,14 +23,14 @@ use kuasar_sandboxers::{
 };
 use serde_json::Value;
 use tokio::sync::OnceCell;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
-    config::RuncConfig,
+    config::{RuncConfig, RuntimeName},
     namespaces,
     program::InitProgram,
-    runtime::{Driver, Runtime},
-    sandbox::{INIT_GROUP, Pod, RuncSandbox},
+    runtime::{Driver, Kind, Runtime},
+    sandbox::{INIT_GROUP, Pod, RUNTIME, RuncSandbox},
     strays::Strays,
     unrecorded,
 };
@@ -52,6 +52,8 @@ struct Inner {
     /// Runtimes that containerd's options named, by that name.
     others: Mutex<HashMap<String, Runtime>>,
     program: OnceCell<InitProgram>,
+    /// For pods whose control groups systemd makes, where the other cannot have it do so.
+    systemd: OnceCell<Runtime>,
     strays: OnceCell<Strays>,
     pods: Mutex<HashMap<(Namespace, SandboxId), Weak<Pod>>>,
 }
@@ -79,6 +81,7 @@ impl RuncSandboxer {
             reaper,
             others: Mutex::default(),
             program: OnceCell::new(),
+            systemd: OnceCell::new(),
             strays: OnceCell::new(),
             pods: Mutex::default(),
         };
@@ -112,8 +115,21 @@ impl Inner {
 
     async fn runtime_for(&self, spec: &SandboxSpec) -> Result<Runtime> {
         let Some(binary) = spec.options.binary.as_deref().filter(|binary| !binary.is_empty()) else {
-            return Ok(self.runtime.clone());
+            let systemd = spec.options.systemd_cgroup || spec.cgroup_parent.ends_with(".slice");
+            if !systemd || self.runtime.can_use_systemd() {
+                return Ok(self.runtime.clone());
+            }
+            let find = async || {
+                let found = Runtime::find_for_systemd(&self.config.runtime, &self.reaper, &self.config.root).await?;
+                info!(runtime = %found, instead = %self.runtime, "pods whose control groups systemd makes have another OCI runtime");
+                Ok(found)
+            };
+            return self.systemd.get_or_try_init(find).await.cloned();
         };
+        self.other(binary).await
+    }
+
+    async fn other(&self, binary: &str) -> Result<Runtime> {
         let others = || self.others.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = others().get(binary) {
             return Ok(known.clone());
@@ -124,13 +140,47 @@ impl Inner {
         Ok(found)
     }
 
+    /// The runtime that a sandbox's containers were made with, if that is known: an earlier daemon may have had another than `now`.
+    async fn runtime_of(&self, dir: &Path, now: Runtime) -> Result<Runtime> {
+        let file = dir.join(RUNTIME);
+        let made_with = match fs::read(&file) {
+            Ok(path) => Some(PathBuf::from(OsStr::from_bytes(&path))),
+            Err(error) if error.kind() == ErrorKind::NotFound => self.made_by(dir, &now)?,
+            Err(error) => return Err(Error::io("read", file)(error)),
+        };
+        let Some(made_with) = made_with.filter(|program| program != now.program()) else { return Ok(now) };
+        match self.other(&made_with.to_string_lossy()).await {
+            Ok(runtime) => Ok(runtime),
+            Err(error) => {
+                warn!(dir = %dir.display(), error = error.report(), instead = %now, "the OCI runtime of a sandbox is gone");
+                Ok(now)
+            }
+        }
+    }
+
+    /// For sandboxes of versions that wrote nothing down: by the files of their containers. A program's name where that is another than
+    /// `now`.
+    fn made_by(&self, dir: &Path, now: &Runtime) -> Result<Option<PathBuf>> {
+        let root = runtime_root(dir);
+        for id in names(&root)? {
+            for (file, name) in [("state.json", RuntimeName::Runc), ("status", RuntimeName::Crun)] {
+                if root.join(&id).join(file).exists() && now.kind() != Kind::Known(name) {
+                    return Ok(Some(name.program().into()));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     fn driver(&self, runtime: Runtime, dir: &Path) -> Driver {
         Driver::new(runtime, runtime_root(dir), self.reaper.clone(), self.config.command_limit)
     }
 
-    async fn pod(&self, spec: Arc<SandboxSpec>, context: SandboxContext) -> Result<Pod> {
+    /// A new pod, or one that is `made`.
+    async fn pod(&self, spec: Arc<SandboxSpec>, context: SandboxContext, made: bool) -> Result<Pod> {
         let dir = self.dir(&spec.namespace, &spec.id);
-        let driver = self.driver(self.runtime_for(&spec).await?, &dir);
+        let runtime = self.runtime_for(&spec).await?;
+        let driver = self.driver(if made { self.runtime_of(&dir, runtime).await? } else { runtime }, &dir);
         let program = if namespaces::need_program(&spec)? { Some(self.program().await?.clone()) } else { None };
         Ok(Pod::new(spec, context, dir, driver, program))
     }
@@ -155,8 +205,8 @@ impl Inner {
                 remove_init(&init).await?;
             }
         }
-        // If another runtime made them, this one may not read its state; then what follows fails and says so.
-        let driver = self.driver(self.runtime.clone(), dir);
+        // If the runtime that made them is gone, another may not read its state; then what follows fails and says so.
+        let driver = self.driver(self.runtime_of(dir, self.runtime.clone()).await?, dir);
         for id in names(&runtime_root(dir))? {
             remove_container(&driver, &id).await?;
         }
@@ -221,7 +271,7 @@ impl Sandboxer for RuncSandboxer {
         expect_move();
         stages::enter("check what the pod asks for");
         namespaces::check(&spec)?;
-        let pod = self.inner.pod(spec, context).await?;
+        let pod = self.inner.pod(spec, context, false).await?;
         if pod.dir.exists() {
             // Cut off between making it and saving that it is there.
             stages::enter("remove what an earlier sandbox of the same id left behind");
@@ -234,7 +284,7 @@ impl Sandboxer for RuncSandboxer {
     }
 
     async fn recover(&self, spec: Arc<SandboxSpec>, context: SandboxContext, record: Value) -> Result<Arc<dyn Sandbox>> {
-        let pod = Arc::new(self.inner.pod(spec, context).await?);
+        let pod = Arc::new(self.inner.pod(spec, context, true).await?);
         self.inner.strays().await?.settle(&pod.dir).await?;
         pod.clone().restore(record)?;
         Ok(self.inner.adopt(pod))

@@ -30,8 +30,10 @@ use std::{
 use kuasar_sandboxers::{
     Error, Result,
     cgroup::{self, Cgroup},
+    limits,
     process::{Ending, Exiting, Identity, Tracked},
     reaper::Reaper,
+    stdio::null_device,
     types::Exit,
 };
 use nix::{
@@ -262,7 +264,7 @@ impl Launch {
         let line = self.command_line()?;
         let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("make a pipe"));
         let ((ready, ready_theirs), (gate_theirs, gate)) = (pipe()?, pipe()?);
-        let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed_to_open("/dev/null"))?;
+        let null = null_device()?;
         let said = Arc::new(said);
         let mut given = vec![(Arc::new(null), 0), (said.clone(), 1), (said, 2)];
         given.extend([(Arc::new(ready_theirs), READY_FD), (Arc::new(gate_theirs), GATE_FD)]);
@@ -300,6 +302,7 @@ impl Launch {
 
     /// While it stands at the gate.
     async fn prepare(&self, pid: u32) -> Result<()> {
+        limits::make_ordinary(pid)?;
         if let Some(cgroup) = self.cgroup.clone() {
             // The kernel may wait for tens of milliseconds.
             tokio::task::spawn_blocking(move || cgroup.add(pid)).await.map_err(Error::failed("move a process"))??;

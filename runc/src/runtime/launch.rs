@@ -55,3 +55,75 @@ pub(crate) fn not_started(runtime: &Path, status: u32) -> Option<Error> {
     };
     Some(Error::io("start", runtime)(reason))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kuasar_sandboxers::reaper::Reaper;
+    use nix::{
+        sched::{CpuSet, sched_setaffinity},
+        sys::signal::{SigSet, Signal},
+        unistd::Pid,
+    };
+
+    use super::{
+        super::memory::{Said, listen},
+        *,
+    };
+
+    async fn run(program: &str, oom_score: Option<i64>, arguments: &[&str]) -> Said {
+        let reaper = Reaper::install().unwrap();
+        let mut command = command(Path::new(program), oom_score).unwrap();
+        listen(&reaper, command.args(arguments), Duration::from_secs(10)).await.unwrap()
+    }
+
+    // One test: a process has one reaper.
+    #[tokio::test]
+    async fn nothing_of_the_daemon_crosses() {
+        // Of this thread, which starts the program.
+        let mut first = CpuSet::new();
+        first.set(0).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &first).unwrap();
+        SigSet::from_iter([Signal::SIGUSR1]).thread_block().unwrap();
+        limits::raise_open_files().unwrap();
+        let (soft, hard) = limits::of_children();
+
+        let script =
+            "cat /proc/self/status /proc/self/limits /proc/self/oom_score_adj; ls /proc/self/fd; env; umask; echo \"$0 $@\"";
+        let said = run("/bin/sh", Some(321), &["-c", script, "name", "one", "two words"]).await;
+        assert_eq!((said.status, said.stderr.as_str()), (0, ""));
+        let line = |key: &str| {
+            let line =
+                said.stdout.lines().find(|line| line.starts_with(key)).unwrap_or_else(|| panic!("no {key}: {}", said.stdout));
+            line[key.len()..].split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (line("SigIgn:"), line("SigBlk:"), line("Umask:")),
+            (vec!["0".repeat(16)], vec!["0".repeat(16)], vec!["0022".into()])
+        );
+        let files = line("Max open files");
+        assert_eq!(files[..2], [soft.to_string(), hard.to_string()]);
+        let ones = std::fs::read_to_string("/proc/1/status").unwrap();
+        let ones = ones.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim().to_owned();
+        assert_eq!(line("Cpus_allowed_list:"), [ones]);
+        assert!(said.stdout.lines().any(|line| line == "321"), "{}", said.stdout);
+        // ls has the directory open.
+        let open: Vec<_> = said.stdout.lines().filter(|line| line.len() == 1).collect();
+        assert_eq!(open, ["0", "1", "2", "3"]);
+        assert!(said.stdout.ends_with("0022\nname one two words\n"), "{}", said.stdout);
+
+        let missing = run("/nonexistent/runtime", None, &[]).await;
+        let error = not_started(Path::new("/nonexistent/runtime"), missing.status).unwrap();
+        assert!(error.report().contains("/nonexistent/runtime") && error.report().contains("not found"), "{}", error.report());
+        let directory = run("/", None, &[]).await;
+        assert!(not_started(Path::new("/"), directory.status).is_some());
+    }
+
+    #[test]
+    fn variables_for_the_daemon() {
+        let names = ["NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC", "KUASAR_WORKER"];
+        assert!(names.iter().all(|name| NOT_OURS.iter().any(|prefix| name.starts_with(prefix))));
+        assert!(!NOT_OURS.iter().any(|prefix| "PATH".starts_with(prefix)));
+    }
+}

@@ -87,6 +87,8 @@ pub(super) struct Facts {
     version: Version,
     newest_spec: Option<Version>,
     features: Option<Value>,
+    /// Whether it can have systemd make control groups. A static crun cannot.
+    systemd: bool,
     /// Why containers do not run with it: what a trial has shown.
     #[serde(default)]
     unfit: Option<String>,
@@ -132,6 +134,11 @@ impl Runtime {
             warn!(runtime = %found, program = %found.program().display(), why, "the best OCI runtime is not used");
         }
         Ok(found)
+    }
+
+    /// The same, for pods whose control groups systemd makes.
+    pub(crate) async fn find_for_systemd(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
+        Search { reaper, record: Record::read(root), root: Some(root) }.find_for_systemd(choice).await
     }
 
     /// The runtime that containerd's runtime options name (`BinaryName`): a path, or a name on `PATH`.
@@ -199,6 +206,7 @@ impl Runtime {
             version: banner.version,
             newest_spec: banner.spec,
             features,
+            systemd: banner.kind != Kind::Known(RuntimeName::Crun) || version.contains("+SYSTEMD"),
             unfit: None,
         }))
     }
@@ -254,6 +262,11 @@ impl Runtime {
         })
     }
 
+    /// Whether it can have systemd make control groups.
+    pub(crate) fn can_use_systemd(&self) -> bool {
+        self.facts.systemd
+    }
+
     /// Whether it refuses a spec that names a newer `ociVersion` than 1.0, as crun up to 1.8 does even if the content is fine.
     pub(crate) fn only_spec_1_0(&self) -> bool {
         self.facts.kind == Kind::Known(RuntimeName::Crun) && self.facts.newest_spec.is_some_and(|spec| spec < Version(1, 1, 0))
@@ -267,7 +280,7 @@ impl fmt::Display for Runtime {
 }
 
 impl Search<'_> {
-    async fn find(mut self, choice: &RuntimeChoice) -> Result<Runtime> {
+    async fn find(&mut self, choice: &RuntimeChoice) -> Result<Runtime> {
         match choice {
             RuntimeChoice::Path(path) => self.probe(path).await,
             RuntimeChoice::Named(name) => self.named(*name).await,
@@ -290,9 +303,26 @@ impl Search<'_> {
         }
     }
 
+    async fn find_for_systemd(mut self, choice: &RuntimeChoice) -> Result<Runtime> {
+        if *choice != RuntimeChoice::Auto {
+            let found = self.find(choice).await?;
+            let why =
+                "cannot have systemd make control groups; set the sandboxer's \"runtime\" to auto, runc, or a crun that can";
+            return if found.can_use_systemd() { Ok(found) } else { Err(unavailable(format!("{found} {why}"))) };
+        }
+        for path in candidates(RuntimeName::Crun) {
+            match self.probe(&path).await {
+                Ok(crun) if crun.can_use_systemd() && crun.obstacle().is_none() && crun.features().is_some() => {
+                    return Ok(crun);
+                }
+                _ => {}
+            }
+        }
+        self.named(RuntimeName::Runc).await
+    }
+
     async fn named(&mut self, name: RuntimeName) -> Result<Runtime> {
-        let named = env::var_os(name.variable()).filter(|path| !path.is_empty()).map(PathBuf::from);
-        match named.or_else(|| beside(name.program())).or_else(|| on_path(name.program())) {
+        match candidates(name).into_iter().next() {
             Some(path) => self.probe(&path).await,
             None => Err(unavailable(format!(
                 "{name} is missing: it is neither on PATH nor named by {variable}; install {name} {minimum} or newer, or set the \
@@ -314,9 +344,12 @@ impl Search<'_> {
         if found.kind() != Kind::Known(RuntimeName::Runc)
             && let Err(error) = trial::run(&found, self.reaper, &root.join(TRIAL)).await
         {
-            let facts =
-                Facts { unfit: Some(format!("a trial container does not run: {}", error.report())), ..(*found.facts).clone() };
-            found = Runtime::known(facts);
+            let unfit = Some(format!("a trial container does not run: {}", error.report()));
+            found = Runtime::known(Facts { unfit, ..(*found.facts).clone() });
+            // What is not its own answer, as a node without memory or time, may be over when the next daemon asks.
+            if !matches!(error, Error::Backend { .. }) {
+                return Ok(found);
+            }
         }
         // Without it the next daemon finds out again.
         if let Err(error) = self.record.put(root, &found.facts) {
@@ -331,6 +364,12 @@ fn reason(error: &Error) -> String {
         Error::Unavailable { why, .. } => why.clone(),
         other => other.report(),
     }
+}
+
+/// Programs of that name, the first choice first.
+fn candidates(name: RuntimeName) -> Vec<PathBuf> {
+    let named = env::var_os(name.variable()).filter(|path| !path.is_empty()).map(PathBuf::from);
+    named.into_iter().chain(beside(name.program())).chain(on_path(name.program())).collect()
 }
 
 /// Where `make install` puts the crun that is built with this daemon: `libexec/kuasar` beside the directory of its programs.
@@ -410,7 +449,10 @@ mod tests {
         let features = r#"{"ociVersionMin": "1.0.0"}"#;
         let crun = Runtime::told(Path::new("/bin/crun"), "crun version 1.21\nspec: 1.0.0\n", features).unwrap();
         assert_eq!((crun.to_string().as_str(), crun.features().is_some()), ("crun 1.21.0", true));
-        assert!(crun.only_spec_1_0());
+        assert!(crun.only_spec_1_0() && !crun.can_use_systemd());
+        let with =
+            Runtime::told(Path::new("/bin/crun"), "crun version 1.8.1\nspec: 1.0.0\n+SYSTEMD +SELINUX +CAP\n", "").unwrap();
+        assert!(with.can_use_systemd());
         let old = Runtime::told(Path::new("/bin/runc"), "runc version 1.0.3\n", "").unwrap_err();
         assert!(old.to_string().contains("too old"), "{old}");
         assert!(Runtime::told(Path::new("/bin/true"), "", "").is_err());

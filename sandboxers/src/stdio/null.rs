@@ -84,7 +84,7 @@ mod tests {
         assert_eq!(again.unwrap().read(&mut [0; 4]).unwrap(), 0);
 
         fchown(&one, Some(1000), Some(1000)).unwrap();
-        one.set_permissions(fs::Permissions::from_mode(0)).unwrap();
+        one.set_permissions(fs::Permissions::from_mode(0o000)).unwrap();
         assert_eq!((one.metadata().unwrap().uid(), one.metadata().unwrap().mode() & 0o777), (1000, 0));
         for untouched in [other.metadata().unwrap(), fs::metadata("/dev/null").unwrap()] {
             assert_eq!((untouched.uid(), untouched.mode()), (node.uid(), node.mode()));
