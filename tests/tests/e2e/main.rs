@@ -31,6 +31,7 @@ mod pod;
 mod podfiles;
 mod process;
 mod resources;
+mod runtimes;
 mod security;
 mod signals;
 mod soak;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         streams::cases(),
         upgrade::cases(),
         signals::cases(),
+        runtimes::cases(),
         process::cases(),
         pod::cases(),
         namespaces::cases(),

@@ -19,6 +19,8 @@ pub(crate) fn cases() -> Vec<Entry> {
     let mut cases = cases![Handlers Shared:
         limits_are_set,
         limits_change,
+        limits_change_beside_devices,
+        a_quota_that_limits_nothing,
         everything_of_a_pod_is_below_its_cgroup,
         use_is_told,
         out_of_memory,
@@ -89,6 +91,33 @@ async fn limits_are_set(case: &Case) -> Result<()> {
     let status = container.status().await?;
     let linux = status.resources.and_then(|resources| resources.linux).unwrap_or_default();
     assert_eq!((linux.memory_limit_in_bytes, linux.cpu_quota), (64 * MIB, 50_000));
+    Ok(())
+}
+
+/// Devices are there all the time.
+async fn limits_change_beside_devices(case: &Case) -> Result<()> {
+    let script = "while [ ! -e /stop ]; do true </dev/null || echo lost; true </dev/urandom || echo lost; done; echo stopped; exec sleep 1000";
+    let container = case.container(ContainerSpec::new("c").sh(script)).await?;
+    for round in 0..20 {
+        let resources = LinuxContainerResources { memory_limit_in_bytes: (64 + round) * MIB, ..Default::default() };
+        container.update(resources).await?;
+    }
+    container.sh("touch /stop").await?;
+    container.wait_log("stopped").await?;
+    let lost = container.logs()?.iter().filter(|line| line.text.contains("lost")).count();
+    assert_eq!(lost, 0, "a device could not be opened");
+    Ok(())
+}
+
+/// As kubelet sends it for containers with processors of their own.
+async fn a_quota_that_limits_nothing(case: &Case) -> Result<()> {
+    let container = case.container(ContainerSpec::new("c").sleep().cpu_limit(-1, 100_000)).await?;
+    if !case.is_machine() {
+        let limit = cpu_limit(container.pid().await?)?;
+        ensure!(limit == "-1 100000" || limit == "max 100000", "{limit}");
+    }
+    let unlimited = LinuxContainerResources { cpu_quota: -1, cpu_period: 100_000, ..Default::default() };
+    container.update(unlimited).await?;
     Ok(())
 }
 
