@@ -46,6 +46,12 @@ pub(crate) fn command(runtime: &Path, oom_score: Option<i64>) -> Result<Command>
     Ok(command)
 }
 
+/// What a command runs, for people.
+pub(crate) fn name(command: &Command) -> String {
+    let runtime = command.get_args().find_map(|argument| argument.to_str()?.strip_prefix("run="));
+    runtime.map_or_else(|| command.get_program().to_string_lossy().into_owned(), str::to_owned)
+}
+
 /// Why the runtime could not be started at all, if `status` says so.
 pub(crate) fn not_started(runtime: &Path, status: u32) -> Option<Error> {
     let reason = match status {
@@ -72,15 +78,14 @@ mod tests {
         *,
     };
 
-    async fn run(program: &str, oom_score: Option<i64>, arguments: &[&str]) -> Said {
-        let reaper = Reaper::install().unwrap();
+    async fn run(reaper: &Reaper, program: &str, oom_score: Option<i64>, arguments: &[&str]) -> Said {
         let mut command = command(Path::new(program), oom_score).unwrap();
-        listen(&reaper, command.args(arguments), Duration::from_secs(10)).await.unwrap()
+        listen(reaper, command.args(arguments), Duration::from_secs(10)).await.unwrap()
     }
 
-    // One test: a process has one reaper.
     #[tokio::test]
     async fn nothing_of_the_daemon_crosses() {
+        let reaper = Reaper::install().unwrap();
         // Of this thread, which starts the program.
         let mut first = CpuSet::new();
         first.set(0).unwrap();
@@ -91,7 +96,7 @@ mod tests {
 
         let script =
             "cat /proc/self/status /proc/self/limits /proc/self/oom_score_adj; ls /proc/self/fd; env; umask; echo \"$0 $@\"";
-        let said = run("/bin/sh", Some(321), &["-c", script, "name", "one", "two words"]).await;
+        let said = run(&reaper, "/bin/sh", Some(321), &["-c", script, "name", "one", "two words"]).await;
         assert_eq!((said.status, said.stderr.as_str()), (0, ""));
         let line = |key: &str| {
             let line =
@@ -113,11 +118,17 @@ mod tests {
         assert_eq!(open, ["0", "1", "2", "3"]);
         assert!(said.stdout.ends_with("0022\nname one two words\n"), "{}", said.stdout);
 
-        let missing = run("/nonexistent/runtime", None, &[]).await;
+        let missing = run(&reaper, "/nonexistent/runtime", None, &[]).await;
         let error = not_started(Path::new("/nonexistent/runtime"), missing.status).unwrap();
         assert!(error.report().contains("/nonexistent/runtime") && error.report().contains("not found"), "{}", error.report());
-        let directory = run("/", None, &[]).await;
+        let directory = run(&reaper, "/", None, &[]).await;
         assert!(not_started(Path::new("/"), directory.status).is_some());
+    }
+
+    #[test]
+    fn a_command_is_called_by_its_runtime() {
+        assert_eq!(name(command(Path::new("/usr/bin/crun"), None).unwrap().arg("create")), "/usr/bin/crun");
+        assert_eq!(name(&Command::new("/bin/true")), "/bin/true");
     }
 
     #[test]

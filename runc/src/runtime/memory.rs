@@ -27,6 +27,8 @@ use rustix::fs::{FallocateFlags, fallocate};
 use tokio::time::timeout;
 use tracing::warn;
 
+use super::launch;
+
 /// How much of what a program says is read, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
 
@@ -202,7 +204,7 @@ pub(crate) async fn run(reaper: &Reaper, command: &mut Command, limit: Duration)
         unfinished.0 = None;
         return Ok(exit.status);
     }
-    Err(Error::TimedOut { operation: command.get_program().to_string_lossy().into_owned(), seconds: limit.as_secs() })
+    Err(Error::TimedOut { operation: launch::name(command), seconds: limit.as_secs() })
 }
 
 /// A program that has not ended.
