@@ -209,6 +209,16 @@ mod tests {
     }
 
     #[test]
+    fn files_are_mounted_in_a_namespace_of_the_containers_own_or_not_at_all() {
+        let pod = namespaces(false, Pid::Own, false);
+        for (list, count) in [(&[][..], 0), (&[("mount", None)][..], 4)] {
+            let mut spec = spec(list);
+            rewrite(&mut spec, &pod, None, false).unwrap();
+            assert_eq!(spec.mounts().len(), count, "{list:?}");
+        }
+    }
+
+    #[test]
     fn user_namespaces() {
         let mapped = namespaces(false, Pid::Own, true);
         assert_eq!(result(spec(&[("user", Some("/proc/0/ns/user"))]), &mapped), pairs(&[("user", Some("/proc/77/ns/user"))]));

@@ -96,14 +96,6 @@ pub struct ProcessStatus {
     pub stdio: Stdio,
 }
 
-impl ProcessStatus {
-    /// The process of the node that it is, or is in.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.node_pid.unwrap_or(self.state.pid())
-    }
-}
-
 /// A process with what its container adds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ContainerProcess {

@@ -385,7 +385,7 @@ impl Task for TaskService {
         let found = self.on("Task.Connect", context, &request.id, work).await.ttrpc()?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: found.process.pid(),
+            task_pid: found.process.state.pid(),
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })
