@@ -80,7 +80,10 @@ mod tests {
 
     #[test]
     fn privileged_containers_have_all_devices_and_others_none() {
-        let rule = |rule: Value| json!({"process": {}, "linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}, rule]}}});
+        let rule = |rule: Value| {
+            let rules = json!([{"allow": false, "access": "rwm"}, rule]);
+            json!({"process": {}, "root": {"path": "/r"}, "linux": {"resources": {"devices": rules}}})
+        };
         let given = |before: Value| {
             let mut spec = OciSpec::try_from(before).unwrap();
             add_to_privileged(&mut spec, Path::new("/dev")).unwrap();
