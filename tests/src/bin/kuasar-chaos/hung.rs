@@ -19,7 +19,7 @@ const PHASES: usize = 4;
 const LIVES: usize = 12;
 /// Pods with the hung volume, a container each per phase.
 const HUNG_PODS: usize = 6;
-/// By how much calls may be slower while volumes hang.
+/// By how much calls may be slower while volumes hang: or by as much as healthy phases differ among themselves, on a machine with other work.
 const SLOWER: Duration = Duration::from_millis(100);
 /// How long the first look at a volume may take.
 const LOOK: Duration = Duration::from_secs(30);
@@ -55,13 +55,15 @@ pub(crate) async fn disturb(world: &World, dir: &Path) -> Result<()> {
     let hit = try_join_all((0..HUNG_PODS).map(|_| world.run_pod(PodSpec::host_network))).await.map_err(given_up)?;
     let other = world.run_pod(PodSpec::host_network).await.map_err(given_up)?;
     let beside = world.run_container(&other, ContainerSpec::sleep).await.map_err(given_up)?;
-    let (mut healthy, mut disturbed) = (Latencies::default(), Latencies::default());
+    let (mut healthy, mut disturbed) = (Vec::new(), Latencies::default());
     // The first one of a kind is slower.
     life(world, &other, &beside, &mut Latencies::default()).await?;
     for _ in 0..PHASES {
+        let mut phase = Latencies::default();
         for _ in 0..LIVES {
-            life(world, &other, &beside, &mut healthy).await?;
+            life(world, &other, &beside, &mut phase).await?;
         }
+        healthy.push(phase);
         let made = hit.iter().map(|pod| {
             let spec = world.container(&world.unique("hung")).sleep().mount(dir, "/hung", false);
             world.once(Call::CreateContainer, &pod.id, pod.create(spec))
@@ -89,10 +91,17 @@ pub(crate) async fn disturb(world: &World, dir: &Path) -> Result<()> {
         world.remove_pod(&pod.id).await.map_err(given_up)?;
     }
     for call in [Call::CreateContainer, Call::StartContainer, Call::ExecSync, Call::StopContainer, Call::RemoveContainer] {
-        let [well, ill] = [&healthy, &disturbed].map(|latencies| latencies.p99(call));
-        world.ledger.note(&format!("{call:?}: p99 {} ms, beside hung volumes {} ms", well.as_millis(), ill.as_millis()));
-        if ill > well + SLOWER {
-            let text = format!("{call:?}: p99 {} ms beside hung volumes, else {} ms", ill.as_millis(), well.as_millis());
+        let phases = healthy.iter().map(|phase| phase.p99(call));
+        let (well, best) = (phases.clone().max().unwrap_or_default(), phases.min().unwrap_or_default());
+        let (ill, most) = (disturbed.p99(call), well + SLOWER.max(well - best));
+        let text = format!(
+            "{call:?}: p99 {} ms beside hung volumes, else {} to {} ms",
+            ill.as_millis(),
+            best.as_millis(),
+            well.as_millis()
+        );
+        world.ledger.note(&text);
+        if ill > most {
             world.ledger.broke(Promise::Undisturbed, 1, &text);
         }
     }
