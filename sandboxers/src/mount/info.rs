@@ -66,6 +66,19 @@ pub fn mounts() -> Result<Vec<MountEntry>> {
     Ok(table.split(|byte| *byte == b'\n').filter_map(MountEntry::parse).collect())
 }
 
+/// Those of other kinds of filesystem than these.
+pub(super) fn mounts_except(kinds: &[&str]) -> Result<Vec<MountEntry>> {
+    let path = "/proc/self/mountinfo";
+    let table = fs::read(path).map_err(Error::io("read", path))?;
+    // Cheap first: few lines need to be taken apart. The dash stands before the kind, and nowhere else between two spaces.
+    let other = |line: &&[u8]| {
+        let dash = line.windows(3).position(|part| part == b" - ");
+        let kind = dash.and_then(|dash| line[dash + 3..].split(|byte| *byte == b' ').next());
+        kind.is_some_and(|kind| !kinds.iter().any(|known| known.as_bytes() == kind))
+    };
+    Ok(table.split(|byte| *byte == b'\n').filter(other).filter_map(MountEntry::parse).collect())
+}
+
 /// Mount points at `path` and below it, oldest first; one that is mounted on twice is named twice.
 ///
 /// # Errors

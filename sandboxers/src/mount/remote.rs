@@ -45,10 +45,16 @@ const LOCAL: [&str; 27] = [
 /// # Errors
 /// As [`mount_all`](super::mount_all), and as [`Offload::run`]. What a helper that was too slow has mounted is the caller's to unmount.
 pub async fn mount_rootfs(offload: &Offload, mounts: &[Mount], target: &Path) -> Result<()> {
-    let asked = mounts.to_vec();
-    let remote = super::blocking("find out where the root filesystem is", move || needs_server(&asked)).await?;
-    if !remote {
-        return super::mount_all(mounts, target).await;
+    let (asked, place) = (mounts.to_vec(), target.to_owned());
+    let mounted = super::blocking("mount the root filesystem", move || {
+        let local = !needs_server(&asked)?;
+        if local {
+            super::mount_all_now(&asked, &place)?;
+        }
+        Ok(local)
+    });
+    if mounted.await? {
+        return Ok(());
     }
     let work = Work::Mount { mounts: mounts.to_vec(), target: target.to_owned() };
     offload.run_one(format!("the root filesystem for {}", target.display()), work).await.map(drop)
@@ -68,8 +74,7 @@ fn needs_server(mounts: &[Mount]) -> Result<bool> {
     }
     // Also one below such a mount that has another filesystem on it: the path leads through. A node whose root is on a server needs that
     // one for everything.
-    let remote =
-        info::mounts()?.into_iter().filter(|mount| !LOCAL.contains(&mount.kind.as_str()) && mount.point != Path::new("/"));
+    let remote = info::mounts_except(&LOCAL)?.into_iter().filter(|mount| mount.point != Path::new("/"));
     let remote: Vec<_> = remote.map(|mount| mount.point).collect();
     Ok(directories.iter().any(|directory| remote.iter().any(|point| directory.starts_with(point))))
 }

@@ -1,15 +1,17 @@
 //! What ends in a pod with a virtual machine, and when: the hypervisor, its helpers, the guest's kernel, the worker in the middle of a
 //! start. Whatever it is, calls are answered in time and say why, and the pod can be stopped and removed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures::future::try_join_all;
 use kuasar_tests::cri::SOON;
-use kuasar_tests::cri::k8s_cri::v1::{ContainerState, LinuxContainerResources, PodSandboxState};
+use kuasar_tests::cri::k8s_cri::v1::{
+    ContainerState, ContainerStatsFilter, LinuxContainerResources, ListContainerStatsRequest, PodSandboxState,
+};
 use kuasar_tests::kuasard::Killed;
 use kuasar_tests::leak::census::{self, Owner};
 use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
@@ -31,6 +33,7 @@ pub(crate) fn cases() -> Vec<Entry> {
     ];
     cases.extend(cases![Machines Shared:
         a_guest_that_hangs,
+        statistics_beside_stuck_guests,
         what_a_machine_cannot_do_without,
         a_guest_that_panics,
         machines_that_end_before_a_start,
@@ -249,6 +252,55 @@ async fn a_small_limit(case: &Case) -> Result<()> {
     let opened = everything.sh("exec 3<>/dev/net/tun && exec 3<>/dev/loop-control && losetup -f").await?;
     assert_eq!((opened.exit_code, opened.stdout().as_str()), (0, "/dev/loop0\n"), "{opened:?}");
     Ok(())
+}
+
+async fn statistics_beside_stuck_guests(case: &Case) -> Result<()> {
+    // kubelet asks for all containers of the node, and evicts by what it hears.
+    const LIST: Duration = Duration::from_secs(5);
+    let mut containers = Vec::new();
+    let mut stuck = Vec::new();
+    for number in 0..3 {
+        let pod = case.pod().await?;
+        let container = pod.run(ContainerSpec::new("c").sh("while :; do sleep 0.1; done")).await?;
+        if number > 0 {
+            stuck.push(process(&pod, PROGRAMS[0])?.context("the pod has no machine")?);
+        }
+        containers.push(container.id);
+    }
+    let list = || async {
+        let begun = Instant::now();
+        let mut numbers = BTreeMap::new();
+        for id in &containers {
+            let filter = ContainerStatsFilter { id: id.clone(), ..Default::default() };
+            let request = ListContainerStatsRequest { filter: Some(filter) };
+            let listed = case.cri.runtime().list_container_stats(request).await?.into_inner().stats;
+            let used =
+                listed.first().and_then(|stats| stats.cpu.as_ref()?.usage_core_nano_seconds.as_ref()).map(|used| used.value);
+            numbers.insert(id.clone(), used.unwrap_or_default());
+        }
+        Ok::<_, Status>((begun.elapsed(), numbers))
+    };
+    let (_, well) = list().await?;
+    for pid in &stuck {
+        send(*pid, Signal::SIGSTOP)?;
+    }
+    let mut slowest = Duration::ZERO;
+    for _ in 0..5 {
+        let (took, numbers) = list().await?;
+        slowest = slowest.max(took);
+        for (id, used) in &well {
+            ensure!(numbers[id] >= *used, "the numbers of {id} are away while two guests are stuck");
+        }
+    }
+    for pid in &stuck {
+        send(*pid, Signal::SIGCONT)?;
+    }
+    ensure!(slowest < LIST, "with two stuck guests a list took {slowest:?}");
+    eventually("new numbers of all", || async {
+        let numbers = list().await?.1;
+        Ok(well.iter().all(|(id, used)| numbers[id] > *used))
+    })
+    .await
 }
 
 async fn sizes_that_cannot_be(case: &Case) -> Result<()> {
