@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
-    store::VERSION,
+    store::{VERSION, write_private},
 };
 
 const FILE: &str = "format.json";
@@ -61,7 +61,7 @@ pub fn note(state: &Path) -> Result<()> {
     if fs::read(&path).is_ok_and(|found| found == bytes) {
         return Ok(());
     }
-    fs::write(&path, bytes).map_err(Error::io("write", &path))
+    write_private(&path, &bytes).map(drop).map_err(Error::io("write", &path))
 }
 
 #[cfg(test)]

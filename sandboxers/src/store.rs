@@ -10,9 +10,9 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, ErrorKind, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     str::FromStr,
     time::SystemTime,
@@ -33,6 +33,11 @@ use crate::{
 
 /// The version of the format below. A file of a newer version is set aside, not guessed at.
 pub const VERSION: u32 = 1;
+
+/// Others may pass: processes in a user namespace reach their hosts file through here.
+const DIR_MODE: u32 = 0o711;
+/// Environments and annotations are nobody else's business.
+const FILE_MODE: u32 = 0o600;
 
 const FILE: &str = "state.json";
 const TEMPORARY: &str = ".state.json.new";
@@ -175,7 +180,7 @@ impl Store {
     /// When the directory cannot be made.
     pub fn open(state: &Path) -> Result<Self> {
         let root = state.join("sandboxes");
-        make_dir(&root, 0o711)?;
+        make_dir(&root)?;
         Ok(Self(root))
     }
 
@@ -196,11 +201,13 @@ impl Store {
     /// # Errors
     /// [`Error::AlreadyExists`], or what the file system says.
     pub fn make(&self, namespace: &Namespace, id: &SandboxId) -> Result<PathBuf> {
-        make_dir(&self.0.join(namespace), 0o711)?;
+        make_dir(&self.0.join(namespace))?;
         let dir = self.dir(namespace, id);
-        // Search permission for others: processes in a user namespace reach their hosts file through here.
-        match DirBuilder::new().mode(0o711).create(&dir) {
-            Ok(()) => Ok(dir),
+        match DirBuilder::new().mode(DIR_MODE).create(&dir) {
+            Ok(()) => {
+                set_mode(&dir, DIR_MODE)?;
+                Ok(dir)
+            }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 Err(Error::AlreadyExists { kind: "sandbox directory", id: dir.display().to_string() })
             }
@@ -216,10 +223,8 @@ impl Store {
         let dir = self.dir(&record.spec.namespace, &record.spec.id);
         let temporary = dir.join(TEMPORARY);
         let write = || -> io::Result<()> {
-            let mut file = File::create(&temporary)?;
             let bytes = serde_json::to_vec(&Envelope { version: VERSION, record })?;
-            file.write_all(&bytes)?;
-            file.sync_data()?;
+            write_private(&temporary, &bytes)?.sync_data()?;
             fs::rename(&temporary, dir.join(FILE))
         };
         write().map_err(Error::io("save the state in", &dir))
@@ -244,7 +249,12 @@ impl Store {
     pub fn load(&self) -> Result<Loaded> {
         let mut loaded = Loaded::default();
         for namespace in list(&self.0)? {
+            set_mode(&namespace, DIR_MODE)?;
             for dir in list(&namespace)? {
+                set_mode(&dir, DIR_MODE)?;
+                for file in [FILE, TEMPORARY, ASIDE].map(|name| dir.join(name)).iter().filter(|file| file.is_file()) {
+                    set_mode(file, FILE_MODE)?;
+                }
                 match self.look(&dir)? {
                     Found::Unsaved => loaded.unsaved.push(dir),
                     Found::Unread(error) => match (name_of(&namespace), name_of(&dir)) {
@@ -334,8 +344,29 @@ fn name_of<T: FromStr>(path: &Path) -> Option<T> {
     path.file_name()?.to_str()?.parse().ok()
 }
 
-fn make_dir(dir: &Path, mode: u32) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(mode).create(dir).map_err(Error::io("create", dir))
+fn make_dir(dir: &Path) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(DIR_MODE).create(dir).map_err(Error::io("create", dir))?;
+    set_mode(dir, DIR_MODE)
+}
+
+/// Whatever the umask is, and whatever another version has made it.
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    let set = || {
+        let metadata = path.symlink_metadata()?;
+        if metadata.is_symlink() || metadata.mode() & 0o7777 == mode {
+            return Ok(());
+        }
+        fs::set_permissions(path, Permissions::from_mode(mode))
+    };
+    set().map_err(Error::io("change the mode of", path))
+}
+
+/// Writes a file that nobody else may read: specifications have passwords in them.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(FILE_MODE).open(path)?;
+    file.set_permissions(Permissions::from_mode(FILE_MODE))?;
+    file.write_all(bytes)?;
+    Ok(file)
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>> {
@@ -460,6 +491,35 @@ mod tests {
         store.remove(&record.spec.namespace, &record.spec.id).unwrap();
         store.remove(&record.spec.namespace, &record.spec.id).unwrap();
         assert!(store.load().unwrap().records.is_empty());
+    }
+
+    #[test]
+    fn what_is_saved_is_nobody_elses_business() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, good) = store(dir.path());
+        let (own, namespace) = (store.dir(&good.spec.namespace, &good.spec.id), dir.path().join("sandboxes/test"));
+        let modes = || [&own, &namespace, &own.join(FILE)].map(|path| path.metadata().unwrap().mode() & 0o7777);
+        assert_eq!(modes(), [0o711, 0o711, 0o600]);
+        // As another version has made them, under a strange umask.
+        for (path, mode) in [(&own, 0o777), (&namespace, 0o777), (&own.join(FILE), 0o666)] {
+            fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        }
+        assert_eq!(store.load().unwrap().records.len(), 1);
+        assert_eq!(modes(), [0o711, 0o711, 0o600]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_for_the_moment_is_not_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, good) = store(dir.path());
+        let error = |number| ReadError::from(io::Error::from_raw_os_error(number));
+        for number in [libc::EMFILE, libc::ENFILE, libc::EIO, libc::ENOMEM] {
+            assert!(matches!(error(number), ReadError::Io(_)), "{number}");
+        }
+        for number in [libc::ELOOP, libc::ENOENT] {
+            assert!(matches!(error(number), ReadError::Wrong(_)), "{number}");
+        }
+        assert_eq!(store.read(&good.spec.namespace, &good.spec.id).unwrap(), good);
     }
 
     /// A store with one sandbox that can be read.

@@ -342,19 +342,22 @@ impl Cgroup {
                 }
                 sleep(Duration::from_millis(5)).await;
             }
-            pids = self.processes()?;
+            // Those that were seen before, where none can be now.
+            pids = self.processes().unwrap_or(pids);
         }
+        let mut failed = Ok(());
         for pid in pids {
             match kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL) {
                 Ok(()) | Err(Errno::ESRCH) => {}
-                Err(errno) => return Err(Error::failed(format!("kill process {pid}"))(io::Error::from(errno))),
+                // The others too, and the group must not stay frozen.
+                Err(errno) => failed = Err(Error::failed(format!("kill process {pid}"))(io::Error::from(errno))),
             }
         }
         // A frozen process, a paused container's too, dies when it thaws.
         match state.map(|state| fs::write(&state, "THAWED").map_err(Error::io("thaw", state))) {
-            Some(Err(Error::Io { source, .. })) if source.kind() == io::ErrorKind::NotFound => Ok(()),
-            Some(result) => result,
-            None => Ok(()),
+            Some(Err(Error::Io { source, .. })) if source.kind() == io::ErrorKind::NotFound => failed,
+            Some(Err(error)) => failed.and(Err(error)),
+            _ => failed,
         }
     }
 
