@@ -4,14 +4,17 @@
 //! without a reader is killed: such descriptors may not go with the daemon.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt::Debug,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    id::SandboxId,
+};
 
 /// Who holds them.
 pub trait Holder: Debug + Send + Sync {
@@ -43,6 +46,8 @@ struct Inner {
 struct Names {
     /// What has not been taken.
     inherited: HashMap<String, Vec<OwnedFd>>,
+    /// Sandboxes of which there are several of the same id, in different namespaces.
+    ambiguous: BTreeSet<SandboxId>,
     /// The numbers of those that are held for this process.
     current: HashMap<String, u64>,
     count: u64,
@@ -97,6 +102,23 @@ impl FdStore {
         let descriptors = names.inherited.remove(name)?;
         let number = names.next(name);
         Some((descriptors, Held { store: self.clone(), name: name.to_owned(), number }))
+    }
+
+    /// The same, for a name that begins with [its namespace](crate::stdio::of_namespace); also as versions have left it that did not name that,
+    /// where there is no doubt whose it is.
+    #[must_use]
+    pub fn take_of_namespace(&self, name: &str) -> Option<(Vec<OwnedFd>, Held)> {
+        self.take(name).or_else(|| {
+            let (_, earlier) = name.split_once('/').filter(|(namespace, _)| namespace.starts_with('@'))?;
+            let (sandbox, _) = earlier.split_once('/')?;
+            let ambiguous = self.names().ambiguous.iter().any(|id| id.as_str() == sandbox);
+            if ambiguous { None } else { self.take(earlier) }
+        })
+    }
+
+    /// Says of which ids there are several sandboxes, in different namespaces.
+    pub fn note_ambiguous(&self, ids: BTreeSet<SandboxId>) {
+        self.names().ambiguous = ids;
     }
 
     /// Takes all that was left under names that begin so; each name once.
@@ -255,6 +277,22 @@ mod tests {
         let next = holder.store();
         next.release_rest(&[]);
         assert!(holder.names().is_empty() && next.take("pipe").is_none());
+    }
+
+    #[test]
+    fn equal_ids_in_two_namespaces_are_not_mistaken_for_each_other() {
+        let holder = MemoryHolder::default();
+        let (reader, _writer) = io::pipe().unwrap();
+        let leave = |name: &str| std::mem::forget(holder.store().leave(name.into(), &[reader.as_fd()]).unwrap());
+        leave("pod/c/tty");
+        // Of a version that did not name it.
+        assert!(holder.store().take_of_namespace("@a/pod/c/tty").is_some());
+        leave("pod/c/tty");
+        leave("@b/pod/c/tty");
+        let next = holder.store();
+        next.note_ambiguous(BTreeSet::from(["pod".parse().unwrap()]));
+        assert!(next.take_of_namespace("@a/pod/c/tty").is_none());
+        assert!(next.take_of_namespace("@b/pod/c/tty").is_some());
     }
 
     #[tokio::test]

@@ -335,6 +335,9 @@ impl Registry {
                 known.insert((namespace, id), None);
             }
         }
+        let mut ids = BTreeSet::new();
+        let several = loaded.records.iter().map(|record| record.spec.id.clone()).filter(|id| !ids.insert(id.clone()));
+        self.0.fds.note_ambiguous(several.collect());
         known.extend(loaded.unread.iter().map(|(key, _)| (key.clone(), None)));
         for record in &loaded.records {
             let containers = record.containers.iter().map(|container| container.head.id.clone()).collect();

@@ -79,7 +79,7 @@ impl Terminal {
     /// # Errors
     /// As [`Self::new`].
     pub async fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Option<Self>> {
-        let Some((mut left, held)) = context.fds.take(&context.held("tty")) else { return Ok(None) };
+        let Some((mut left, held)) = context.take("tty") else { return Ok(None) };
         let Some(master) = left.pop() else { return Ok(None) };
         Self::copying(master, held, stdio, context, true).await.map(Some)
     }
@@ -201,7 +201,7 @@ impl Drop for Terminal {
 /// A FIFO of containerd's, held by the daemon's successors too: containerd takes it for ended when nobody has it open.
 fn fifo(field: &'static str, name: &str, path: &Path, context: &IoContext) -> Result<(OwnedFd, Held)> {
     let name = context.held(name);
-    if let Some((mut left, held)) = context.fds.take(&name)
+    if let Some((mut left, held)) = context.fds.take_of_namespace(&name)
         && let Some(fifo) = left.pop()
     {
         return Ok((fifo, held));

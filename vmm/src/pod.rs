@@ -40,6 +40,7 @@ use kuasar_sandboxers::{
     podfiles::Contents,
     process::Ending,
     stages,
+    stdio::of_namespace,
     types::{ContainerHead, ContainerSpec, Exit, Mount, NamespaceMode, PodResources, SandboxSpec},
     undo::Undo,
 };
@@ -286,7 +287,7 @@ impl Pod {
     }
 
     fn forwarder_name(&self) -> String {
-        format!("{}/forward", self.spec.id)
+        format!("{}{}/forward", of_namespace(&self.spec.namespace), self.spec.id)
     }
 
     fn adopt(self: &Arc<Self>, guest: Arc<Guest>) {

@@ -183,7 +183,7 @@ impl Left {
     /// What an earlier daemon has left.
     fn take(stdio: &Stdio, context: &IoContext) -> Result<Self> {
         let (mut held, mut ends) = (Vec::new(), Vec::new());
-        let counts = match context.fds.take(&name(context, "counts")) {
+        let counts = match context.fds.take_of_namespace(&name(context, "counts")) {
             Some((mut left, hold)) => {
                 held.push(hold);
                 left.pop().map(|memory| Counts(memory.into()))
@@ -192,7 +192,7 @@ impl Left {
         };
         let counts = Arc::new(counts.map_or_else(Counts::new, Ok)?);
         for kind in KINDS {
-            let Some((left, hold)) = context.fds.take(&name(context, kind.name())) else { continue };
+            let Some((left, hold)) = context.fds.take_of_namespace(&name(context, kind.name())) else { continue };
             if let Ok([mut ours, guest]) = <[OwnedFd; 2]>::try_from(left) {
                 held.push(hold);
                 let path = match kind {

@@ -22,6 +22,8 @@ mod null;
 mod process;
 mod unread;
 
+use std::os::fd::OwnedFd;
+
 use serde::{Deserialize, Serialize};
 
 pub use carry::{splice_all, write_all};
@@ -36,7 +38,7 @@ pub(crate) use unread::until_empty;
 
 use crate::{
     contract::SandboxContext,
-    fdstore::FdStore,
+    fdstore::{FdStore, Held},
     id::{ContainerId, ExecId, Namespace, SandboxId},
     reaper::Reaper,
     types::SandboxSpec,
@@ -79,17 +81,29 @@ pub struct IoContext {
 #[must_use]
 pub fn parked_names(namespace: &Namespace, sandbox: &SandboxId, container: Option<&ContainerId>) -> Vec<String> {
     let rest = container.map_or_else(|| format!("{sandbox}/"), |container| format!("{sandbox}/{container}/"));
-    vec![format!("@{namespace}/{rest}"), rest]
+    vec![format!("{}{rest}", of_namespace(namespace)), rest]
+}
+
+/// How the names of descriptors begin that are parked for what is in a namespace. systemd takes names of 255 bytes, and ids may have 76 each.
+#[must_use]
+pub fn of_namespace(namespace: &Namespace) -> String {
+    let name = namespace.as_str();
+    if name.len() < 16 {
+        return format!("@{name}/");
+    }
+    // FNV-1a: the next version has to find it, too.
+    let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("@{:016x}/", name.bytes().fold(0xcbf2_9ce4_8422_2325, mix))
 }
 
 impl IoContext {
     /// For a process of a sandbox: the first one of a container, or an exec.
     #[must_use]
     pub fn of(spec: &SandboxSpec, context: &SandboxContext, container: &ContainerId, exec: Option<&ExecId>) -> Self {
-        let sandbox = &spec.id;
+        let (namespace, sandbox) = (of_namespace(&spec.namespace), &spec.id);
         let name = match exec {
-            None => format!("{sandbox}/{container}"),
-            Some(exec) => format!("{sandbox}/{container}/{exec}"),
+            None => format!("{namespace}{sandbox}/{container}"),
+            Some(exec) => format!("{namespace}{sandbox}/{container}/{exec}"),
         };
         Self {
             namespace: spec.namespace.clone(),
@@ -103,7 +117,14 @@ impl IoContext {
     }
 
     /// The name of one of the process's descriptors.
-    pub(crate) fn held(&self, which: &str) -> String {
+    #[must_use]
+    pub fn held(&self, which: &str) -> String {
         format!("{}/{which}", self.name)
+    }
+
+    /// Takes one of the process's descriptors that an earlier daemon has left.
+    #[must_use]
+    pub fn take(&self, which: &str) -> Option<(Vec<OwnedFd>, Held)> {
+        self.fds.take_of_namespace(&self.held(which))
     }
 }

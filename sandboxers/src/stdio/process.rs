@@ -129,7 +129,7 @@ impl ProcessIo {
         let mut keeper = None;
         match &ends.stdin {
             Endpoint::Fifo(_) => {
-                let left = context.fds.take(&context.held("stdin"));
+                let left = context.take("stdin");
                 keeper = left.and_then(|(mut left, held)| Some((left.pop()?, held)));
             }
             Endpoint::Stream(id) => streams.adopt_input(id, context)?,
@@ -141,7 +141,7 @@ impl ProcessIo {
                 Endpoint::Stream(id) => streams.adopt_output(field, id, context)?,
                 // The process has the descriptor itself.
                 Endpoint::Fifo(path) => {
-                    let left = context.fds.take(&context.held(field));
+                    let left = context.take(field);
                     outputs.extend(left.map(|(_, held)| OutputFifo::new(path.clone(), held)));
                 }
                 _ => {}
@@ -205,7 +205,7 @@ impl Streams {
     }
 
     fn adopt_input(&mut self, id: &str, context: &IoContext) -> Result<()> {
-        let Some((mut left, held)) = context.fds.take(&context.held("stdin")) else { return Ok(()) };
+        let Some((mut left, held)) = context.take("stdin") else { return Ok(()) };
         if let Some(ours) = left.pop() {
             self.hub.adopt_input(id, ours, held)?;
             self.input = Some(id.into());
@@ -214,7 +214,7 @@ impl Streams {
     }
 
     pub(crate) fn adopt_output(&mut self, field: &str, id: &str, context: &IoContext) -> Result<()> {
-        let Some((mut left, held)) = context.fds.take(&context.held(field)) else { return Ok(()) };
+        let Some((mut left, held)) = context.take(field) else { return Ok(()) };
         if let Some(ours) = left.pop() {
             self.hub.adopt_output(id, ours)?;
             self.outputs.push(id.into());

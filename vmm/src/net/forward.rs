@@ -85,7 +85,7 @@ impl Forwarder {
     /// # Errors
     /// When it is not what [`Self::attach`] leaves.
     pub fn adopt(fds: &FdStore, name: &str) -> Result<Option<Self>> {
-        let Some((descriptors, held)) = fds.take(name) else { return Ok(None) };
+        let Some((descriptors, held)) = fds.take_of_namespace(name) else { return Ok(None) };
         let mut descriptors = descriptors.into_iter();
         let (Some(link), Some(v4), v6, None) = (descriptors.next(), descriptors.next(), descriptors.next(), descriptors.next())
         else {
