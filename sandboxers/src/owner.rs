@@ -571,7 +571,9 @@ impl Owner {
     /// Forgets a container and all its processes; whoever still waits is told an exit.
     pub(crate) fn forget(&mut self, id: &ContainerId) {
         let processes = self.containers.remove(id).into_iter().flat_map(|entry| entry.execs.into_values().chain([entry.init]));
-        self.lost.remove(id);
+        if self.lost.remove(id).is_some() {
+            self.news.send_replace(());
+        }
         self.registry.forget_container(&self.spec.namespace, id);
         self.changed();
         for process in processes {

@@ -295,8 +295,8 @@ pub(crate) struct Lost {
     retry: Retry,
     /// An attempt is under way.
     busy: bool,
-    /// What waits for that.
-    waiting: Vec<(Track, Call)>,
+    /// What waits for that, to run in a lane, or at once.
+    waiting: Vec<(Option<Track>, Call)>,
 }
 
 /// What is still to be recovered of a container.
@@ -486,8 +486,15 @@ impl Owner {
         }
         self.news.send_replace(());
         self.changed();
+        self.wake(waiting);
+    }
+
+    fn wake(&mut self, waiting: Vec<(Option<Track>, Call)>) {
         for (track, call) in waiting {
-            self.in_turn(&track, call);
+            match track {
+                Some(track) => self.in_turn(&track, call),
+                None => call(self),
+            }
         }
     }
 
@@ -501,7 +508,7 @@ impl Owner {
         if !lost.busy && !lost.retry.on_request() {
             return Some(call);
         }
-        lost.waiting.push((track.clone(), call));
+        lost.waiting.push((Some(track.clone()), call));
         if !lost.busy {
             self.recover_again(&key.0);
         }
@@ -552,9 +559,7 @@ impl Owner {
         self.registry.release_parked(&parked_names(&self.spec.namespace, &self.spec.id, Some(id)));
         self.forget(id);
         self.news.send_replace(());
-        for (track, call) in lost.into_iter().flat_map(|lost| lost.waiting) {
-            self.in_turn(&track, call);
-        }
+        self.wake(lost.map(|lost| lost.waiting).unwrap_or_default());
     }
 
     /// Ends what could not be recovered of a sandbox whose other parts have been stopped: by recovering it, or else by removing it.
@@ -567,13 +572,14 @@ impl Owner {
             let (told, ended) = oneshot::channel::<()>();
             let call = Box::new(move |_: &mut Self| drop(told));
             if let Some(lost) = self.lost.get_mut(&id) {
-                lost.waiting.push((Track::Sandbox, call));
+                lost.waiting.push((None, call));
             }
             let wait = async move {
                 let _ = ended.await;
                 Ok(())
             };
-            return self.job(Track::Sandbox, wait, |owner, _| owner.end_lost(then));
+            // What has been recovered meanwhile has to be ended, too.
+            return self.job(Track::Sandbox, wait, |owner, _| owner.stop_now(Duration::ZERO, then));
         }
         let (registry, key, sandboxer, keep) = (self.registry.clone(), self.key(), self.spec.sandboxer.clone(), self.kept(&id));
         let (mut part, sandbox, fds) = (lost.part.clone(), self.sandbox.clone(), self.registry.fds().clone());

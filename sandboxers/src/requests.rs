@@ -96,7 +96,7 @@ impl Owner {
     }
 
     /// Ends everything in the sandbox, containers that could not be recovered among it. For whoever has the sandbox's lane.
-    fn stop_now(&mut self, grace: Duration, then: impl FnOnce(&mut Self, Result<()>) + Send + 'static) {
+    pub(crate) fn stop_now(&mut self, grace: Duration, then: impl FnOnce(&mut Self, Result<()>) + Send + 'static) {
         self.sandbox_step(SandboxStep::Stop);
         let sandbox = self.sandbox.clone();
         self.job(Track::Sandbox, async move { sandbox.stop(grace).await }, move |owner, stopped| match stopped {

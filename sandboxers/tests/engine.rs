@@ -177,6 +177,7 @@ async fn the_engine() {
         what_can_never_be_recovered_is_kept_until_it_is_stopped,
         a_container_that_was_not_recovered_is_tried_again,
         a_container_that_can_never_be_recovered_ends_with_its_sandbox,
+        a_stop_during_an_attempt_waits_for_it,
         an_exec_that_was_not_recovered_does_not_take_its_container_along,
         a_signal_does_not_wait_for_a_stuck_update,
         a_container_is_deleted_after_what_runs_in_it,
@@ -321,6 +322,34 @@ async fn a_container_that_can_never_be_recovered_ends_with_its_sandbox(node: Arc
     let gone = registry.container(&"test".parse().unwrap(), &"main".parse().unwrap());
     assert!(matches!(gone, Err(Error::NotFound { .. })));
     sandbox(&registry).delete().await.unwrap();
+    assert!(node.world.held().is_empty());
+}
+
+async fn a_stop_during_an_attempt_waits_for_it(node: Arc<Node>) {
+    node.earlier(|node, registry| async move { drop(pod(&node, &registry).await) }).await;
+    node.world.fault("recover container main", 1, Fault::Fail);
+    let registry = node.daemon().await;
+    sandbox(&registry).status().await.unwrap();
+    let slow = gate();
+    node.world.fault("recover container main", 1, Fault::Wait(slow.clone()));
+    let (pod, main) = (sandbox(&registry), container(&registry));
+    while node.world.begun("recover container main") < 2 {
+        sleep(Duration::from_millis(50)).await;
+    }
+    let kill = spawn(async move { main.kill(None, libc::SIGTERM, false).await }).await;
+    let stop = spawn({
+        let pod = pod.clone();
+        async move { pod.stop(LIMIT).await }
+    })
+    .await;
+    pod.status().await.unwrap();
+    assert!(!stop.is_finished() && !kill.is_finished());
+    slow.add_permits(1);
+    within(stop).await.unwrap().unwrap();
+    assert!(!node.alive());
+    // It may have ended before.
+    let _ = within(kill).await.unwrap();
+    pod.delete().await.unwrap();
     assert!(node.world.held().is_empty());
 }
 
