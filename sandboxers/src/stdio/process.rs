@@ -272,7 +272,7 @@ async fn open_output(
 
 /// A log file, made with its directory where missing, as containerd's own shim does. It may be anywhere.
 pub(crate) async fn open_log(path: &Path, context: &IoContext) -> Result<OwnedFd> {
-    let sandbox = context.name.split('/').next().unwrap_or_default();
+    let sandbox = context.name.split('/').nth(1).unwrap_or_default();
     let offload = Offload::new(sandbox, &context.reaper);
     match offload.run_one(format!("log file {}", path.display()), Work::OpenLog(path.to_owned())).await? {
         Done::Opened(file) => Ok(file),
