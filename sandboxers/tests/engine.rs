@@ -138,7 +138,7 @@ async fn spawn<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static
 }
 
 async fn within<T>(work: impl Future<Output = T>) -> T {
-    timeout(LIMIT, work).await.expect("it hangs")
+    timeout(LIMIT, work).await.unwrap()
 }
 
 /// Asks again until the answer is another than Unavailable.
