@@ -34,7 +34,7 @@ check_with() {
     local name known names
     known=" ${always[*]} ${more[*]} "
     IFS=, read -ra names <<<"${WITH:-}"
-    for name in "${names[@]}"; do
+    for name in "${names[@]// /}"; do
         [[ $known == *" kuasar-$name "* || $known == *" $name "* ]] || {
             local choice="and there is nothing to add to them yet"
             [ ${#more[@]} -eq 0 ] || choice="and WITH can add ${more[*]}"

@@ -252,7 +252,7 @@ impl admin_server::Admin for Fake {
 
     async fn settings(&self, _: Request<SettingsRequest>) -> Result<Response<Document>, Status> {
         let none = std::env::temp_dir();
-        let ready = json!({ "ready": { "technique": "runc 1.3.5", "features": null } });
+        let ready = json!({ "ready": { "technique": "runc 9.9.9", "features": null } });
         document(&json!({
             "version": "9.9.9",
             "pid": 42,
@@ -301,7 +301,7 @@ fn the_daemon_is_asked() {
     for (subject, status, required, words) in [
         ("kuasard", "ok", false, "9.9.9, process 42, listens at "),
         ("configuration", "warn", false, "the daemon goes by what it read before"),
-        ("OCI runtime, kuasar-runc", "warn", false, "runc 1.3.5: does not tell what it can do"),
+        ("OCI runtime, kuasar-runc", "warn", false, "runc 9.9.9: does not tell what it can do"),
         ("OCI runtime, kuasar-qemu", "missing", false, "no kernel for its guests"),
         ("containerd", "missing", true, "not on the search path"),
         ("containerd socket", "missing", true, "no-containerd.sock"),

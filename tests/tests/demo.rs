@@ -154,3 +154,17 @@ fn a_demo_tells_what_it_shows_and_leaves_nothing() -> Result<()> {
     let dir = shown.split_whitespace().find(|word| word.contains("/kuasar-")).context("it does not say where it runs")?;
     nothing_left(Path::new(dir))
 }
+
+#[test]
+fn what_cannot_be_shown_is_refused_before_anything_is_built() -> Result<()> {
+    let demo = |with: &str| Command::new("scripts/demo.sh").current_dir("..").env("WITH", with).output();
+    for with in ["wasm", "qemu,wasm", "runc, wasm"] {
+        let run = demo(with).context("run scripts/demo.sh")?;
+        let said = String::from_utf8(run.stderr)?;
+        ensure!(!run.status.success() && run.stdout.is_empty(), "{with:?} was accepted: {said}");
+        for word in ["no sandboxer", "wasm", "kuasar-runc kuasar-crun kuasar-qemu are always shown"] {
+            ensure!(said.contains(word), "no {word:?} for {with:?} in {said}");
+        }
+    }
+    Ok(())
+}

@@ -106,14 +106,20 @@ pub(super) fn configuration(settings: &Settings, file: &Result<Config, ConfigErr
     }
 }
 
-/// What the daemon's sandboxers run pods with.
-pub(super) fn sandboxers(settings: &Settings, config: &Config) -> Vec<Finding> {
+/// What the daemon's sandboxers run pods with. `seen` is what is found from here: where that is the same, it tells more, such as the path.
+pub(super) fn sandboxers(settings: &Settings, config: &Config, seen: &[Finding]) -> Vec<Finding> {
     let finding = |(name, serving): (&String, &Serving)| {
         let machine = matches!(config.sandboxers.get(name), Some(SandboxerConfig::Vmm(_)));
         let subject = format!("{}, {name}", if machine { "virtual machines" } else { "OCI runtime" });
+        let same = |technique: &str| {
+            let same = seen.iter().find(|seen| seen.subject == subject && seen.detail.starts_with(technique));
+            same.map(|seen| Finding { required: false, ..seen.clone() })
+        };
         match serving {
-            Serving::Ready { technique, .. } if machine => Finding::ok(subject, technique),
-            Serving::Ready { technique, features } => able(subject, technique, features.as_ref()),
+            Serving::Ready { technique, features } => same(technique).unwrap_or_else(|| match machine {
+                true => Finding::ok(subject, technique),
+                false => able(subject, technique, features.as_ref()),
+            }),
             Serving::Unavailable(why) => Finding::missing(subject, why, "mend that, then kuasarctl upgrade or restart kuasard"),
         }
     };

@@ -121,9 +121,10 @@ pub async fn all(
         None => findings.push(configuration(config, config_path)),
     }
     findings.extend(socket.parent().into_iter().flat_map(|state| state::all(host, effective, state)));
+    let runtimes = runtime::all(effective, reaper).await;
     match daemon.settings() {
-        Some(settings) => findings.extend(daemon::sandboxers(settings, effective)),
-        None => findings.extend(runtime::all(effective, reaper).await),
+        Some(settings) => findings.extend(daemon::sandboxers(settings, effective, &runtimes)),
+        None => findings.extend(runtimes),
     }
     findings.extend(network::all(host, &containerd));
     let found = containerd::find(host, reaper).await;

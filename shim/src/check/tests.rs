@@ -383,10 +383,16 @@ fn a_daemon_that_answers_is_believed() {
     told(&daemon::configuration(&settings, &changed), Status::Warn, false, "changed since the daemon read it");
     let wrong = Config::parse(Path::new("c"), "[log]\nlevel = 'loud'\n");
     told(&daemon::configuration(&settings, &wrong), Status::Warn, false, "goes by what it read before");
-    let [finding] = &daemon::sandboxers(&settings, &config)[..] else { panic!() };
+    let [finding] = &daemon::sandboxers(&settings, &config, &[])[..] else { panic!() };
+    told(finding, Status::Warn, false, "runc 1.3.5: does not tell");
+    // What is found from here counts where it is the same.
+    let seen = |detail: &str| Finding::ok("OCI runtime, kuasar-runc", detail).required();
+    let [finding] = &daemon::sandboxers(&settings, &config, &[seen("runc 1.3.5 at /sbin/runc: seccomp")])[..] else { panic!() };
+    told(finding, Status::Ok, false, "at /sbin/runc");
+    let [finding] = &daemon::sandboxers(&settings, &config, &[seen("crun 1.8.1 at /bin/crun")])[..] else { panic!() };
     told(finding, Status::Warn, false, "runc 1.3.5: does not tell");
     settings.sandboxers.insert("kuasar-runc".into(), Serving::Unavailable("no runc".into()));
-    let [finding] = &daemon::sandboxers(&settings, &config)[..] else { panic!() };
+    let [finding] = &daemon::sandboxers(&settings, &config, &[])[..] else { panic!() };
     told(finding, Status::Missing, true, "no runc");
     // As it comes over the wire.
     let text = serde_json::to_string(&settings).unwrap();
