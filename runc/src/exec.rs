@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
@@ -168,7 +169,12 @@ fn prefix(container: &Contained, id: &ExecId) -> String {
 /// The pid of a process that a daemon has started and could not record any more, with its mark.
 fn born(container: &Contained, id: &ExecId) -> Result<Option<(u32, Mark)>> {
     let (dir, prefix) = (&container.pod.dir, prefix(container, id));
-    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+    let entries = match fs::read_dir(dir) {
+        // It went with the pod.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        entries => entries.map_err(Error::io("list", dir))?,
+    };
+    for entry in entries {
         let name = entry.map_err(Error::io("list", dir))?.file_name();
         let mark = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".pid")?.parse().ok());
         // An empty one is of a runtime that was killed before it could write it.
