@@ -693,8 +693,9 @@ pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId) -> Result<()> 
     }
     let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
     container::delete(pod, &request).await?;
-    if let Ok(guest) = pod.guest() {
-        pod.disks.sweep(&guest).await?;
+    pod.shared.remove_container(id).await?;
+    match pod.guest() {
+        Ok(guest) => pod.disks.sweep(&guest).await,
+        Err(_) => Ok(()),
     }
-    pod.shared.remove_container(id).await
 }
