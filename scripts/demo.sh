@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds what the demo needs and nothing else, several things at a time, and runs it: scripts/demo.sh [KERNEL]
 #
-#   packages ─┬▶ containerd ▶ runc ▶ CNI plugins                    (Go)
+#   packages ─┬▶ containerd ▶ runc ▶ CNI plugins ▶ crun             (Go, C)
 #             ├▶ kuasard, kuasarctl, the shim, the demo             (Rust)
 #             └▶ QEMU ▶ the guest ▶ virtiofsd ▶ vhost-device-vsock  (what virtual machines need)
 #
@@ -14,7 +14,7 @@ always=(kuasar-runc kuasar-crun kuasar-qemu)
 more=()
 
 programs=(kuasard kuasarctl containerd-shim-kuasar-v1 kuasar-demo)
-steps=9
+steps=10
 # How often to say what is still being done, in seconds.
 interval=30
 
@@ -65,6 +65,7 @@ lane_go() {
     step 2 containerd deps install_containerd
     step 3 runc deps install_runc
     step 4 "CNI plugins" deps install_cni
+    step 10 crun timed building crun -- deps install_crun || say "  the demo goes on without crun" >&2
 }
 
 lane_rust() { step 5 "kuasard and the demo" timed building "${programs[*]}" -- compile; }

@@ -240,14 +240,15 @@ install_cri_tools() {
     fi
 }
 
+install_crun() { scripts/crun.sh; }
 install_virtiofsd() { cargo_tool KUASAR_VIRTIOFSD virtiofsd "$virtiofsd"; }
 install_vhost_device_vsock() { cargo_tool KUASAR_VHOST_DEVICE_VSOCK vhost-device-vsock "$vhost_device_vsock"; }
 
 build=(packages_build rust)
-run=("${build[@]}" packages_node install_containerd install_runc install_cni install_virtiofsd install_vhost_device_vsock)
+run=("${build[@]}" packages_node install_containerd install_runc install_crun install_cni install_virtiofsd install_vhost_device_vsock)
 conformance=("${run[@]}" install_cri_tools)
 e2e=("${conformance[@]}" install_old_containerd)
-check=("${build[@]}" packages_node install_runc install_virtiofsd install_vhost_device_vsock install_cargo_deny)
+check=("${build[@]}" packages_node install_runc install_crun install_virtiofsd install_vhost_device_vsock install_cargo_deny)
 all=("${e2e[@]}" install_cargo_deny)
 
 main() {

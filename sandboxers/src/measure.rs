@@ -57,7 +57,7 @@ impl<T: Clone + Send + 'static> Meter<T> {
             });
             return self.last(|| slow(of));
         };
-        match done.map_err(Error::failed("measure it")).flatten() {
+        match done.map_err(Error::failed("measure it")).and_then(|done| done) {
             Ok(now) => {
                 self.measured().last = Some(now.clone());
                 Ok(now)

@@ -132,7 +132,8 @@ impl Registry {
         for container in record.containers {
             let id = container.head.id.clone();
             let mut lost = Lost::new(container);
-            let (found, outcome) = lost.part.attempt(&*owner.sandbox.clone(), &owner.registry.fds().clone(), &owner.key()).await;
+            let (found, outcome) =
+                lost.part.attempt(&*owner.sandbox.clone(), &owner.registry.fds().clone(), &owner.key()).await;
             owner.take_over(&id, found);
             if let Err(error) = outcome {
                 error!(container = %id, error = error.report(), "failed to recover a container; it is tried again");

@@ -169,7 +169,11 @@ impl admin_server::Admin for Admin {
     }
 
     async fn settings(&self, _: Request<SettingsRequest>) -> Result<Response<Document>, Status> {
+        let unavailable = self.registry.unavailable();
         let serving = |name: String| {
+            if let Some(why) = unavailable.get(&name) {
+                return Ok((name, Serving::Unavailable(why.clone())));
+            }
             let can = self.registry.capabilities(&name)?;
             Ok((name, Serving::Ready { technique: can.technique.clone(), features: can.features.clone() }))
         };

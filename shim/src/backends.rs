@@ -56,9 +56,7 @@ fn opener(config: SandboxerConfig, reaper: Reaper) -> Open {
         let (config, reaper) = (config.clone(), reaper.clone());
         Box::pin(async move {
             Ok(match config {
-                SandboxerConfig::Runc(config) => {
-                    Arc::new(RuncSandboxer::open(config, reaper).await?) as Arc<dyn Sandboxer>
-                }
+                SandboxerConfig::Runc(config) => Arc::new(RuncSandboxer::open(config, reaper).await?) as Arc<dyn Sandboxer>,
                 SandboxerConfig::Vmm(config) => Arc::new(VmmSandboxer::open(*config, reaper).await?),
             })
         })

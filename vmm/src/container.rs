@@ -9,7 +9,7 @@ use std::sync::{
 
 use async_trait::async_trait;
 use kuasar_guest_protocol::agent::{
-    self, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, UpdateRequest,
+    ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, UpdateRequest,
     state_response::State,
 };
 use kuasar_sandboxers::{
@@ -27,7 +27,7 @@ use kuasar_sandboxers::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{sync::Notify, time::timeout};
-use tracing::{Instrument, warn};
+use tracing::{Instrument, debug, warn};
 
 use crate::{
     agent::{QUICK, SLOW},
@@ -147,7 +147,7 @@ impl Running {
             self.relay.report_loss(exit, &self.request);
             self.relay.close().await;
         }
-        self.oom_kills.report(&self.pod.context.notices, &self.request, exit.as_ref()).await;
+        self.oom_kills.report(&self.pod.context.notices, &self.request, exit).await;
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
         if let Some(guest) = guest.filter(|_| !settled) {
             // As on the node, where the process's output waits for containerd, and what it has left behind has that output, too.

@@ -20,9 +20,7 @@ use futures::future::{join_all, select_all};
 use kuasar_guest_protocol::agent::{
     EventsRequest, OnlineRequest, SetTimeRequest, ShutDownRequest, events_response::event::Kind,
 };
-use kuasar_sandboxers::{
-    Error, Result, SandboxContext, event::Notice, fdstore::FdStore, process::Ending, types::Exit,
-};
+use kuasar_sandboxers::{Error, Result, SandboxContext, event::Notice, fdstore::FdStore, process::Ending, types::Exit};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
