@@ -127,19 +127,20 @@ async fn delete(daemon: &Daemon, bundle: &str, id: &str) -> (DeleteResponse, Str
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_container_is_told_of_and_never_harmed() {
+async fn a_container_that_containerd_has_given_up_is_told_of_and_ended() {
     let daemon = Daemon::start().await;
     let _controller = daemon.pod("p1").await;
     let task = daemon.task().await;
     let created = daemon.container("p1", "c1", &Behaviour::Exit(7).process());
     let pid = task.create(context(), &created).await.unwrap().pid;
 
-    // Prepared, never started: it stays.
+    // Prepared, never started: another is to take its place.
     let (response, said) = delete(&daemon, &created.bundle, "c1").await;
-    assert_eq!((response.pid, response.exit_status), (pid, 255));
-    assert!(said.contains("still exists"), "{said}");
+    assert_eq!((response.pid, response.exit_status), (pid, 137), "{said}");
     let state = StateRequest { id: "c1".into(), ..Default::default() };
-    task.state(context(), &state).await.unwrap();
+    assert_eq!(status(task.state(context(), &state).await).0, Code::NOT_FOUND);
+    let created = daemon.container("p1", "c1", &Behaviour::Exit(7).process());
+    let pid = task.create(context(), &created).await.unwrap().pid;
 
     // Ended: it is told how, and released.
     task.start(context(), &StartRequest { id: "c1".into(), ..Default::default() }).await.unwrap();

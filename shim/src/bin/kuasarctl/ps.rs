@@ -170,7 +170,7 @@ mod tests {
             in_vm[0]["containers"][container]["init"]["node_pid"] = 4711.into();
         }
         let text = render(&in_vm, false, now).unwrap();
-        assert!(text.contains("running  4711 (VM)") && text.matches("(VM)").count() == 1, "{text}");
+        assert!(text.contains("running       4711 (VM)") && text.matches("(VM)").count() == 1, "{text}");
     }
 
     #[test]
