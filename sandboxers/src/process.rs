@@ -125,7 +125,8 @@ impl Stat {
         let field = |number: usize| fields.get(number - 3).copied();
         Some(Self {
             parent: field(4)?.parse().ok()?,
-            group: field(5)?.parse().ok()?,
+            // -1 for one that is being reaped.
+            group: field(5)?.parse::<i32>().ok()?.cast_unsigned(),
             start: field(22)?.parse().ok()?,
             zombie: matches!(field(3)?, "Z" | "X"),
             stopped: field(3)? == "T",
@@ -376,6 +377,8 @@ mod tests {
         let text = "77 (a) R 1 (b)) Z 9 78 77 0 -1 4194564 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0 1 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 256\n";
         let stat = Stat::parse(text).unwrap();
         assert_eq!((stat.parent, stat.group, stat.start, stat.zombie, shell_status(stat.wait_status)), (9, 78, 4711, true, 1));
+        let reaped = text.replace("Z 9 77 77", "X 0 -1 -1");
+        assert!(Stat::parse(&reaped).is_some_and(|stat| stat.zombie && stat.start == 4711));
         assert!(Stat::parse("").is_none());
     }
 

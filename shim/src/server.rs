@@ -17,7 +17,8 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use kuasar_sandboxers::{Error, Result, event::Sent, registry::Registry, stdio::StreamHub};
@@ -70,6 +71,8 @@ const CONTROL_CONNECTIONS: usize = 64;
 const TASK_CONNECTIONS: (u64, u64) = (64, 8192);
 /// Descriptors of a Task connection: the socket and its journal.
 const OF_CONNECTION: u64 = 2;
+/// How long a worker that was killed may take to let go of the state directory: its memory is gone first, and its descriptors last.
+const DYING: Duration = Duration::from_secs(3);
 /// How often memory is given back at most, while there are calls.
 const TIDY: Duration = Duration::from_secs(2);
 /// How long answers that are ready may take to leave at a shutdown.
@@ -124,6 +127,17 @@ pub struct Parts {
     pub look_interval: Duration,
 }
 
+/// Locks a file, waiting for whoever has it. Neither a signal nor a descriptor tells that a lock is free, so it is tried again and again.
+fn lock_by(mut file: File, end: Instant) -> Result<Flock<File>, (File, Errno)> {
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Err((busy, Errno::EWOULDBLOCK)) if Instant::now() < end => file = busy,
+            locked => return locked,
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 impl StateDir {
     /// Makes the directory if need be, and locks it.
     ///
@@ -144,7 +158,7 @@ impl StateDir {
         let name = path.join(LOCK);
         let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&name);
         let file = locked.map_or_else(open, |file| Ok(File::from(file))).map_err(Error::io("open", &name))?;
-        let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        let mut lock = match lock_by(file, Instant::now() + DYING) {
             Ok(lock) => lock,
             Err((mut file, Errno::EWOULDBLOCK)) => {
                 let mut pid = String::new();
