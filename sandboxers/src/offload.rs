@@ -30,7 +30,7 @@ use std::{
     process::{Command, ExitCode},
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -50,10 +50,11 @@ use tokio::{
     sync::mpsc,
     time::timeout,
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     error::{Code, Error, Result},
+    limits,
     mount::{self, Showing, Shown},
     process::Tracked,
     reaper::{ExitFuture, Reaper},
@@ -63,6 +64,9 @@ use crate::{
 
 /// Helpers of one sandbox at a time.
 pub const MOST: usize = 8;
+
+/// Helpers of all sandboxes that cannot be killed, before no more are started: pods that come and go must not fill the node with them.
+const STUCK: usize = 512;
 
 /// How long a file may take to be looked at.
 const LOOK: Duration = Duration::from_secs(10);
@@ -78,6 +82,9 @@ const VARIABLE: &str = "KUASAR_OFFLOAD";
 
 /// One reply, in bytes.
 const REPLY: usize = 64 << 10;
+
+/// Those that there are of [`STUCK`].
+static STUCK_NOW: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether this executable is a helper when it is started as one.
 static SERVED: AtomicBool = AtomicBool::new(false);
@@ -226,6 +233,10 @@ impl Offload {
         // The socket's other end must be the helper's alone, or its end would not be seen.
         drop(command);
         let helper = Helper { pid: child.pid, process: Tracked::open(child.pid)?, exit: Some((child.exit, place)) };
+        // One that a filesystem holds may stay for long: it is not to be spared when memory is short.
+        if let Err(error) = limits::make_ordinary(helper.pid) {
+            debug!(error = error.report(), "a helper has the daemon's scores");
+        }
         let replies = crate::watch(ours, Interest::READABLE).map_err(failed())?;
         let mut all = Vec::with_capacity(steps.len());
         for Step { what, work } in &steps {
@@ -286,8 +297,10 @@ impl Helper {
         }
         let (pid, what) = (self.pid, what.to_owned());
         warn!(pid, what, "a filesystem does not answer: its helper cannot be killed and stays until it does");
+        STUCK_NOW.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
             exit.await;
+            STUCK_NOW.fetch_sub(1, Ordering::Relaxed);
             info!(pid, what, "the filesystem answered: the helper is gone");
             drop(place);
         });
@@ -323,6 +336,12 @@ fn helpers() -> MutexGuard<'static, HashMap<String, usize>> {
 
 impl Place {
     fn take(sandbox: &str) -> Result<Self> {
+        if STUCK_NOW.load(Ordering::Relaxed) >= STUCK {
+            return Err(Error::Unavailable {
+                what: "the storage of this node".into(),
+                why: format!("{STUCK} helpers are blocked on volumes that do not respond; check their NFS or FUSE servers"),
+            });
+        }
         let mut helpers = helpers();
         let count = helpers.entry(sandbox.to_owned()).or_default();
         if *count >= MOST {

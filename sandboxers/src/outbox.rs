@@ -48,8 +48,12 @@ impl Outbox {
                 warn!(kept = KEPT, "containerd takes no events; the oldest of this sandbox are dropped from now on");
             }
             // containerd learns exits by Task.Wait too, but out-of-memory kills by their events alone.
-            let first = self.events.iter().position(|kept| kept.event.kind != EventKind::OutOfMemory);
-            self.events.remove(first.unwrap_or(0));
+            // What is on the way stays: another would go in its place, and the publisher's queue would grow without end.
+            let waits = |kept: &Outgoing| kept.stage != Stage::OnTheWay;
+            let droppable = |kept: &Outgoing| waits(kept) && kept.event.kind != EventKind::OutOfMemory;
+            let first = self.events.iter().position(droppable).or_else(|| self.events.iter().position(waits));
+            // There is one: fewer are on the way than are kept.
+            first.map(|first| self.events.remove(first));
         }
         self.last += 1;
         self.events.push_back(Outgoing { number: self.last, event, stage: Stage::Kept });
@@ -133,5 +137,17 @@ mod tests {
         assert_eq!(outbox.events().count(), KEPT);
         assert!(outbox.tells_out_of_memory(&"greedy".parse().unwrap()));
         assert!(!outbox.tells_out_of_memory(&"c".parse().unwrap()));
+    }
+
+    #[test]
+    fn who_takes_nothing_is_sent_a_few() {
+        let mut outbox = Outbox::default();
+        let mut sent = 0;
+        for pid in 0..3 * KEPT as u32 {
+            let number = outbox.keep(event("c", EventKind::Started { pid }));
+            outbox.release(number);
+            sent += outbox.due().len();
+        }
+        assert_eq!((sent, outbox.events().count()), (ON_THE_WAY, KEPT));
     }
 }

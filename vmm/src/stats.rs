@@ -5,8 +5,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use kuasar_guest_protocol::agent::{ContainerRequest, PidsResponse};
@@ -14,18 +17,39 @@ use kuasar_sandboxers::{Error, Result, cgroup::Stats};
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use crate::guest::Guest;
+use crate::{agent::BRIEF, guest::Guest};
 
 /// How long to wait for new numbers where there are some. Many guests may be stuck at once.
 const PATIENCE: Duration = Duration::from_millis(300);
 
 /// The last numbers of each container of a guest.
 #[derive(Debug, Default)]
-pub(crate) struct KnownStats(Mutex<HashMap<String, Stats>>);
+pub(crate) struct KnownStats {
+    all: Mutex<HashMap<String, Stats>>,
+    /// The last answer took longer than [`PATIENCE`]. That is the guest's fault, whichever container it is asked about.
+    slow: AtomicBool,
+    /// And it was no number.
+    failing: AtomicBool,
+}
 
 impl KnownStats {
     fn all(&self) -> MutexGuard<'_, HashMap<String, Stats>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long to wait for an answer about a container.
+    fn patience(&self, is_known: bool) -> Duration {
+        match (self.slow.load(Ordering::Relaxed), is_known) {
+            (true, true) => Duration::ZERO,
+            (false, true) => PATIENCE,
+            (true, false) if self.failing.load(Ordering::Relaxed) => Duration::ZERO,
+            (_, false) => BRIEF,
+        }
+    }
+
+    fn note(&self, took: Duration, failed: bool) {
+        self.slow.store(took > PATIENCE, Ordering::Relaxed);
+        self.failing.store(failed, Ordering::Relaxed);
     }
 
     fn of(&self, container: &str) -> Option<Stats> {
@@ -45,17 +69,26 @@ impl Guest {
     /// What the guest answers; when it does not answer, and nothing is known from before.
     pub(crate) async fn stats(self: &Arc<Self>, container: &str) -> Result<Stats> {
         let known = self.known_stats().of(container);
-        let patience = if known.is_some() { PATIENCE } else { Duration::MAX };
+        let patience = self.known_stats().patience(known.is_some());
         let (guest, name) = (self.clone(), container.to_owned());
         // It goes on when nobody waits any more: the numbers are for the next who asks.
-        let asked = tokio::spawn(async move { guest.ask_for_stats(name).await }.in_current_span());
+        let asked = async move {
+            let begun = Instant::now();
+            let answer = guest.ask_for_stats(name).await;
+            guest.known_stats().note(begun.elapsed(), answer.is_err());
+            answer
+        };
+        let asked = tokio::spawn(asked.in_current_span());
         match (timeout(patience, asked).await, known) {
             (Ok(answered), known) => match (answered.map_err(Error::failed("ask for resource use"))?, known) {
                 (Err(_), Some(known)) if self.agent().is_silent() => Ok(known),
                 (answer, _) => answer,
             },
             (Err(_), Some(known)) => Ok(known),
-            (Err(late), None) => Err(Error::failed("ask for resource use")(late)),
+            (Err(_), None) => Err(Error::Unavailable {
+                what: format!("resource use of container {container}"),
+                why: "its guest does not answer in time; ask again later".into(),
+            }),
         }
     }
 
@@ -82,5 +115,23 @@ impl Guest {
             Err(_) if self.agent().is_silent() => Ok(None),
             listed => listed.map(Some),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_is_late_once_is_waited_for_no_more() {
+        let known = KnownStats::default();
+        assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, BRIEF));
+        // An error, however it comes, is no number for the next time.
+        known.note(PATIENCE * 2, true);
+        assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, Duration::ZERO));
+        known.note(PATIENCE * 2, false);
+        assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, BRIEF));
+        known.note(Duration::ZERO, false);
+        assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, BRIEF));
     }
 }
