@@ -17,7 +17,7 @@ use kuasar_sandboxers::{Error, Result, cgroup::Stats};
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use crate::{agent::BRIEF, guest::Guest};
+use crate::guest::Guest;
 
 /// How long to wait for new numbers where there are some. Many guests may be stuck at once.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -43,7 +43,8 @@ impl KnownStats {
             (true, true) => Duration::ZERO,
             (false, true) => PATIENCE,
             (true, false) if self.failing.load(Ordering::Relaxed) => Duration::ZERO,
-            (_, false) => BRIEF,
+            // The call has a limit of its own.
+            (_, false) => Duration::MAX,
         }
     }
 
@@ -125,13 +126,13 @@ mod tests {
     #[test]
     fn a_guest_that_is_late_once_is_waited_for_no_more() {
         let known = KnownStats::default();
-        assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, BRIEF));
+        assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, Duration::MAX));
         // An error, however it comes, is no number for the next time.
         known.note(PATIENCE * 2, true);
         assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, Duration::ZERO));
         known.note(PATIENCE * 2, false);
-        assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, BRIEF));
+        assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, Duration::MAX));
         known.note(Duration::ZERO, false);
-        assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, BRIEF));
+        assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, Duration::MAX));
     }
 }
