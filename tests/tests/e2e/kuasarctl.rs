@@ -72,7 +72,8 @@ async fn pods_are_listed_and_inspected(case: &Case) -> Result<()> {
 /// The last report of what an error names, and the file it is in.
 pub(crate) fn report(node: &Node, error: &Status) -> Result<(String, Value)> {
     let (_, rest) = error.message().split_once("(kuasarctl failures ").with_context(|| format!("no report in {error}"))?;
-    let id = rest.trim_end_matches(')');
+    // containerd adds what it makes of the code.
+    let id = rest.split(')').next().unwrap_or(rest);
     let mut reports: Vec<Value> = serde_json::from_str(&said(node, &["failures", id, "--json"])?)?;
     let report = reports.pop().with_context(|| format!("no report of {id}"))?;
     let file = report["file"].as_str().context("the report does not tell its file")?.to_owned();
