@@ -65,7 +65,9 @@ CONF
 apt_update() {
     say "fetching the distribution's package lists"
     rm -rf "$apt_state/known"
-    apt_log apt-get -c "$apt_state/apt.conf" update -q
+    # Without this, lists that cannot be fetched are a warning to it, and empty ones would be kept.
+    apt_log apt-get -c "$apt_state/apt.conf" -o APT::Update::Error-Mode=any update -q ||
+        fail "the package lists cannot be fetched (above): see to the network or /etc/apt/sources.list, and run it again"
     mkdir "$apt_state/known"
     touch "$apt_state/updated"
 }

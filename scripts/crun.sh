@@ -4,7 +4,7 @@
 #
 # The sources are Debian's, of its development suite (sid); where the archive does not give those, of its stable suite; each is
 # verified by the signatures of the archive, as apt does it. What has been built is kept by a digest of all that goes in.
-# KUASAR_GUEST_CRUN names a static crun to use instead.
+# KUASAR_GUEST_CRUN names a static crun to use instead, for guests and by make install for the node, too.
 . "$(dirname "$0")/lib.sh"
 . scripts/apt.sh
 
@@ -33,20 +33,27 @@ mirror() {
     printf %s "${address:-http://deb.debian.org/debian/}"
 }
 
-# Lets apt.sh know a suite's sources, and those alone.
+# Lets apt.sh, with apt_state as the suite's, know its sources, and those alone.
 use_suite() {
-    apt_state=$cache/apt-$1
     apt_current || apt_with "deb-src [signed-by=$keyring] $(mirror) $1 main"
 }
 
 # Fetches sources of the suite in use: whole packages with Debian's patches, or, where the archive lacks a part, the original.
 # fetch_source PACKAGE DIRECTORY
 fetch_source() {
-    apt_source "$1" "$2" 2>/dev/null || apt_original "$1" "$2" 2>/dev/null
+    apt_source "$1" "$2" || apt_original "$1" "$2"
 }
 
+# What apt says is in $scratch/log.
 fetch_sources() {
-    fetch_source libseccomp "$1/libseccomp" && fetch_source crun "$1/crun"
+    { fetch_source libseccomp "$scratch/libseccomp" && fetch_source crun "$scratch/crun"; } 2>"$scratch/log"
+}
+
+# Whether all that has failed is in the log, and is that the archive does not have it.
+absent() {
+    local failed
+    failed=$(grep -E '^E: (Failed to fetch [a-z+]+:|Unable to find a source package)' "$scratch/log") &&
+        ! grep -qvE '^E: Failed to fetch [^ ]+ +404 |^E: Unable' <<<"$failed"
 }
 
 build() {
@@ -86,7 +93,7 @@ build() {
 }
 
 main() {
-    local suite versions libraries dir
+    local suite versions libraries dir again=
     [ -z "${KUASAR_GUEST_CRUN:-}" ] || return 0
     have apt-get && have dpkg-source && [ -e "$keyring" ] ||
         fail "no apt, dpkg-source or $keyring, so no sources of crun: run make deps, or set KUASAR_GUEST_CRUN to a static crun"
@@ -97,7 +104,9 @@ main() {
     flock 9
     local update=${UPDATE:-}
     for suite in "${suites[@]}"; do
-        UPDATE=$update use_suite "$suite"
+        apt_state=$cache/apt-$suite
+        # What cannot be fetched is said, and kept out of mind: the next run tries again.
+        (UPDATE=$update use_suite "$suite") || { again=1; continue; }
         versions="crun $(apt_source_version crun)
 libseccomp $(apt_source_version libseccomp)"
         dir=$built/$({ say "$versions
@@ -106,10 +115,18 @@ $libraries"; compiler; declare -f build; } | digest)
             # A mirror may list what it does not have; it is not asked again until the lists are new.
             [ ! -e "$apt_state/known/incomplete" ] || continue
             scratch=$(mktemp -d "$built/.build-XXXXXX")
-            if ! fetch_sources "$scratch"; then
-                say "the archive has no sources of $(paste -sd ' ' <<<"$versions") ($suite)" >&2
-                touch "$apt_state/known/incomplete"
+            if ! fetch_sources; then
+                if absent; then
+                    say "the archive has no sources of $(paste -sd ' ' <<<"$versions") ($suite); UPDATE=1 asks it again" >&2
+                    touch "$apt_state/known/incomplete"
+                else
+                    grep '^E: ' "$scratch/log" >&2 || cat "$scratch/log" >&2
+                    say "the sources of $(paste -sd ' ' <<<"$versions") ($suite) cannot be fetched (above): run it again, or with \
+UPDATE=1 for newer lists" >&2
+                    again=1
+                fi
                 rm -rf "$scratch"
+                scratch=
                 continue
             fi
             say "building a static $(paste -sd ' ' <<<"$versions")" >&2
@@ -127,7 +144,9 @@ compiler $(compiler | paste -sd ' ')" >"$scratch/out/manifest"
         install -m 644 "$dir/manifest" "$cache/bin/crun.manifest"
         return 0
     done
-    fail "no suite of $(mirror) has the sources of crun and libseccomp: set KUASAR_GUEST_CRUN to a static crun"
+    [ -z "$again" ] || fail "the sources of crun and libseccomp cannot be fetched (above): run it again, or with UPDATE=1 for newer \
+lists, or set KUASAR_GUEST_CRUN to a static crun"
+    fail "no suite of $(mirror) has the sources of crun and libseccomp: run it with UPDATE=1, or set KUASAR_GUEST_CRUN to a static crun"
 }
 
 main
