@@ -38,11 +38,10 @@ help: ## Show this list
 deps: ## Install what building and testing need, only what is missing
 	@scripts/deps.sh all
 
-# The agent is a static program, which scripts/guest.sh builds.
+# The agent is a static program; scripts/guest.sh builds it and crun.
 build: ## Build the daemon, its tools, the test programs (release) and the guest
 	@scripts/deps.sh build
 	@$(CARGO) build --quiet --release --locked --workspace --exclude kuasar-guest-agent --bins
-	@scripts/crun.sh
 	@scripts/guest.sh $(KERNEL)
 
 guest: ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 for newer packages

@@ -118,6 +118,7 @@ build() {
 
 main() {
     check_with
+    [ "$(id -u)" -eq 0 ] || fail "the demo starts a private containerd, which needs root: run it as root"
     build
     "$target/release/kuasar-demo"
 }
