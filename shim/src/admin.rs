@@ -1,6 +1,6 @@
 //! `kuasar.v1.Admin`: what kuasarctl asks. Answers are JSON documents.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use futures::{future::join_all, stream::BoxStream};
 use kuasar_sandboxers::{
@@ -63,6 +63,19 @@ impl Admin {
             identity.insert("upgrade".into(), json!(upgrades.last()));
         }
         identity
+    }
+
+    /// What each sandboxer can do at the moment, by name.
+    fn serving(&self) -> Result<BTreeMap<String, Serving>> {
+        let mut unavailable = self.registry.unavailable();
+        let serving = |name: String| {
+            if let Some(why) = unavailable.remove(&name) {
+                return Ok((name, Serving::Unavailable(why)));
+            }
+            let can = self.registry.capabilities(&name)?;
+            Ok((name, Serving::Ready { technique: can.technique.clone(), features: can.features.clone() }))
+        };
+        self.registry.sandboxers().into_iter().map(serving).collect()
     }
 }
 
@@ -156,34 +169,26 @@ impl admin_server::Admin for Admin {
     }
 
     async fn version(&self, _: Request<VersionRequest>) -> Result<Response<Document>, Status> {
-        let (mut sandboxers, unavailable) = (Map::new(), self.registry.unavailable());
-        for name in self.registry.sandboxers() {
-            let capabilities = self.registry.capabilities(&name).grpc()?;
-            let unavailable = unavailable.get(&name);
-            let (technique, features) = (&capabilities.technique, &capabilities.features);
-            sandboxers.insert(name, json!({ "technique": technique, "features": features, "unavailable": unavailable }));
-        }
+        let told = |serving| match serving {
+            Serving::Ready { technique, features } => {
+                json!({ "technique": technique, "features": features, "unavailable": null })
+            }
+            Serving::Unavailable(why) => json!({ "technique": "unavailable", "features": null, "unavailable": why }),
+        };
+        let sandboxers: Map<_, _> = self.serving().grpc()?.into_iter().map(|(name, serving)| (name, told(serving))).collect();
         let mut answer = self.identity();
         answer.insert("sandboxers".into(), sandboxers.into());
         document(&answer)
     }
 
     async fn settings(&self, _: Request<SettingsRequest>) -> Result<Response<Document>, Status> {
-        let unavailable = self.registry.unavailable();
-        let serving = |name: String| {
-            if let Some(why) = unavailable.get(&name) {
-                return Ok((name, Serving::Unavailable(why.clone())));
-            }
-            let can = self.registry.capabilities(&name)?;
-            Ok((name, Serving::Ready { technique: can.technique.clone(), features: can.features.clone() }))
-        };
         document(&Settings {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             search_path: std::env::var("PATH").unwrap_or_default(),
             config: self.configured.file.clone(),
             configuration: self.configured.text.clone(),
-            sandboxers: self.registry.sandboxers().into_iter().map(serving).collect::<Result<_>>().grpc()?,
+            sandboxers: self.serving().grpc()?,
         })
     }
 

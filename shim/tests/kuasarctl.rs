@@ -246,7 +246,10 @@ impl admin_server::Admin for Fake {
             "pid": 42,
             "keeper_pid": 41,
             "upgrade": { "id": "7", "error": null },
-            "sandboxers": { "kuasar-runc": { "technique": "runc 1.3.5" } },
+            "sandboxers": {
+                "kuasar-runc": { "technique": "runc 1.3.5" },
+                "kuasar-qemu": { "technique": "unavailable", "unavailable": "no kernel for its guests" },
+            },
         }))
     }
 
@@ -317,6 +320,7 @@ fn the_daemon_is_asked() {
     assert!(refuses(&["gc"]).contains("nobody listens"));
     let version = prints(&["version"]);
     assert!(version.contains("9.9.9 (keeper 41, worker 42)") && version.contains("runc 1.3.5"), "{version}");
+    assert!(version.contains("unavailable: no kernel for its guests"), "{version}");
     let version: Value = serde_json::from_str(&prints(&["version", "--json"])).unwrap();
     assert_eq!(version["daemon"]["version"], "9.9.9");
     assert_eq!(prints(&["console", "ab"]), "booted\nfollow false\n");

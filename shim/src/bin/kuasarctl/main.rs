@@ -419,7 +419,11 @@ fn version(global: &Global) -> Result<ExitCode> {
         };
         rows.push(vec!["kuasard".to_owned(), format!("{} ({processes})", text(&daemon["version"]))]);
         for (name, sandboxer) in daemon["sandboxers"].as_object().into_iter().flatten() {
-            rows.push(vec![format!("  {name}"), text(&sandboxer["technique"])]);
+            let version = match &sandboxer["unavailable"] {
+                Value::Null => text(&sandboxer["technique"]),
+                why => format!("unavailable: {}", text(why)),
+            };
+            rows.push(vec![format!("  {name}"), version]);
         }
     }
     print(&table::render(&["COMPONENT", "VERSION"], &rows))?;
