@@ -32,7 +32,7 @@ pub enum RuntimeChoice {
     /// The best that is installed.
     #[default]
     Auto,
-    /// By name, found on `PATH` or through `KUASAR_RUNC`, `KUASAR_CRUN`, `KUASAR_YOUKI`.
+    /// By name: what `KUASAR_RUNC`, `KUASAR_CRUN`, `KUASAR_YOUKI` name, else `libexec/kuasar` beside the daemon, else `PATH`.
     Named(RuntimeName),
     /// This program.
     Path(PathBuf),

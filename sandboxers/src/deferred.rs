@@ -62,7 +62,7 @@ impl Deferred {
                 let Some(deferred) = waiting.upgrade() else { return };
                 match deferred.ready().await {
                     Ok(_) => return,
-                    Err(error) => debug!(error = error.report(), "still"),
+                    Err(error) => debug!(sandboxer = deferred.name, error = error.report(), "sandboxer still cannot be set up"),
                 }
             }
         });
@@ -79,7 +79,11 @@ impl Deferred {
         if self.opened.get().is_none() && failed.elapsed() >= FLOOR {
             match attempt(&self.open).await {
                 Ok(sandboxer) => {
-                    info!(sandboxer = self.name, technique = sandboxer.capabilities().technique, "sandboxer ready at last");
+                    info!(
+                        sandboxer = self.name,
+                        technique = sandboxer.capabilities().technique,
+                        "sandboxer ready after retries"
+                    );
                     return Ok(self.opened.get_or_init(|| sandboxer));
                 }
                 Err(error) => {
@@ -93,7 +97,7 @@ impl Deferred {
 
     fn reason(&self) -> String {
         let why = self.why.lock().unwrap_or_else(PoisonError::into_inner);
-        format!("{why}; when that is put right, it is found within a minute, or by the next pod")
+        format!("{why}; tried again within a minute, and for each new pod")
     }
 }
 

@@ -71,7 +71,7 @@ impl Failure {
     fn reference(&self, written: bool) -> String {
         match self.stages.last() {
             // Without a report there is nothing else that tells.
-            Some(failed) if !written => format!("while it was to {}", failed.name),
+            Some(failed) if !written => format!("failed stage: {}", failed.name),
             _ => {
                 let id: String = self.sandbox.as_str().chars().take(SHORT_ID).collect();
                 format!("kuasarctl failures {id}")
@@ -349,7 +349,7 @@ mod tests {
         let failures = Failures::below(dir.path());
         fs::write(&failures.0, "not a directory").unwrap();
         let error = fails(attempt(&failures, None), full()).await;
-        assert!(error.report().ends_with(" (while it was to create the container with runc)"), "{}", error.report());
+        assert!(error.report().ends_with(" (failed stage: create the container with runc)"), "{}", error.report());
     }
 
     #[tokio::test]

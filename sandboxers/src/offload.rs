@@ -347,9 +347,7 @@ impl Place {
         if *count >= MOST {
             return Err(Error::Unavailable {
                 what: format!("the storage of sandbox {sandbox}"),
-                why: format!(
-                    "{MOST} looks at its volumes wait for filesystems that do not answer; check the servers behind them"
-                ),
+                why: format!("{MOST} helpers are blocked on volumes that do not respond; check their NFS or FUSE servers"),
             });
         }
         *count += 1;

@@ -249,10 +249,10 @@ fn in_doubt(sandbox: &SandboxHandle, containerd: &Path, last: Option<String>) ->
     Error::Unavailable {
         what: format!("sandbox {:?}", sandbox.id.as_str()),
         why: format!(
-            "containers in it have lost their connections, and it takes more than {} s to learn from containerd at {} whether they are \
-             still wanted{last}; try again",
-            LIMIT.as_secs(),
-            containerd.display()
+            "containers in it have lost their connections, and containerd at {} did not report within {} s whether it still has \
+             their tasks{last}; try again",
+            containerd.display(),
+            LIMIT.as_secs()
         ),
     }
 }

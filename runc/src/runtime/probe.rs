@@ -325,8 +325,8 @@ impl Search<'_> {
         match candidates(name).into_iter().next() {
             Some(path) => self.probe(&path).await,
             None => Err(unavailable(format!(
-                "{name} is missing: it is neither on PATH nor named by {variable}; install {name} {minimum} or newer, or set the \
-                 sandboxer's \"runtime\" to its path",
+                "{name} is missing: it is not named by {variable}, not in ../libexec/kuasar and not on PATH; install {name} {minimum} \
+                 or newer, or set the sandboxer's \"runtime\" to its path",
                 name = name.program(),
                 variable = name.variable(),
                 minimum = Kind::Known(name).minimum(),

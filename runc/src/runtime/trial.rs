@@ -90,7 +90,7 @@ async fn attempt(driver: &Driver, dir: &Path, group: &Path) -> Result<()> {
     }
     match stdout.tail(SAID.len() as u64)?.as_str() {
         SAID => Ok(()),
-        said => Err(Error::failed("run a trial container")(format!("its program was to say {SAID:?}, and said {said:?}"))),
+        said => Err(Error::failed("run a trial container")(format!("its program printed {said:?} instead of {SAID:?}"))),
     }
 }
 

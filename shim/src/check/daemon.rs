@@ -28,7 +28,7 @@ pub struct Settings {
     pub sandboxers: BTreeMap<String, Serving>,
 }
 
-/// What became of a sandboxer when the daemon started.
+/// What a sandboxer can do at the moment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Serving {
@@ -39,7 +39,7 @@ pub enum Serving {
         /// The OCI runtime's `features` document.
         features: Option<Value>,
     },
-    /// It could not start; why.
+    /// It cannot be set up at the moment; why.
     Unavailable(String),
 }
 
@@ -74,7 +74,7 @@ pub(super) fn running(daemon: &Daemon, socket: &Path) -> Finding {
         Daemon::Silent(why) => Finding::warn(
             subject,
             format!(
-                "listens at {socket} but does not tell what it goes by ({why}): what follows is of this shell's environment"
+                "listens at {socket} but does not report its settings ({why}); the checks below use this shell's environment"
             ),
             "run the kuasarctl of the same version, and see the daemon's log if it does not answer that either",
         ),
@@ -120,7 +120,9 @@ pub(super) fn sandboxers(settings: &Settings, config: &Config, seen: &[Finding])
                 true => Finding::ok(subject, technique),
                 false => able(subject, technique, features.as_ref()),
             }),
-            Serving::Unavailable(why) => Finding::missing(subject, why, "mend that, then kuasarctl upgrade or restart kuasard"),
+            Serving::Unavailable(why) => {
+                Finding::missing(subject, why, "correct that; kuasard tries again by itself, no restart is needed")
+            }
         }
     };
     let findings: Vec<_> = settings.sandboxers.iter().map(finding).collect();
