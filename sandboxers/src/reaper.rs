@@ -9,7 +9,7 @@
 //! `groups`, which make the standard library fork and wait by itself.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     fmt,
     num::ParseIntError,
     os::fd::{AsFd, OwnedFd},
@@ -138,6 +138,8 @@ pub struct Reaper {
 struct Table {
     ended: VecDeque<Ended>,
     claims: HashMap<u32, Vec<(Which, oneshot::Sender<Exit>)>>,
+    /// Children that are continued when a signal stops them.
+    commands: HashSet<u32>,
 }
 
 /// The exit of one process, when it comes.
@@ -204,9 +206,9 @@ impl Reaper {
         tokio::spawn(async move {
             loop {
                 reap().into_iter().for_each(|ended| table.hear(ended));
-                // Where somebody else is the subreaper all children are programs of ours, and no container's process.
-                if keeper.is_some() {
-                    for (pid, program) in continue_stopped(None) {
+                // A call waits for these. A virtual machine may have been stopped to be looked at.
+                for pid in table.commands() {
+                    for (pid, program) in continue_stopped(Some(pid)) {
                         warn!(pid, program, "a program was stopped by a signal: it is continued");
                     }
                 }
@@ -306,6 +308,19 @@ impl Reaper {
         })
     }
 
+    /// Has a child continued whenever a signal stops it, for as long as the result lives: one that is run to its end.
+    #[must_use]
+    pub fn keep_running(&self, pid: u32) -> KeptRunning {
+        self.table().commands.insert(pid);
+        // Before that.
+        continue_stopped(Some(pid));
+        KeptRunning { reaper: self.clone(), pid }
+    }
+
+    fn commands(&self) -> Vec<u32> {
+        self.table().commands.iter().copied().collect()
+    }
+
     /// Runs a program to its end, with no input, and takes what it says. It is killed when it has not ended within `limit`.
     ///
     /// # Errors
@@ -313,6 +328,7 @@ impl Reaper {
     pub async fn run(&self, command: &mut Command, limit: Duration) -> Result<Output> {
         let program = command.get_program().to_string_lossy().into_owned();
         let child = self.spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+        let _running = self.keep_running(child.pid);
         let mut stdout = Captured::new(child.stdout)?;
         let mut stderr = Captured::new(child.stderr)?;
         let ended = async {
@@ -378,6 +394,19 @@ pub fn reap() -> Vec<Ended> {
                 return all;
             }
         }
+    }
+}
+
+/// A child that is continued when a signal stops it.
+#[derive(Debug)]
+pub struct KeptRunning {
+    reaper: Reaper,
+    pid: u32,
+}
+
+impl Drop for KeptRunning {
+    fn drop(&mut self) {
+        self.reaper.table().commands.remove(&self.pid);
     }
 }
 

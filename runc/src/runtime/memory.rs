@@ -197,6 +197,7 @@ pub(crate) async fn listen(reaper: &Reaper, command: &mut Command, limit: Durati
 pub(crate) async fn run(reaper: &Reaper, command: &mut Command, limit: Duration) -> Result<u32> {
     // Its group is what it has started and not put into a session of its own, like a container's processes, which outlive it.
     let child = reaper.spawn(command.process_group(0))?;
+    let _running = reaper.keep_running(child.pid);
     let mut unfinished = Unfinished(Tracked::open(child.pid).inspect_err(|_| {
         let _ = kill(Pid::from_raw(child.pid.cast_signed()), Signal::SIGKILL);
     })?);
