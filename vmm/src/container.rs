@@ -31,7 +31,7 @@ use tracing::{Instrument, debug, warn};
 
 use crate::{
     agent::{QUICK, SLOW},
-    disks::DiskUse,
+    disks::{DiskUse, Wanted},
     ended::{OomKills, exit},
     pod::{Guest, Pod},
     relay::{self, Relay},
@@ -286,13 +286,14 @@ impl VmContainer {
 
     pub(crate) async fn recover(pod: Arc<Pod>, head: ContainerHead, record: Value) -> Result<Self> {
         let record: Record = serde_json::from_value(record).map_err(Error::failed("read the container's record"))?;
+        let Record { pid, disks: serials, uses } = record;
+        let disks = if uses.is_empty() { serials.into_iter().map(DiskUse::of).collect() } else { uses };
+        // Whether it is recovered or not, they are taken for nobody else's.
+        pod.disks.adopt(&head.id, &disks).await;
         let request = request(&head.id, None);
         let (guest, context) = (pod.guest().ok(), IoContext::of(&pod.spec, &pod.context, &head.id, None));
         let agent = guest.as_ref().map(|guest| guest.agent());
         let relay = Relay::adopt(&head.stdio, &context, agent, &request).await?;
-        let Record { pid, disks: serials, uses } = record;
-        let disks = if uses.is_empty() { serials.into_iter().map(DiskUse::of).collect() } else { uses };
-        pod.disks.adopt(&disks).await;
         let process = Running::begin(pod, guest, request, pid, relay);
         Ok(Self(Contained { process, head, disks }.known()))
     }
@@ -306,6 +307,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     let request = request(&id, None);
     // One attempt at a time. What an earlier one has left goes: here when this has its place, in the guest when it makes the container.
     let _claim = pod.claim(&id).await;
+    pod.disks.adopt(&id, &[]).await;
 
     stages::enter("share the rootfs");
     let (shared, named) = (pod.shared.clone(), id.clone());
@@ -325,7 +327,8 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         }
         [only] if on_disk => {
             let readonly = only.options.iter().any(|option| option == "ro");
-            match pod.disks.add(&guest, only.source.as_ref(), readonly, false, &offload, undo).await {
+            let wanted = Wanted { container: &id, source: only.source.as_ref(), readonly, shared: false };
+            match pod.disks.add(&guest, wanted, &offload, undo).await {
                 Ok(disk) => {
                     let target = format!("{}/{id}/rootfs", kuasar_guest_protocol::STORAGE_TARGET);
                     storages.push(storage::filesystem(&disk, only, &target));
@@ -358,7 +361,8 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         rewrite::place(&mut oci, volume, &place);
     }
     for device in &devices {
-        let disk = pod.disks.add(&guest, &device.source, device.readonly, true, &offload, undo).await?;
+        let wanted = Wanted { container: &id, source: &device.source, readonly: device.readonly, shared: true };
+        let disk = pod.disks.add(&guest, wanted, &offload, undo).await?;
         let serial = &disk.serial;
         let target =
             format!("{}/{id}/{serial}{}", kuasar_guest_protocol::STORAGE_TARGET, if device.readonly { "-ro" } else { "" });
@@ -389,9 +393,6 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     let (made, connections) = guest.unless_ended(relay::make(guest.agent(), &stdio, made)).await?;
     failpoint::reach(Failpoint::ContainerMade);
     let relay = Relay::open(io, connections?, &context, &request)?;
-    if let Err(error) = pod.disks.sweep(&guest).await {
-        warn!(error = error.report(), "disks that no container has may be left in the machine");
-    }
     let process = Running::begin(pod, Some(guest), request, made.pid, relay);
     Ok(Contained { process, head: ContainerHead { id, bundle, stdio }, disks }.known())
 }
@@ -452,9 +453,7 @@ impl Process for VmContainer {
         self.0.process.delete().await?;
         failpoint::reach(Failpoint::ContainerDeleted);
         if let Ok(guest) = pod.guest() {
-            for disk in &self.0.disks {
-                pod.disks.remove(&guest, &disk.serial).await?;
-            }
+            pod.disks.remove(&guest, &self.0.head.id).await?;
             guest.known_stats().forget(self.0.head.id.as_str());
         }
         pod.shared.remove_container(&self.0.head.id).await?;

@@ -16,7 +16,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs::{self, DirBuilder},
     io::ErrorKind,
     os::unix::fs::{DirBuilderExt, symlink},
@@ -684,18 +684,21 @@ impl Sandbox for VmSandbox {
     }
 }
 
-/// Removes a container of a known sandbox whose creation was cut off.
-pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId) -> Result<()> {
+/// Removes a container of a known sandbox whose creation was cut off: none of those that are `recorded`.
+pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId, recorded: &BTreeSet<ContainerId>) -> Result<()> {
     let _claim = pod.claim(id).await;
-    // Whoever asked for it has asked again meanwhile, and has it.
-    if pod.has_container(id) {
-        return Ok(());
+    let guest = pod.guest().ok();
+    // Else whoever asked for it has asked again meanwhile, and has it.
+    if !pod.has_container(id) {
+        let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
+        container::delete(pod, &request).await?;
+        if let Some(guest) = &guest {
+            pod.disks.remove(guest, id).await?;
+        }
+        pod.shared.remove_container(id).await?;
     }
-    let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
-    container::delete(pod, &request).await?;
-    pod.shared.remove_container(id).await?;
-    match pod.guest() {
-        Ok(guest) => pod.disks.sweep(&guest).await,
-        Err(_) => Ok(()),
+    match guest {
+        Some(guest) => pod.disks.sweep(&guest, recorded).await,
+        None => Ok(()),
     }
 }

@@ -417,7 +417,7 @@ impl Sandboxer for VmmSandboxer {
                         let shared = crate::share::SharedDir::of(&dir);
                         let half_made = shared.containers()?.into_iter().filter_map(|name| name.parse::<ContainerId>().ok());
                         for container in half_made.filter(|container| !containers.contains(container)) {
-                            let (pods, sandbox) = (pods.clone(), key.clone());
+                            let (pods, sandbox, recorded) = (pods.clone(), key.clone(), containers.clone());
                             let what = format!("container {container} of sandbox {id}");
                             found.push(Leftover {
                                 sandbox: key.clone(),
@@ -425,7 +425,7 @@ impl Sandboxer for VmmSandboxer {
                                 removal: Box::pin(async move {
                                     // A sandbox that has gone has taken it along.
                                     match pods.get(&sandbox) {
-                                        Some(pod) => pod::remove_half_made(&pod, &container).await,
+                                        Some(pod) => pod::remove_half_made(&pod, &container, &recorded).await,
                                         None => Ok(()),
                                     }
                                 }),
