@@ -8,10 +8,7 @@ use std::sync::{
 };
 
 use async_trait::async_trait;
-use kuasar_guest_protocol::agent::{
-    ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, ResizeRequest, SignalRequest, UpdateRequest,
-    state_response::State,
-};
+use kuasar_guest_protocol::agent::{ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, UpdateRequest};
 use kuasar_sandboxers::{
     Code, Container, Error, Process, Result,
     cgroup::Stats,
@@ -27,10 +24,11 @@ use kuasar_sandboxers::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{sync::Notify, time::timeout};
-use tracing::{Instrument, debug, warn};
+use tracing::{Instrument, debug};
 
 use crate::{
     agent::{QUICK, SLOW},
+    calls::{self, known_to_run},
     disks::{DiskUse, Wanted},
     ended::{OomKills, exit},
     pod::{Guest, Pod},
@@ -149,12 +147,14 @@ impl Running {
         }
         self.oom_kills.report(&self.pod.context.notices, &self.request, exit).await;
         self.ending.tell(Exit::now(exit.map_or(KILLED, |exit| exit.status & 0xff)));
-        if let Some(guest) = guest.filter(|_| !settled) {
+        if !settled {
             // As on the node, where the process's output waits for containerd, and what it has left behind has that output, too.
-            tokio::select! {
-                () = self.relay.linger(exit) => {}
-                () = self.deleted.notified() => {}
-                _ = guest.ended() => {}
+            if let Some(guest) = guest {
+                tokio::select! {
+                    () = self.relay.linger(exit) => {}
+                    () = self.deleted.notified() => {}
+                    _ = guest.ended() => {}
+                }
             }
             self.relay.report_loss(exit, &self.request);
             self.relay.close().await;
@@ -176,7 +176,7 @@ impl Running {
         let is_last = signal == libc::SIGKILL && self.request.exec.is_empty();
         let signal = u32::try_from(signal).map_err(|_| Error::invalid("signal", format!("{signal} is no signal")))?;
         let guest = self.pod.guest()?;
-        match guest.unless_ended(self::signal(&guest, &self.request, signal, all)).await {
+        match guest.unless_ended(calls::signal(&guest, &self.request, signal, all)).await {
             Err(error) if error.code() == Code::NotFound => Err(finished()),
             // It ended with its machine.
             Err(_) if guest.has_ended() => Err(finished()),
@@ -203,7 +203,7 @@ impl Running {
     }
 
     async fn resize(&self, size: WindowSize) -> Result<()> {
-        resize(&*self.pod.guest()?, &self.request, size).await
+        calls::resize(&*self.pod.guest()?, &self.request, size).await
     }
 
     async fn close_stdin(&self) -> Result<()> {
@@ -215,65 +215,7 @@ impl Running {
     /// Has the guest remove it, if there still is a guest.
     async fn delete(&self) -> Result<()> {
         self.deleted.notify_one();
-        delete(&self.pod, &self.request).await
-    }
-}
-
-/// Sends a signal to a process.
-pub(crate) async fn signal(guest: &Guest, process: &ProcessRequest, signal: u32, all: bool) -> Result<()> {
-    let ProcessRequest { container, exec, .. } = process.clone();
-    let request = SignalRequest { container, exec, signal, all, ..SignalRequest::default() };
-    let sent = guest
-        .agent()
-        .call("send a signal", Some(QUICK), |client, context| async move { client.signal(context, &request).await });
-    sent.await.map(drop)
-}
-
-/// Sets the size of a process's terminal.
-pub(crate) async fn resize(guest: &Guest, process: &ProcessRequest, size: WindowSize) -> Result<()> {
-    let ProcessRequest { container, exec, .. } = process.clone();
-    let (width, height) = (size.width.into(), size.height.into());
-    let request = ResizeRequest { container, exec, width, height, ..ResizeRequest::default() };
-    let resized = guest
-        .agent()
-        .call("resize a terminal", Some(QUICK), |client, context| async move { client.resize(context, &request).await });
-    resized.await.map(drop)
-}
-
-/// The pid of a process that an earlier daemon may have started without saving that. When the guest does not say, it is taken for one that was
-/// not: starting it, which somebody still waits for if it was, is done once by the guest, however often it is asked.
-async fn known_to_run(pod: &Pod, request: &ProcessRequest) -> Option<u32> {
-    let guest = pod.guest().ok()?;
-    let asked = request.clone();
-    let asked = guest
-        .agent()
-        .call("ask for a process", Some(QUICK), |client, context| async move { client.state(context, &asked).await });
-    match asked.await {
-        Ok(state) => matches!(state.state.enum_value(), Ok(State::RUNNING | State::ENDED)).then_some(state.pid),
-        Err(error) => {
-            if error.code() != Code::NotFound {
-                let (container, exec) = (&request.container, &request.exec);
-                warn!(container, exec, error = error.report(), "the guest does not say whether a process was started");
-            }
-            None
-        }
-    }
-}
-
-pub(crate) async fn delete(pod: &Pod, request: &ProcessRequest) -> Result<()> {
-    let Ok(guest) = pod.guest() else { return Ok(()) };
-    let request = request.clone();
-    let deleted = guest
-        .agent()
-        .call("delete a process", Some(SLOW), |client, context| async move { client.delete(context, &request).await });
-    tokio::select! {
-        deleted = deleted => match deleted {
-            Err(error) if error.code() == Code::NotFound => Ok(()),
-            // It went with the machine.
-            Err(_) if guest.has_ended() => Ok(()),
-            deleted => deleted.map(drop),
-        },
-        _ = guest.ended() => Ok(()),
+        calls::delete(&self.pod, &self.request).await
     }
 }
 
@@ -386,7 +328,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         ..CreateContainerRequest::default()
     };
     let (taken_back, named) = (pod.clone(), request.clone());
-    undo.push("remove the container in the guest", async move { delete(&taken_back, &named).await });
+    undo.push("remove the container in the guest", async move { calls::delete(&taken_back, &named).await });
     let made = guest.agent().call("create the container", Some(SLOW), |client, context| async move {
         client.create_container(context, &asked).await
     });
@@ -495,6 +437,7 @@ impl Container for VmContainer {
             ExecRecord::Started { pid } => (Value::Null, Some(pid)),
         };
         let exec = VmExec { recovered: true, ..self.add(id, stdio, document) };
+        let recorded = pid.is_some();
         let pid = match pid {
             None => known_to_run(&exec.pod, &exec.request).await,
             known => known,
@@ -502,7 +445,14 @@ impl Container for VmContainer {
         if let Some(pid) = pid {
             let guest = exec.pod.guest().ok();
             let agent = guest.as_ref().map(|guest| guest.agent());
-            let relay = Relay::adopt(&exec.stdio, &exec.io_context(), agent, &exec.request).await?;
+            let relay = match Relay::adopt(&exec.stdio, &exec.io_context(), agent, &exec.request).await {
+                // Its client went away before it was told of the start: nobody else would end it.
+                Err(error @ Error::Invalid { .. }) if !recorded => {
+                    calls::delete(&exec.pod, &exec.request).await?;
+                    return Err(error);
+                }
+                adopted => adopted?,
+            };
             exec.running.get_or_init(|| Running::begin(exec.pod.clone(), guest, exec.request.clone(), pid, relay));
         }
         Ok(Arc::new(exec))
@@ -631,7 +581,7 @@ impl Process for VmExec {
         let relay = match relay {
             Ok(relay) => relay,
             Err(error) => {
-                delete(&self.pod, &self.request).await?;
+                calls::delete(&self.pod, &self.request).await?;
                 return Err(error);
             }
         };
@@ -664,7 +614,7 @@ impl Process for VmExec {
     async fn delete(&self) -> Result<()> {
         match self.running.get() {
             Some(running) => running.delete().await,
-            None if self.recovered || self.attempted.load(Ordering::Relaxed) => delete(&self.pod, &self.request).await,
+            None if self.recovered || self.attempted.load(Ordering::Relaxed) => calls::delete(&self.pod, &self.request).await,
             None => Ok(()),
         }
     }

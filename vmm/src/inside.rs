@@ -30,7 +30,7 @@ use tracing::{debug, warn};
 
 use crate::{
     agent::{QUICK, SLOW, tame, within},
-    container,
+    calls,
     dial::Connection,
     ended,
     pod::{Guest, Pod},
@@ -77,7 +77,7 @@ pub(crate) async fn clear(pod: &Pod) {
 
 /// Removes a program, or what all of them run in.
 async fn remove(pod: &Pod, process: &ProcessRequest) {
-    match timeout(REMOVAL, container::delete(pod, process)).await {
+    match timeout(REMOVAL, calls::delete(pod, process)).await {
         Ok(Ok(())) => {}
         // The guest was not booted for them.
         Ok(Err(error)) if error.code() == Code::Unimplemented => {}
@@ -288,8 +288,8 @@ async fn steer(
 /// What fails, fails for a program that has just ended.
 async fn do_with(guest: &Guest, process: &ProcessRequest, control: ProgramControl) {
     let done = match control {
-        ProgramControl::Resize(size) => container::resize(guest, process, size).await,
-        ProgramControl::Signal(signal) => container::signal(guest, process, signal, false).await,
+        ProgramControl::Resize(size) => calls::resize(guest, process, size).await,
+        ProgramControl::Signal(signal) => calls::signal(guest, process, signal, false).await,
     };
     if let Err(error) = done {
         debug!(error = error.report(), ?control, "cannot be done with a program");

@@ -20,6 +20,7 @@
 
 mod agent;
 mod boot;
+mod calls;
 pub mod config;
 mod console;
 mod container;

@@ -56,9 +56,9 @@ use tracing::{Instrument, debug, warn};
 pub(crate) use crate::guest::Guest;
 use crate::{
     agent::SLOW,
-    boot,
+    boot, calls,
     console::Console,
-    container::{self, Contained, VmContainer},
+    container::{Contained, VmContainer},
     dial,
     disks::Disks,
     guest::GuestRecord,
@@ -691,7 +691,7 @@ pub(crate) async fn remove_half_made(pod: &Pod, id: &ContainerId, recorded: &BTr
     // Else whoever asked for it has asked again meanwhile, and has it.
     if !pod.has_container(id) {
         let request = ProcessRequest { container: id.to_string(), ..ProcessRequest::default() };
-        container::delete(pod, &request).await?;
+        calls::delete(pod, &request).await?;
         if let Some(guest) = &guest {
             pod.disks.remove(guest, id).await?;
         }

@@ -4,6 +4,7 @@
 
 mod guests;
 mod machines;
+mod takeovers;
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,7 @@ use std::{
 use guests::{Fake, Ill, Output, Ways, hello, out_of_memory, script, until};
 use kuasar_guest_protocol::VERSION;
 use kuasar_sandboxers::{
-    Code, Error, Process, Result, SandboxContext, Sandboxer,
+    Code, Error, Result, SandboxContext, Sandboxer,
     cgroup::Cgroup,
     event::{EventKind, EventSink, Notices, Sent},
     fake,
@@ -31,7 +32,7 @@ use kuasar_sandboxers::{
     registry::Registry,
     spec::OciSpec,
     stdio::{Stdio, StreamHub},
-    types::{ContainerHead, ContainerSpec, ExecSpec, SandboxSpec},
+    types::{ContainerSpec, ExecSpec, SandboxSpec},
 };
 use kuasar_vmm::{HypervisorConfig, VmmConfig, VmmSandboxer, qemu::QemuConfig};
 use machines::reaper;
@@ -240,17 +241,6 @@ fn resident_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
-}
-
-/// What a daemon does that is killed after it.
-async fn cut_off<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
-    let daemon = move || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let done = runtime.block_on(work);
-        runtime.shutdown_background();
-        done
-    };
-    tokio::task::spawn_blocking(daemon).await.unwrap()
 }
 
 /// Lets time fly while nothing happens, so that limits of minutes can be tried.
@@ -577,90 +567,4 @@ async fn events_are_believed_of_own_containers_and_not_faster_than_they_can_be()
     }
     // Nobody has taken it, so it stands for all that followed.
     assert_eq!(told, 1);
-}
-
-/// A daemon that is killed in the middle of a start, and the one after it: which ends what it finds half made, and can start it again.
-#[tokio::test]
-async fn a_start_that_was_cut_off_is_cleared_and_can_be_repeated() {
-    let Some(node) = Node::new("a_start_that_was_cut_off_is_cleared_and_can_be_repeated").await else { return };
-    let helper = |root: &Path| fs::read_dir(root.join(".machines/0")).map_or(0, Iterator::count) > 0;
-    let context = node.context();
-    let spec = Arc::new(node.spec());
-    node.ways.ill("Hello", Ill::Silence);
-    let (root, dir, ways) = (node.root(), node.dir.path().to_owned(), node.ways.clone());
-    let (first, saved) = (spec.clone(), context.clone());
-    let record = cut_off(async move {
-        let sandbox = sandboxer(&dir, &ways).await.create(first, saved).await.unwrap();
-        let record = sandbox.record();
-        tokio::spawn(async move { sandbox.start().await });
-        until("the guest to be there", || root.join(".machines/0/vsock").exists() && helper(&root)).await;
-        record
-    })
-    .await;
-    let group = format!("kuasar-vm-{}", node.name);
-    let processes = || Cgroup::named(&group).unwrap().iter().map(|group| group.processes().unwrap().len()).sum::<usize>();
-    assert!(processes() > 0 && node.netns.contents().await != node.untouched);
-
-    let second = sandboxer(node.dir.path(), &node.ways).await;
-    let sandbox = second.recover(spec, context, record).await.unwrap();
-    assert_eq!((processes(), node.root().join(".machines/0").exists()), (0, false));
-    node.ways.well("Hello");
-    timeout(SOON, sandbox.start()).await.unwrap().unwrap();
-    assert!(processes() > 0);
-    timeout(SOON, sandbox.delete()).await.unwrap().unwrap();
-    node.assert_nothing_is_left().await;
-}
-
-/// A guest that does not answer the daemon that takes over may only be slow. What the daemon before has started, and not saved that, is
-/// started again by who waits for it, and goes on.
-#[tokio::test]
-async fn what_a_silent_guest_has_started_is_not_forgotten() {
-    let Some(node) = Node::new("what_a_silent_guest_has_started_is_not_forgotten").await else { return };
-    node.ways.outlive(tokio::runtime::Handle::current());
-    node.ways.output(Output::Bytes(5), 5);
-    let log = node.dir.path().join("log");
-    let stdio = Stdio { stdout: format!("file://{}", log.display()), ..Stdio::default() };
-    let (spec, dir, ways, context) = (Arc::new(node.spec()), node.dir.path().to_owned(), node.ways.clone(), node.context());
-    let (wanted, first) = (node.container_spec(Stdio::default()), spec.clone());
-    let head = ContainerHead { id: wanted.id.clone(), bundle: wanted.bundle.clone(), stdio: wanted.stdio.clone() };
-    let ((id, added), printed) = (exec("e"), log.clone());
-    let added = ExecSpec { stdio: stdio.clone(), ..added };
-    let (pod, container, exec) = cut_off(async move {
-        let sandbox = sandboxer(&dir, &ways).await.create(first, context).await.unwrap();
-        sandbox.start().await.unwrap();
-        let container = sandbox.create_container(wanted).await.unwrap();
-        let exec = container.exec(added).await.unwrap();
-        let records = (sandbox.record(), container.record(), exec.record());
-        container.start().await.unwrap();
-        exec.start().await.unwrap();
-        until("output and errors", || fs::metadata(&printed).is_ok_and(|log| log.len() == 10)).await;
-        // A daemon that is killed lets go of nothing.
-        std::mem::forget((sandbox, container, exec));
-        records
-    })
-    .await;
-
-    node.ways.ill("State", Ill::Silence);
-    let second = sandboxer(node.dir.path(), &node.ways).await;
-    let sandbox = second.recover(spec, node.context(), pod).await.unwrap();
-    let (container, exec) = patiently(async {
-        let container = sandbox.recover_container(head, container).await.unwrap();
-        assert_eq!(container.started().await.unwrap(), None);
-        let exec = container.recover_exec(id, stdio, exec).await.unwrap();
-        assert_eq!(exec.started().await.unwrap(), None);
-        (container, exec)
-    })
-    .await;
-    node.ways.well("State");
-    for process in [&*exec, &*container as &dyn Process] {
-        // The guest's 7, as a number that no process of the node has.
-        assert_eq!(timeout(SOON, process.start()).await.unwrap().unwrap(), (1 << 22) + 7);
-        process.kill(libc::SIGTERM, false).await.unwrap();
-        assert_eq!(timeout(SOON, process.exited()).await.unwrap().status, 3);
-        process.delete().await.unwrap();
-    }
-    // Over the connections that the first daemon has made: others would have brought it again.
-    assert_eq!(fs::read(&log).unwrap(), b"xxxxxxxxxx");
-    timeout(SOON, sandbox.delete()).await.unwrap().unwrap();
-    node.assert_nothing_is_left().await;
 }
