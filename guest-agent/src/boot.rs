@@ -44,9 +44,6 @@ const TABLES: [&str; 2] = ["ip_tables", "ip6_tables"];
 /// Where control groups are.
 pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Open files of a process, as containerd's have them: containers that ask for no limit get this.
-const OPEN_FILES: u64 = 1 << 20;
-
 /// Processes and threads at a time: the most that the kernel has numbers for.
 const PROCESSES: u32 = 1 << 22;
 
@@ -171,12 +168,8 @@ fn enable_controllers() -> Result<()> {
 /// The limits of processes, as those of containerd on a node. The kernel's own for the numbers of processes and signals are by the machine's
 /// memory: a machine of 512 MiB would have 1549 processes of a user. What a pod may have is its control group's to say.
 fn set_limits() -> Result<()> {
-    for (what, resource, limit) in [
-        ("open files", Resource::RLIMIT_NOFILE, OPEN_FILES),
-        ("processes", Resource::RLIMIT_NPROC, RLIM_INFINITY),
-        ("pending signals", Resource::RLIMIT_SIGPENDING, RLIM_INFINITY),
-    ] {
-        setrlimit(resource, limit, limit)
+    for (what, resource) in [("processes", Resource::RLIMIT_NPROC), ("pending signals", Resource::RLIMIT_SIGPENDING)] {
+        setrlimit(resource, RLIM_INFINITY, RLIM_INFINITY)
             .map_err(|errno| Error::failed(format!("raise the limit of {what}"))(io::Error::from(errno)))?;
     }
     // As systemd has it on nodes, and the kernel's other limit by memory.

@@ -57,7 +57,7 @@ fn modprobe(alias: &str) -> ExitCode {
 fn run() -> Result<()> {
     let words = boot::mount_all().inspect_err(|error| eprintln!("kuasar-guest-agent: {}", error.report()))?;
     console::log(words.log.as_deref());
-    // The kernel's 4096 are few; containers are given what those on a node have.
+    // Containers that ask for no limit get this one, as under containerd's own unit.
     limits::begin_with(1024, 524_288).and_then(|()| limits::raise_open_files()).map_err(Error::failed("limit open files"))?;
     info!("mounted");
     let threads = Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
