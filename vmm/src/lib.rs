@@ -33,6 +33,7 @@ pub mod hypervisor;
 mod image;
 mod inside;
 pub mod launch;
+mod machine_dir;
 pub mod net;
 mod pod;
 pub mod qemu;

@@ -17,9 +17,9 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs::{self, DirBuilder},
+    fs::DirBuilder,
     io::ErrorKind,
-    os::unix::fs::{DirBuilderExt, symlink},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
@@ -65,6 +65,7 @@ use crate::{
     hypervisor::Place,
     inside::{self, Sessions},
     launch::Launched,
+    machine_dir,
     net::{self, PodNetwork, forward::Forwarder},
     sandboxer::Shared,
     share::{Half, SharedDir},
@@ -233,8 +234,8 @@ impl Pod {
         // Nobody else may come by: below it are containers' files, Secrets and programs that become root among them.
         DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(Error::io("create", &self.dir))?;
         // From now on its number is seen to be taken, by a later daemon too.
-        link(&self.dir.join("vm"), &self.sandboxer.machine_dir(self.number))
-            .or_else(|error| remove_dir(&self.dir).and(Err(error)))
+        machine_dir::link(&self.dir.join("vm"), &self.sandboxer.machine_dir(self.number))
+            .or_else(|error| machine_dir::remove_dir(&self.dir).and(Err(error)))
     }
 
     /// Takes the state over that an earlier daemon has saved.
@@ -317,7 +318,7 @@ impl Pod {
             return Ok(());
         }
         warn!("removing what is left of a start that was cut off");
-        clear_machine(&self.dir, &Cgroup::at(&self.group())?).await
+        machine_dir::clear_machine(&self.dir, &Cgroup::at(&self.group())?).await
     }
 
     async fn start_now(self: &Arc<Self>, undo: &mut Undo) -> Result<()> {
@@ -330,16 +331,16 @@ impl Pod {
         stages::enter("make the machine's control group and directory");
         // First: by this directory it is seen that a start has begun.
         let dir = self.dir.clone();
-        undo.push("remove the machine's files", async move { remove_files(&dir) });
-        make_machine_dir(&sandboxer.machine_dir(self.number))?;
+        undo.push("remove the machine's files", async move { machine_dir::remove(&dir) });
+        machine_dir::make(&sandboxer.machine_dir(self.number))?;
         let path = self.group();
         let group = tokio::task::spawn_blocking(move || Cgroup::create(&path))
             .await
             .map_err(Error::failed("make a control group"))??;
         let taken_back = group.clone();
-        undo.push("remove the machine's control group", async move { remove_group(&taken_back).await });
+        undo.push("remove the machine's control group", async move { machine_dir::remove_group(&taken_back).await });
         let place = self.place(Some(group));
-        link(&self.dir.join("netns"), &netns)?;
+        machine_dir::link(&self.dir.join("netns"), &netns)?;
         let console = Console::of(&self.dir);
         console.create(place.user)?;
 
@@ -500,72 +501,6 @@ async fn blame(error: Error, helpers: &[Launched]) -> Error {
     }
 }
 
-/// The machine's directory. Its user may find in it what it is told of, and nothing else: it cannot put anything in another's place.
-fn make_machine_dir(dir: &Path) -> Result<()> {
-    DirBuilder::new().mode(0o711).create(dir).map_err(Error::io("create", dir))
-}
-
-/// The directory of a sandbox's machine, where it has one.
-pub(crate) fn machine_dir(dir: &Path) -> Result<Option<PathBuf>> {
-    linked(&dir.join("vm"))
-}
-
-/// What a link of ours says.
-fn linked(link: &Path) -> Result<Option<PathBuf>> {
-    match fs::read_link(link) {
-        Ok(target) => Ok(Some(target)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("read", link)(error)),
-    }
-}
-
-fn link(link: &Path, target: &Path) -> Result<()> {
-    remove_link(link)?;
-    symlink(target, link).map_err(Error::io("create", link))
-}
-
-fn remove_link(link: &Path) -> Result<()> {
-    match fs::remove_file(link) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", link)(error)),
-        _ => Ok(()),
-    }
-}
-
-/// The link to the machine's directory stays as long as the sandbox's own, for it holds the machine's number.
-fn remove_files(dir: &Path) -> Result<()> {
-    Console::of(dir).remove()?;
-    remove_link(&dir.join("netns"))?;
-    machine_dir(dir)?.map_or(Ok(()), |machine| remove_dir(&machine))
-}
-
-pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", dir)(error)),
-        _ => Ok(()),
-    }
-}
-
-pub(crate) async fn remove_group(group: &Cgroup) -> Result<()> {
-    group.kill().await?;
-    group.remove().await
-}
-
-/// Undoes all that a pod's machine may have made, whatever is known of it: processes by their control group, the rest by the directory.
-pub(crate) async fn clear(dir: &Path, group: &Cgroup) -> Result<()> {
-    clear_machine(dir, group).await?;
-    remove_dir(dir)
-}
-
-/// As [`clear`], but the sandbox's directory stays, for another start.
-async fn clear_machine(dir: &Path, group: &Cgroup) -> Result<()> {
-    remove_group(group).await?;
-    if let Some(netns) = linked(&dir.join("netns"))? {
-        net::disconnect(&netns).await?;
-    }
-    SharedDir::of(dir).remove().await?;
-    remove_files(dir)
-}
-
 /// The contract's face of a [`Pod`].
 #[derive(Debug)]
 pub(crate) struct VmSandbox(Arc<Pod>);
@@ -598,7 +533,7 @@ impl Sandbox for VmSandbox {
 
     async fn delete(&self) -> Result<()> {
         self.stop(Duration::ZERO).await?;
-        clear(&self.0.dir, &Cgroup::at(&self.0.group())?).await?;
+        machine_dir::clear(&self.0.dir, &Cgroup::at(&self.0.group())?).await?;
         self.0.sandboxer.release(self.0.number);
         Ok(())
     }

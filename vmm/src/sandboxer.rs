@@ -26,6 +26,7 @@ use crate::{
     config::{HypervisorConfig, VmmConfig},
     hypervisor::{Hypervisor, Place},
     launch::{LaunchRecord, Launched},
+    machine_dir,
     pod::{self, GROUP, Pod, Record, VmSandbox},
     qemu::Qemu,
     virtiofsd::Virtiofsd,
@@ -249,7 +250,7 @@ fn numbers_in(root: &Path) -> Result<BTreeSet<u32>> {
 
 /// The number of a sandbox's machine, where it has been given one.
 fn number_of(dir: &Path) -> Result<Option<u32>> {
-    Ok(pod::machine_dir(dir)?.and_then(|place| place.file_name()?.to_str()?.parse().ok()))
+    Ok(machine_dir::of(dir)?.and_then(|place| place.file_name()?.to_str()?.parse().ok()))
 }
 
 /// Whether the guest image is there and can be what it should be.
@@ -324,11 +325,11 @@ fn directories(dir: &Path) -> Result<Vec<String>> {
 async fn remove_leftover(shared: &Shared, dir: &Path) -> Result<()> {
     let number = number_of(dir)?;
     for group in groups(dir)? {
-        pod::remove_group(&group).await?;
+        machine_dir::remove_group(&group).await?;
     }
     // The group's path is not known, but it has been removed.
     let id = dir.file_name().and_then(OsStr::to_str).unwrap_or_default();
-    pod::clear(dir, &Cgroup::at(&Path::new("/").join(format!("{GROUP}{id}")))?).await?;
+    machine_dir::clear(dir, &Cgroup::at(&Path::new("/").join(format!("{GROUP}{id}")))?).await?;
     if let Some(number) = number {
         shared.release(number);
     }
