@@ -508,6 +508,8 @@ async fn machines_that_die_in_a_call() {
         match done {
             // These come later.
             Ok(()) => assert!(["Delete", "ShutDown"].contains(&method), "{method}"),
+            // When the container's end is known before the call's, its last numbers are the answer, and the next call finds it stopped.
+            Err(error) if method == "Stats" && error.report().contains("it is stopped") => {}
             Err(error) if method == "Signal" => assert_eq!(error.code(), Code::NotFound, "{}", error.report()),
             Err(error) => {
                 let report = error.report();
