@@ -179,6 +179,8 @@ impl Table {
             if disk.users.len() > 1 {
                 disk.users.remove(container);
             } else {
+                // The guest may let go of it late, under whoever has got it meanwhile.
+                disk.shared = None;
                 alone.push(serial.clone());
             }
         }
@@ -230,6 +232,7 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(table.let_go(&two), ["shared"]);
         }
+        assert_eq!(table.known["shared"].shared, None, "nobody gets what is on its way out");
     }
 
     #[test]
