@@ -95,6 +95,8 @@ pub struct World(Arc<Mutex<State>>);
 pub enum Fault {
     /// It fails.
     Fail,
+    /// It can never succeed.
+    Refuse,
     /// The backend panics.
     Panic,
     /// It waits for a permit, and then goes on.
@@ -189,6 +191,7 @@ impl World {
         match fault {
             None => {}
             Some(Fault::Fail) => return Err(Error::failed(operation)("it was told to fail")),
+            Some(Fault::Refuse) => return Err(Error::invalid(operation, "it was told to be refused")),
             #[allow(clippy::panic, reason = "that is what it is for")]
             Some(Fault::Panic) => panic!("{operation} was told to panic"),
             Some(Fault::Wait(gate)) => {

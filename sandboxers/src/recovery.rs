@@ -320,6 +320,8 @@ pub(crate) struct Found {
     live: Vec<Key>,
     /// Those that were started and not recorded as that.
     started: Vec<(Key, u32)>,
+    /// Execs that are past recovery, and nothing but an entry.
+    given_up: Vec<(ExecId, ProcessState)>,
 }
 
 impl Lost {
@@ -386,8 +388,17 @@ impl Part {
                 found.execs.push((exec, ProcessEntry::new(process, state, stdio)));
                 Ok(())
             };
-            if let Err(error) = fds.attempt(&parked, guarded(recovered)).await {
-                error!(container = %id, exec = %exec.id, error = error.report(), "failed to recover an exec; it is tried again");
+            let Err(error) = fds.attempt(&parked, guarded(recovered)).await else { continue };
+            debug!(container = %id, exec = %exec.id, error = error.report(), "failed to recover an exec");
+            let given_up = match (exec.state, &error) {
+                (ProcessState::Stopped { .. }, _) => true,
+                // Its FIFOs are gone, and with them whoever would have it started.
+                (ProcessState::Created { .. }, Error::Invalid { .. }) => true,
+                _ => false,
+            };
+            if given_up {
+                found.given_up.push((exec.id, exec.state));
+            } else {
                 self.record.execs.push(exec);
                 outcome = Err(error);
             }
@@ -417,7 +428,7 @@ impl Owner {
 
     /// Has what was recovered of a container from now on.
     fn take_over(&mut self, id: &ContainerId, found: Found) {
-        let Found { entry, execs, live, started } = found;
+        let Found { entry, execs, live, started, given_up } = found;
         if let Some(entry) = entry {
             self.containers.insert(id.clone(), entry);
         }
@@ -433,6 +444,24 @@ impl Owner {
                 self.watch_process(key, process);
             }
         }
+        for (exec, state) in given_up {
+            self.give_up(id, exec, state);
+        }
+    }
+
+    /// Deletes an exec that is past recovery, for whoever asks for that.
+    fn give_up(&mut self, id: &ContainerId, exec: ExecId, state: ProcessState) {
+        let (pid, exit) = (state.pid(), state.exit().unwrap_or_else(|| Exit::now(137)));
+        info!(container = %id, exec = %exec, "an exec that has ended, or can never be started, could not be recovered: it is deleted");
+        let names = parked_names(&self.spec.namespace, &self.spec.id, Some(id));
+        self.registry.release_parked(&names.into_iter().map(|name| format!("{name}{exec}/")).collect::<Vec<_>>());
+        let key = (id.clone(), Some(exec.clone()));
+        self.bury(&key, ProcessState::Stopped { pid, exit });
+        self.registry.note_deleted(&self.key(), self.deleted.back().cloned());
+        if state.exit().is_none() {
+            self.publish(id, EventKind::Exited { exec: Some(exec.clone()), pid, exit });
+        }
+        self.publish(id, EventKind::Deleted { exec: Some(exec), pid, exit });
     }
 
     /// When the next attempt is due.

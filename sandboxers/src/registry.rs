@@ -403,6 +403,11 @@ impl Registry {
         index.deleted.insert(key.clone(), record.deleted.clone());
     }
 
+    /// Remembers what was deleted in the name of the daemon before this one.
+    pub(crate) fn note_deleted(&self, key: &(Namespace, SandboxId), record: Option<DeletedRecord>) {
+        self.index().deleted.entry(key.clone()).or_default().extend(record);
+    }
+
     pub(crate) fn note_unrecovered(&self, key: &(Namespace, SandboxId), why: String) {
         self.index().unrecovered.insert(key.clone(), why);
     }

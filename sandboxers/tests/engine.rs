@@ -179,6 +179,7 @@ async fn the_engine() {
         a_container_that_can_never_be_recovered_ends_with_its_sandbox,
         a_stop_during_an_attempt_waits_for_it,
         an_exec_that_was_not_recovered_does_not_take_its_container_along,
+        an_exec_that_can_never_be_recovered_is_deleted,
         a_signal_does_not_wait_for_a_stuck_update,
         a_container_is_deleted_after_what_runs_in_it,
         a_sandbox_is_deleted_after_what_runs_in_it,
@@ -371,6 +372,49 @@ async fn an_exec_that_was_not_recovered_does_not_take_its_container_along(node: 
     assert_eq!(main.wait(Some(exec_id())).await.unwrap().status, 137);
     sandbox(&registry).delete().await.unwrap();
     assert!(node.world.held().is_empty());
+}
+
+async fn an_exec_that_can_never_be_recovered_is_deleted(node: Arc<Node>) {
+    for (ended, fault, status) in [(true, Fault::Fail, 9), (false, Fault::Refuse, 137)] {
+        node.earlier(move |node, registry| async move {
+            let (_, main) = pod(&node, &registry).await;
+            if !ended {
+                add_exec(&main).await;
+            } else {
+                let process = Behaviour::Exit(9).process();
+                main.exec(ExecSpec { id: "ended".parse().unwrap(), process, stdio: Stdio::default() }).await.unwrap();
+                main.start(Some("ended".parse().unwrap())).await.unwrap();
+                main.wait(Some("ended".parse().unwrap())).await.unwrap();
+            }
+            let (reader, _) = std::io::pipe().unwrap();
+            for exec in ["e", "ended"] {
+                let name = format!("@test/pod/main/{exec}/stdout");
+                std::mem::forget(node.holder.store().leave(name, &[reader.as_fd()]).unwrap());
+            }
+        })
+        .await;
+        let id: ExecId = if ended { "ended" } else { "e" }.parse().unwrap();
+        node.world.fault(&format!("recover exec {id} of container main"), usize::MAX, fault);
+        // The daemon after the next one knows of it, too.
+        for _ in 0..2 {
+            let id = id.clone();
+            node.earlier(move |node, registry| async move {
+                let main = container(&registry);
+                assert!(sandbox(&registry).status().await.unwrap().containers[0].unrecovered.is_none());
+                assert!(!node.holder.names().contains(&format!("@test/pod/main/{id}/stdout")));
+                assert_eq!(main.delete(Some(id.clone())).await.unwrap_err().code(), Code::NotFound);
+                let buried = registry.deleted(&"test".parse().unwrap(), &"main".parse().unwrap(), Some(&id)).unwrap();
+                assert_eq!(buried.exit().unwrap().status, status);
+            })
+            .await;
+        }
+        assert_eq!(node.world.begun(&format!("recover exec {id} of container main")), 1);
+        node.earlier(|_, registry| async move { sandbox(&registry).delete().await.unwrap() }).await;
+        // Nobody can say to the fake that it is not wanted any more: a leftover.
+        assert_eq!(node.world.held(), [format!("exec {id} of container main")]);
+        node.daemon().await;
+        assert!(node.world.held().is_empty());
+    }
 }
 
 async fn a_signal_does_not_wait_for_a_stuck_update(node: Arc<Node>) {
