@@ -9,8 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
-    store::{VERSION, write_private},
+    store::write_private,
 };
+
+/// The format that this program writes. Names of parked descriptors have a namespace since 2.
+const FORMAT: u32 = 2;
 
 const FILE: &str = "format.json";
 
@@ -32,11 +35,11 @@ pub fn admit(state: &Path) -> Result<()> {
         text => text.map_err(Error::io("read", &path))?,
     };
     match serde_json::from_slice(&text) {
-        Ok(Format { version, writer }) if version > VERSION => Err(Error::invalid(
+        Ok(Format { version, writer }) if version > FORMAT => Err(Error::invalid(
             "state directory",
             format!(
                 "{} was written by kuasard {writer} in format {version}, and this is kuasard {}, which knows formats up to \
-                 {VERSION}: it cannot take over what runs there; run that version, or drain the node and remove the directory first",
+                 {FORMAT}: it cannot take over what runs there; run that version, or drain the node and remove the directory first",
                 state.display(),
                 env!("CARGO_PKG_VERSION"),
             ),
@@ -56,7 +59,7 @@ pub fn admit(state: &Path) -> Result<()> {
 /// [`Error::Io`].
 pub fn note(state: &Path) -> Result<()> {
     let path = state.join(FILE);
-    let format = Format { version: VERSION, writer: env!("CARGO_PKG_VERSION").into() };
+    let format = Format { version: FORMAT, writer: env!("CARGO_PKG_VERSION").into() };
     let bytes = serde_json::to_vec(&format).map_err(Error::failed("write down the format of the state directory"))?;
     if fs::read(&path).is_ok_and(|found| found == bytes) {
         return Ok(());
@@ -74,9 +77,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         admit(dir.path()).unwrap();
         note(dir.path()).unwrap();
-        admit(dir.path()).unwrap();
-        let newer = format!("{{\"version\": {}, \"writer\": \"99.9\"}}", VERSION + 1);
-        fs::write(dir.path().join(FILE), newer).unwrap();
+        let written: Format = serde_json::from_slice(&fs::read(dir.path().join(FILE)).unwrap()).unwrap();
+        assert_eq!(written.version, 2);
+        let write = |version: u32| {
+            let text = serde_json::to_vec(&Format { version, writer: "99.9".into() }).unwrap();
+            fs::write(dir.path().join(FILE), text).unwrap();
+        };
+        for version in [1, 2] {
+            write(version);
+            admit(dir.path()).unwrap();
+        }
+        write(3);
         let error = admit(dir.path()).unwrap_err();
         assert_eq!(error.code(), Code::InvalidArgument);
         assert!(error.report().contains("kuasard 99.9"), "{}", error.report());
