@@ -22,7 +22,7 @@ use kuasar_sandboxers::{
     lifecycle::ProcessState,
     registry::Registry,
 };
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::{Code, transport::Channel};
 use tracing::{info, warn};
 
@@ -37,6 +37,9 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// How long to wait before containerd is asked again.
 const AGAIN: Duration = Duration::from_millis(100);
+
+/// How long one may take to end that is killed: what hangs in the kernel does not.
+const END: Duration = Duration::from_secs(20);
 
 type Key = (Namespace, ContainerId);
 
@@ -101,7 +104,9 @@ impl Abandoned {
     /// Ends it and removes it.
     pub(crate) async fn end(self, calls: &Calls) -> Result<()> {
         let Self { sandbox, container, status } = self;
-        let work = async move {
+        let operation = format!("the end of container {}", status.id);
+        let late = move |_| Error::TimedOut { operation, seconds: END.as_secs() };
+        let end = async move {
             if matches!(status.init.state, ProcessState::Running { .. } | ProcessState::Paused { .. }) {
                 match container.kill(None, libc::SIGKILL, true).await {
                     Ok(()) | Err(Error::Finished { .. }) => drop(container.wait(None).await?),
@@ -110,6 +115,7 @@ impl Abandoned {
             }
             container.delete(None).await.map(drop)
         };
+        let work = async move { timeout(END, end).await.map_err(late)? };
         let id = &status.id;
         match calls.run("end an abandoned container", id, work).await {
             Ok(()) => {

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use kuasar_sandboxers::{
     Error, Result,
     handle::{SandboxHandle, SandboxStatus},
@@ -237,17 +238,14 @@ impl Collector {
             }
         }
         self.missing = missing;
-        let mut abandoned = BTreeSet::new();
-        for found in self.comparison.find(&self.registry).await? {
+        let found = self.comparison.find(&self.registry).await?.into_iter();
+        let ends = found.map(async |found| {
             let key = found.key();
-            if !self.abandoned.contains(&key) {
-                abandoned.insert(key);
-            } else if found.end(&self.calls).await.is_err() {
-                // The log says why; at the next look again.
-                abandoned.insert(key);
-            }
-        }
-        self.abandoned = abandoned;
+            // Where it cannot be ended, the log says why; at the next look again.
+            let remains = !self.abandoned.contains(&key) || found.end(&self.calls).await.is_err();
+            remains.then_some(key)
+        });
+        self.abandoned = join_all(ends).await.into_iter().flatten().collect();
         Ok(())
     }
 }
