@@ -377,9 +377,14 @@ impl Owner {
 
     /// What the backend has noticed by itself.
     pub(crate) fn notice(&mut self, noticed: Noticed) {
-        let Noticed { container: id, notice: Notice::OutOfMemory { kills }, kept } = noticed;
+        let (id, Notice::OutOfMemory { kills }) = (noticed.container.clone(), noticed.notice);
         // A guest may name any container, and any number.
-        let Some(entry) = self.containers.get_mut(&id) else { return };
+        let Some(entry) = self.containers.get_mut(&id) else {
+            if let Some(lost) = self.lost.get_mut(&id) {
+                lost.noticed = Some(noticed);
+            }
+            return;
+        };
         let kills = kills.unwrap_or(entry.oom.kills.saturating_add(1));
         if kills <= entry.oom.kills {
             return;
@@ -391,7 +396,7 @@ impl Owner {
         }
         entry.oom.told = Some(Instant::now());
         self.publish(&id, EventKind::OutOfMemory);
-        self.after_save(move |_, _| drop(kept));
+        self.after_save(move |_, _| drop(noticed));
     }
 
     /// Remembers a deletion for whoever asks for it again.
@@ -571,9 +576,7 @@ impl Owner {
     /// Forgets a container and all its processes; whoever still waits is told an exit.
     pub(crate) fn forget(&mut self, id: &ContainerId) {
         let processes = self.containers.remove(id).into_iter().flat_map(|entry| entry.execs.into_values().chain([entry.init]));
-        if self.lost.remove(id).is_some() {
-            self.news.send_replace(());
-        }
+        let lost = self.lost.remove(id);
         self.registry.forget_container(&self.spec.namespace, id);
         self.changed();
         for process in processes {
@@ -583,6 +586,9 @@ impl Owner {
                 unknown
             });
             self.dismiss(process);
+        }
+        if let Some(lost) = lost {
+            self.dismiss_lost(id, lost);
         }
     }
 

@@ -26,7 +26,7 @@ use tracing::{debug, error, info};
 use crate::{
     contract::{Container, Known, Process, Sandbox},
     error::{Error, Result},
-    event::EventKind,
+    event::{EventKind, Noticed},
     fdstore::FdStore,
     id::{ContainerId, ExecId, Namespace, SandboxId},
     lane::Track,
@@ -298,6 +298,8 @@ pub(crate) struct Lost {
     busy: bool,
     /// What waits for that, to run in a lane, or at once.
     waiting: Vec<(Option<Track>, Call)>,
+    /// The newest of what its backend has noticed meanwhile.
+    pub(crate) noticed: Option<Noticed>,
 }
 
 /// What is still to be recovered of a container.
@@ -327,7 +329,7 @@ pub(crate) struct Found {
 impl Lost {
     fn new(record: ContainerRecord) -> Self {
         let part = Part { record: record.clone(), container: None, known: false };
-        Self { record, part, why: String::new(), retry: Retry::new(), busy: false, waiting: Vec::new() }
+        Self { record, part, why: String::new(), retry: Retry::new(), busy: false, waiting: Vec::new(), noticed: None }
     }
 
     pub(crate) fn unavailable(&self) -> Error {
@@ -503,6 +505,9 @@ impl Owner {
         let Some(mut lost) = self.lost.remove(id) else { return };
         self.take_over(id, found);
         let waiting = std::mem::take(&mut lost.waiting);
+        if let Some(noticed) = lost.noticed.take_if(|_| self.containers.contains_key(id)) {
+            self.notice(noticed);
+        }
         match outcome {
             Ok(()) => info!(container = %id, "recovered a container at last"),
             Err(error) => {
@@ -563,7 +568,7 @@ impl Owner {
             owner.creating -= 1;
             match removed {
                 Ok(()) => {
-                    owner.drop_lost(&id);
+                    owner.forget(&id);
                     then(owner, Ok(()));
                 }
                 Err(error) => {
@@ -584,12 +589,11 @@ impl Owner {
         self.containers.keys().chain(self.lost.keys().filter(|id| *id != but)).cloned().collect()
     }
 
-    fn drop_lost(&mut self, id: &ContainerId) {
-        let lost = self.lost.remove(id);
+    /// Lets go of what was kept for the recovery of what is gone, and lets what waits for it find that out.
+    pub(crate) fn dismiss_lost(&mut self, id: &ContainerId, lost: Lost) {
         self.registry.release_parked(&parked_names(&self.spec.namespace, &self.spec.id, Some(id)));
-        self.forget(id);
         self.news.send_replace(());
-        self.wake(lost.map(|lost| lost.waiting).unwrap_or_default());
+        self.wake(lost.waiting);
     }
 
     /// Ends what could not be recovered of a sandbox whose other parts have been stopped: by recovering it, or else by removing it.
@@ -631,7 +635,7 @@ impl Owner {
                 Err(error) => (None, Found::default(), Err(Error::failed("recover it")(error.report())), Err(error)),
             };
             match ended {
-                Ok(true) => owner.drop_lost(&id),
+                Ok(true) => owner.forget(&id),
                 _ => owner.recovered(&id, part, found, outcome),
             }
             match ended {
