@@ -13,7 +13,10 @@ use tokio::time::sleep;
 use tracing::{debug, info};
 
 use super::Fifo;
-use crate::{error::Result, fdstore::Held};
+use crate::{
+    error::{Error, Result},
+    fdstore::Held,
+};
 
 /// How often to look whether a reader has come, or has read all. FIFOs have no event for either.
 const LOOK: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(200)];
@@ -44,7 +47,7 @@ impl OutputFifo {
         let fifo = match Fifo::find("output", &self.path) {
             Ok(fifo) => fifo,
             // containerd has removed it, with the container.
-            Err(_) if !self.path.exists() => return Ok(Rest::Nothing),
+            Err(Error::Invalid { .. }) => return Ok(Rest::Nothing),
             Err(error) => return Err(error),
         };
         // First: what we open for looking would count as a reader.
@@ -66,8 +69,8 @@ impl OutputFifo {
             }
             Ok(Rest::Nothing | Rest::BeingRead) => false,
             Err(error) => {
-                debug!(error = error.report(), "cannot find out whether output was read");
-                false
+                debug!(error = error.report(), "cannot find out yet whether output was read");
+                true
             }
         }
     }
@@ -78,7 +81,9 @@ impl OutputFifo {
         loop {
             let reading = Fifo::find("output", &self.path).and_then(|fifo| fifo.writer_if_read());
             match reading {
-                Ok(None) => {
+                Err(Error::Invalid { .. }) => return,
+                // Without a reader, or without descriptors to look for one.
+                Ok(None) | Err(_) => {
                     sleep(pause).await;
                     pause = longest.min(2 * pause);
                 }
@@ -95,7 +100,6 @@ impl OutputFifo {
                     }
                     sleep(LOOK[0]).await;
                 },
-                Err(_) => return,
             }
         }
     }
@@ -107,5 +111,33 @@ pub(crate) async fn until_empty(pipe: &impl AsFd) {
     while matches!(ioctl_fionread(pipe), Ok(1..)) {
         sleep(pause).await;
         pause = longest.min(2 * pause);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::fdstore::MemoryHolder;
+
+    #[tokio::test(start_paused = true)]
+    async fn output_is_kept_while_it_cannot_be_looked_at() {
+        let (dir, holder) = (tempfile::tempdir().unwrap(), MemoryHolder::default());
+        let (_, writer) = std::io::pipe().unwrap();
+        let held = holder.store().leave("out".into(), &[writer.as_fd()]).unwrap();
+        let path = dir.path().join("out");
+        // An error that says nothing of the FIFO.
+        symlink(&path, &path).unwrap();
+        let output = OutputFifo::new(path.clone(), held);
+        assert!(output.is_unread());
+        let mut read = tokio::spawn(output.until_read());
+        assert!(timeout(Duration::from_secs(60), &mut read).await.is_err());
+        assert_eq!(holder.names(), ["out"]);
+        fs::remove_file(path).unwrap();
+        read.await.unwrap();
+        assert!(holder.names().is_empty());
     }
 }
