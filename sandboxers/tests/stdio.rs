@@ -269,6 +269,24 @@ fn output_without_a_reader_is_kept_until_it_is_read_also_by_the_next_daemon() {
 }
 
 #[test]
+fn output_that_was_left_with_a_reading_end_is_kept_by_a_writing_end() {
+    run(async {
+        let pipes = Pipes::new();
+        let (holder, first, next) = contexts();
+        let stdio = Stdio { stdout: pipes.text("stdout"), ..Stdio::default() };
+        let mut both = OpenOptions::new().read(true).write(true).open(pipes.path("stdout")).unwrap();
+        std::mem::forget(first.fds.leave(first.held("stdout"), &[both.as_fd()]).unwrap());
+        both.write_all(b"said").unwrap();
+        drop(both);
+        let io = ProcessIo::adopt(&stdio, &next(&holder)).unwrap();
+        io.finish().await;
+        assert!(!holder.names().is_empty());
+        assert_eq!(read_all(pipes.reader("stdout")).await, "said");
+        until("the end of what is kept", || holder.names().is_empty()).await;
+    });
+}
+
+#[test]
 fn what_is_not_there_or_no_fifo_is_named() {
     run(async {
         let (pipes, context) = (Pipes::new(), context());

@@ -7,7 +7,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
+    fcntl::{FcntlArg, OFlag, fcntl, open},
     sys::stat::{Mode, SFlag, fstat},
 };
 
@@ -71,4 +71,15 @@ impl Fifo {
         let keeper = self.open(OFlag::O_WRONLY)?;
         Ok((self.open(OFlag::O_RDONLY)?, keeper))
     }
+}
+
+/// A writing end of the FIFO at `path` that `end` has open for reading, too; `None` when it does not.
+pub(crate) fn writer_only(end: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
+    let failed = |errno: Errno| Error::io("open FIFO again", path)(errno.into());
+    let flags = fcntl(end, FcntlArg::F_GETFL).map_err(failed)?;
+    if OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE != OFlag::O_RDWR {
+        return Ok(None);
+    }
+    let link = format!("/proc/self/fd/{}", end.as_raw_fd());
+    open(link.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Some).map_err(failed)
 }

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use carry::{splice_all, write_all};
 pub(crate) use endpoint::{Endpoint, Endpoints};
-pub(crate) use fifo::Fifo;
+pub(crate) use fifo::{Fifo, writer_only};
 pub use hub::{Chunk, StreamEnd, StreamHub};
 pub(crate) use logger::Logger;
 pub use null::null_device;

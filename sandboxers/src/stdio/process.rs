@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, warn};
 
-use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub, null_device, unread::OutputFifo};
+use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub, null_device, unread::OutputFifo, writer_only};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
@@ -122,7 +122,7 @@ impl ProcessIo {
     /// and log programs.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a field that cannot be understood.
+    /// [`Error::Invalid`] for a field that cannot be understood; [`Error::Io`] when descriptors have run out.
     pub fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Self> {
         let ends = Endpoints::parse(stdio)?;
         let mut streams = Streams::new(context);
@@ -141,8 +141,14 @@ impl ProcessIo {
                 Endpoint::Stream(id) => streams.adopt_output(field, id, context)?,
                 // The process has the descriptor itself.
                 Endpoint::Fifo(path) => {
-                    let left = context.take(field);
-                    outputs.extend(left.map(|(_, held)| OutputFifo::new(path.clone(), held)));
+                    let Some((left, mut held)) = context.take(field) else { continue };
+                    // The version before has left an end that reads, too. With nobody's reading end, the kernel tells whether containerd reads.
+                    if let Some(both) = left.first()
+                        && let Some(writer) = writer_only(both, path)?
+                    {
+                        held = context.fds.leave(context.held(field), &[writer.as_fd()])?;
+                    }
+                    outputs.push(OutputFifo::new(path.clone(), held));
                 }
                 _ => {}
             }
