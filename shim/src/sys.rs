@@ -7,8 +7,6 @@ use std::{
     process::Command,
 };
 
-use tokio::io::{Interest, unix::AsyncFd};
-
 /// Settings for glibc's allocator (Memory Allocation Tunables in its manual) that suit a daemon which is idle most of the time.
 ///
 /// One arena instead of one per thread: what another thread freed is never given back by those. No cache of freed pieces per
@@ -154,15 +152,6 @@ pub fn reset_peek_offset(socket: impl AsFd) -> io::Result<()> {
         libc::setsockopt(number, libc::SOL_SOCKET, libc::SO_PEEK_OFF, (&raw const offset).cast(), size)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Lets tokio watch a descriptor.
-///
-/// # Errors
-/// When the kernel refuses.
-pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped, and AsyncFd owns it from here on.
-    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
 /// Lets go of the pages of this program and its libraries that are as in their files. What is needed is read again, from the page cache;

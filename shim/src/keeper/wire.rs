@@ -14,7 +14,7 @@ use std::{
 
 use kuasar_sandboxers::{reaper::Ended, types::Exit};
 use rustix::{
-    io::fcntl_dupfd_cloexec,
+    io::{Errno, fcntl_dupfd_cloexec},
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
         SendFlags, recv, recvmsg, sendmsg,
@@ -166,7 +166,8 @@ impl Message {
 /// Sends a message with descriptors.
 ///
 /// # Errors
-/// `WouldBlock` when the other side has not read enough and `flags` say not to wait; `BrokenPipe` when it is gone.
+/// `WouldBlock` when the other side has not read enough and `flags` say not to wait; `OutOfMemory` when the kernel has none for the moment;
+/// `BrokenPipe` when the other side is gone.
 pub fn send(socket: impl AsFd, message: &Message, descriptors: &[BorrowedFd<'_>], flags: SendFlags) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -180,8 +181,17 @@ pub fn send(socket: impl AsFd, message: &Message, descriptors: &[BorrowedFd<'_>]
     if bytes.len() > SIZE_LIMIT {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name or path is too long"));
     }
-    rustix::io::retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(&bytes)], &mut ancillary, flags | SendFlags::NOSIGNAL))?;
-    Ok(())
+    let sent =
+        rustix::io::retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(&bytes)], &mut ancillary, flags | SendFlags::NOSIGNAL));
+    sent.map(drop).map_err(unsent)
+}
+
+fn unsent(errno: Errno) -> io::Error {
+    match errno {
+        // A socket says either, and std knows only the second.
+        Errno::NOBUFS | Errno::NOMEM => io::Error::new(io::ErrorKind::OutOfMemory, errno),
+        errno => errno.into(),
+    }
 }
 
 /// Receives a message with its descriptors; `None` when the other side is gone.
@@ -236,6 +246,13 @@ mod tests {
 
     fn pair() -> (OwnedFd, OwnedFd) {
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    #[test]
+    fn what_the_kernel_has_no_memory_for_can_be_sent_later() {
+        let kinds = [Errno::NOBUFS, Errno::NOMEM, Errno::AGAIN, Errno::PIPE].map(|errno| unsent(errno).kind());
+        assert_eq!(kinds[..2], [io::ErrorKind::OutOfMemory; 2]);
+        assert_eq!(kinds[2..], [io::ErrorKind::WouldBlock, io::ErrorKind::BrokenPipe]);
     }
 
     #[test]

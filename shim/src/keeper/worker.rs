@@ -16,6 +16,7 @@ use kuasar_sandboxers::{
     fdstore::{FdStore, Holder},
     process,
     reaper::{Ended, Reaper},
+    watch,
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -46,7 +47,7 @@ pub const VARIABLE: &str = "KUASAR_KEEPER";
 /// Messages that wait for a keeper which takes none, as one that is stopped. Beyond, they are refused.
 const QUEUE: usize = 4096;
 
-/// How long to wait before asking again for what came without its descriptors.
+/// How long to wait before asking again for what came without its descriptors, or sending what the kernel had no memory for.
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// How often to look whether the keeper is stopped: it cannot be asked then, and calls that need it wait.
@@ -250,7 +251,7 @@ impl Keeper {
         let mut queue = self.queue();
         if queue.is_empty() {
             match wire::send(&self.0.socket, message, descriptors, SendFlags::DONTWAIT) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory) => {}
                 done => return done,
             }
         }
@@ -268,7 +269,7 @@ impl Keeper {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends what has not been taken; `WouldBlock` when there is more.
+    /// Sends what has not been taken; `WouldBlock` or `OutOfMemory` when there is more.
     fn send_queued(&self) -> io::Result<()> {
         let mut queue = self.queue();
         while let Some((message, descriptors)) = queue.front() {
@@ -283,6 +284,10 @@ impl Keeper {
     pub fn flush(&self, limit: Duration) {
         let end = Instant::now() + limit;
         while let Err(error) = self.send_queued() {
+            if error.kind() == io::ErrorKind::OutOfMemory && Instant::now() < end {
+                std::thread::sleep(AGAIN);
+                continue;
+            }
             let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::ZERO);
             let mut watched = [PollFd::new(self.0.socket.as_fd(), PollFlags::POLLOUT)];
             if error.kind() != io::ErrorKind::WouldBlock || !matches!(poll(&mut watched, left), Ok(1..)) {
@@ -292,7 +297,7 @@ impl Keeper {
     }
 
     fn socket(&self, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-        sys::watch(self.0.socket.as_fd().try_clone_to_owned()?, interest)
+        watch(self.0.socket.as_fd().try_clone_to_owned()?, interest)
     }
 
     /// Sends what the socket did not take, when it does. Ends with an error.
@@ -300,7 +305,12 @@ impl Keeper {
         let socket = self.socket(Interest::WRITABLE)?;
         loop {
             self.0.queued.notified().await;
-            socket.async_io(Interest::WRITABLE, |_| self.send_queued()).await?;
+            while let Err(error) = socket.async_io(Interest::WRITABLE, |_| self.send_queued()).await {
+                if error.kind() != io::ErrorKind::OutOfMemory {
+                    return Err(error);
+                }
+                sleep(AGAIN).await;
+            }
         }
     }
 
@@ -401,7 +411,7 @@ mod tests {
         assert!(sent >= QUEUE);
         // It goes on: all comes, in order.
         let sending = tokio::spawn(async move { keeper.send_later().await });
-        let socket = sys::watch(theirs, Interest::READABLE).unwrap();
+        let socket = watch(theirs, Interest::READABLE).unwrap();
         for number in 0..sent {
             let received = socket.async_io(Interest::READABLE, |socket| wire::receive(socket, RecvFlags::DONTWAIT)).await;
             let received = received.unwrap().unwrap();
