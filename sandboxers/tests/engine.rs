@@ -81,7 +81,8 @@ impl Node {
                 let registry = node.daemon().await;
                 work(node, registry).await;
             });
-            runtime.shutdown_background();
+            // Its tasks are gone when it is.
+            runtime.shutdown_timeout(LIMIT);
         };
         tokio::task::spawn_blocking(run).await.unwrap();
     }
@@ -265,7 +266,9 @@ async fn what_can_never_be_recovered_is_kept_until_it_is_stopped(node: Arc<Node>
         drop(pod(&node, &registry).await);
         let (reader, _) = std::io::pipe().unwrap();
         // As when the process dies.
-        std::mem::forget(node.holder.store().leave("@test/pod/main/tty".into(), &[reader.as_fd()]).unwrap());
+        for name in ["@test/pod/main/tty", "@test/gone/main/tty"] {
+            std::mem::forget(node.holder.store().leave(name.into(), &[reader.as_fd()]).unwrap());
+        }
     })
     .await;
     node.world.fault("recover sandbox pod", usize::MAX, Fault::Fail);
@@ -278,8 +281,10 @@ async fn what_can_never_be_recovered_is_kept_until_it_is_stopped(node: Arc<Node>
     .await;
     let collected = registry.collect(false).await.unwrap();
     assert_eq!((collected[0].kind, &collected[0].outcome, collected.len()), (Kind::Unrecovered, &Outcome::Kept, 1));
-    // Descriptors that nobody wants are let go by then.
-    sleep(Duration::from_secs(6)).await;
+    // Descriptors that nobody wants are let go.
+    while node.holder.names().len() > 1 {
+        sleep(Duration::from_millis(50)).await;
+    }
     assert_eq!(node.holder.names(), ["@test/pod/main/tty"]);
     unavailable(container(&registry).status(None).await);
     assert_eq!(node.world.held(), held);
@@ -301,9 +306,7 @@ async fn a_container_that_was_not_recovered_is_tried_again(node: Arc<Node>) {
     unavailable(main.status(None).await);
     let again = sandbox(&registry).create_container(running(node.dir.path())).await;
     assert!(matches!(again, Err(Error::AlreadyExists { .. })), "{again:?}");
-    // The request has it tried at once, when the last attempt is a moment ago.
-    sleep(Duration::from_secs(1)).await;
-    main.kill(None, libc::SIGKILL, false).await.unwrap();
+    once_available(|| main.kill(None, libc::SIGKILL, false)).await.unwrap();
     assert_eq!(main.wait(None).await.unwrap().status, 137);
     main.delete(None).await.unwrap();
     sandbox(&registry).delete().await.unwrap();

@@ -78,10 +78,11 @@ async fn daemon(state: &Path, sandboxer: &Reporting) -> (Registry, UnboundedRece
 }
 
 /// Containers whose kills are told now.
-async fn told(events: &mut UnboundedReceiver<Sent>) -> Vec<String> {
+async fn told(registry: &Registry, events: &mut UnboundedReceiver<Sent>) -> Vec<String> {
     let mut told = Vec::new();
-    // What was reported is saved, and what is saved is sent at once.
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    // What was reported is saved, and what is saved is sent before the next request is answered.
+    let sandbox = registry.sandbox(&"test".parse().unwrap(), &"pod".parse().unwrap()).unwrap();
+    timeout(LONG, sandbox.status()).await.unwrap().unwrap();
     while let Ok(sent) = events.try_recv() {
         if sent.event.kind == EventKind::OutOfMemory {
             told.push(sent.event.container.to_string());
@@ -116,21 +117,21 @@ async fn kills_are_told_once_and_outlive_the_daemon() {
     let file = dir.path().join("sandboxes").join(namespace.as_str()).join("pod/state.json");
     let saved: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     assert!(saved["events"].as_array().unwrap().iter().any(|event| event["kind"] == "out_of_memory"), "{saved}");
-    assert_eq!(told(&mut events).await, ["one"]);
+    assert_eq!(told(&registry, &mut events).await, ["one"]);
     // The same again; more while the first waits; one that does not count; somebody else's container; another of its own.
     for (container, kills) in [("one", Some(1)), ("one", Some(2)), ("one", None), ("foreign", Some(7)), ("other", Some(1))] {
         sandboxer.report(container, kills).await;
     }
-    assert_eq!(told(&mut events).await, ["other"]);
+    assert_eq!(told(&registry, &mut events).await, ["other"]);
 
     // containerd has taken none of it when the daemon dies; the next one's backend counts from the beginning.
     drop((sandbox, registry, events));
     let (registry, mut events) = daemon(dir.path(), &sandboxer).await;
-    let mut again = told(&mut events).await;
+    let mut again = told(&registry, &mut events).await;
     again.sort();
     assert_eq!(again, ["one", "other"]);
     sandboxer.report("other", Some(1)).await;
-    assert!(told(&mut events).await.is_empty(), "it was told by the daemon before");
+    assert!(told(&registry, &mut events).await.is_empty(), "it was told by the daemon before");
 
     // As a version before this one has saved it: a kill while no daemon was there is told.
     drop((registry, events));
@@ -140,8 +141,8 @@ async fn kills_are_told_once_and_outlive_the_daemon() {
         container.as_object_mut().unwrap().remove("oom_kills").expect("a count of what was told");
     }
     fs::write(&file, saved.to_string()).unwrap();
-    let (_registry, mut events) = daemon(dir.path(), &sandboxer).await;
-    assert!(told(&mut events).await.is_empty());
+    let (registry, mut events) = daemon(dir.path(), &sandboxer).await;
+    assert!(told(&registry, &mut events).await.is_empty());
     sandboxer.report("other", Some(1)).await;
-    assert_eq!(told(&mut events).await, ["other"]);
+    assert_eq!(told(&registry, &mut events).await, ["other"]);
 }

@@ -40,7 +40,6 @@ pub(super) async fn out_of_memory(node: &mut Node) {
     let container = node.run(&recovered, node.spec("modest", &["true"], None)).await;
     within(container.exited()).await;
     container.delete().await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(node.noticed.try_recv().is_err(), "the end of a group was taken for a kill");
     node.end(recovered).await;
 }
