@@ -75,7 +75,7 @@ impl<T: Clone + Send + 'static> Meter<T> {
 fn slow(of: String) -> Error {
     Error::Unavailable {
         what: format!("resource use of {of}"),
-        why: format!("it takes more than {} s to tell", LIMIT.as_secs()),
+        why: format!("it takes more than {} s to tell", LIMIT.as_secs_f32()),
     }
 }
 

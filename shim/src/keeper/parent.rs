@@ -48,7 +48,7 @@ use super::{
 const EXITS: usize = 2 << 10;
 /// A worker that has served for this long has not failed because of what it was started with.
 const STABLE: Duration = Duration::from_secs(10);
-/// Pauses before a worker is started again: none after the first crashes in a row, then twice as long each time.
+/// Crashes in a row after which the next worker is started without a pause.
 const AT_ONCE: u32 = 3;
 /// How long a worker may say nothing; one that hangs for longer is killed. Several times what it takes on a machine that swaps.
 const HUNG: Duration = Duration::from_secs(60);
@@ -72,6 +72,7 @@ const FULL: Duration = Duration::from_millis(100);
 const LEAVE: Duration = Duration::from_secs(45);
 /// How long the other program's may take until it answers calls.
 const TRIAL: Duration = Duration::from_secs(15);
+/// Pauses after that: the first, doubled each time, up to the last.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 /// What the keeper holds.
