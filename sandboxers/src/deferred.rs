@@ -4,13 +4,12 @@
 //! tried again from time to time and whenever it is wanted, and is the sandboxer itself from then on.
 
 use std::{
-    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use futures::{FutureExt, future::BoxFuture};
+use futures::future::BoxFuture;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, error, info};
@@ -19,7 +18,7 @@ use crate::{
     contract::{Known, Leftover, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
     id::{Namespace, SandboxId},
-    owner::panicked,
+    owner::guarded,
     types::{Capabilities, SandboxSpec},
 };
 
@@ -46,7 +45,7 @@ pub struct Deferred {
 impl Deferred {
     /// Sets a sandboxer up; where that fails, stands for it until it succeeds. The error is for whoever cannot do without.
     pub async fn open(name: String, open: Open) -> (Arc<dyn Sandboxer>, Option<Error>) {
-        let error = match attempt(&open).await {
+        let error = match guarded(open()).await {
             Ok(sandboxer) => return (sandboxer, None),
             Err(error) => error,
         };
@@ -77,7 +76,7 @@ impl Deferred {
         // One attempt at a time; who has waited for one has its result.
         let mut failed = self.failed.lock().await;
         if self.opened.get().is_none() && failed.elapsed() >= FLOOR {
-            match attempt(&self.open).await {
+            match guarded((self.open)()).await {
                 Ok(sandboxer) => {
                     info!(
                         sandboxer = self.name,
@@ -99,10 +98,6 @@ impl Deferred {
         let why = self.why.lock().unwrap_or_else(PoisonError::into_inner);
         format!("{why}; tried again within a minute, and for each new pod")
     }
-}
-
-async fn attempt(open: &Open) -> Result<Arc<dyn Sandboxer>> {
-    AssertUnwindSafe(open()).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic)))
 }
 
 #[async_trait]

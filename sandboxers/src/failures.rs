@@ -34,8 +34,8 @@ pub const KEPT: usize = 100;
 /// Name of their directory below the daemon's state directory.
 pub const DIRECTORY: &str = "failures";
 
-/// As many digits of an id as crictl shows.
-const SHORT_ID: usize = 13;
+/// As many digits of an id as crictl and docker show.
+pub const SHORT_ID: usize = 13;
 
 /// How much of an error is kept, in bytes from its beginning.
 const ERROR_LIMIT: usize = 16 << 10;

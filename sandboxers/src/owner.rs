@@ -632,3 +632,8 @@ pub(crate) fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     Error::failed("finish the operation because of a defect in kuasard")(text.unwrap_or("panic without a message"))
 }
+
+/// Runs an attempt; a panic is a failure like others.
+pub(crate) async fn guarded<T>(attempt: impl Future<Output = Result<T>>) -> Result<T> {
+    AssertUnwindSafe(attempt).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic)))
+}

@@ -11,12 +11,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    panic::AssertUnwindSafe,
     sync::Arc,
     time::Duration,
 };
 
-use futures::FutureExt;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, sleep_until},
@@ -24,7 +22,7 @@ use tokio::{
 use tracing::{debug, error, info};
 
 use crate::{
-    contract::{Container, Known, Process, Sandbox},
+    contract::{Container, Known, Process, Sandbox, Sandboxer},
     error::{Error, Result},
     event::{EventKind, Noticed},
     fdstore::FdStore,
@@ -32,7 +30,7 @@ use crate::{
     lane::Track,
     lifecycle::{ProcessState, ProcessStep, SandboxState},
     measure::Meter,
-    owner::{Call, ContainerEntry, Key, OutOfMemory, Owner, ProcessEntry, Reply, Request, Subject, panicked},
+    owner::{Call, ContainerEntry, Key, OutOfMemory, Owner, ProcessEntry, Reply, Request, Subject, guarded},
     registry::Registry,
     stdio::parked_names,
     store::{ContainerRecord, ExecRecord, SandboxRecord},
@@ -68,11 +66,6 @@ impl Retry {
     fn on_request(&self) -> bool {
         self.failed_at.elapsed() >= FIRST_PAUSE
     }
-}
-
-/// Runs an attempt; a panic is a failure like others.
-async fn guarded<T>(attempt: impl Future<Output = Result<T>>) -> Result<T> {
-    AssertUnwindSafe(attempt).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic)))
 }
 
 /// What answers for a sandbox that could not be taken over yet.
@@ -154,6 +147,14 @@ impl Registry {
         Ok(owner)
     }
 
+    /// The sandboxer of that name; all of them when it is not known which.
+    fn backends_of(&self, sandboxer: Option<&str>) -> Result<Vec<&dyn Sandboxer>> {
+        match sandboxer {
+            Some(name) => Ok(vec![self.sandboxer(name)?]),
+            None => Ok(self.backends().collect()),
+        }
+    }
+
     /// Has backends remove what they have of a sandbox, but for the containers `keep`; of all of it if that is `None`.
     async fn remove_remains(
         &self,
@@ -164,11 +165,7 @@ impl Registry {
         let mut known: Known = self.keys().into_iter().map(|key| (key, None)).collect();
         known.remove(key);
         known.extend(keep.map(|containers| (key.clone(), Some(containers))));
-        let backends = match sandboxer {
-            Some(name) => vec![self.sandboxer(name)?],
-            None => self.backends().collect(),
-        };
-        for backend in backends {
+        for backend in self.backends_of(sandboxer)? {
             for leftover in backend.leftovers(&known).await?.into_iter().filter(|leftover| leftover.sandbox == *key) {
                 leftover.removal.await?;
             }
@@ -267,11 +264,7 @@ impl TakeOver {
         let (registry, (namespace, id)) = (self.registry.clone(), &self.key);
         let sandboxer = self.record.as_ref().map(|record| record.spec.sandboxer.clone());
         registry.remove_remains(&self.key, sandboxer.as_deref(), None).await?;
-        let backends = match &sandboxer {
-            Some(name) => vec![registry.sandboxer(name)?],
-            None => registry.backends().collect(),
-        };
-        for backend in backends {
+        for backend in registry.backends_of(sandboxer.as_deref())? {
             let processes = backend.processes(namespace, id).await?;
             if !processes.is_empty() {
                 let why = format!("its processes {processes:?} still run; end them");

@@ -56,27 +56,29 @@ fn unescape(field: &[u8]) -> OsString {
     OsString::from_vec(text)
 }
 
+/// The table, with a line for each of this process's mounts.
+fn table() -> Result<Vec<u8>> {
+    let path = "/proc/self/mountinfo";
+    fs::read(path).map_err(Error::io("read", path))
+}
+
 /// This process's mounts, oldest first.
 ///
 /// # Errors
 /// When `/proc` cannot be read.
 pub fn mounts() -> Result<Vec<MountEntry>> {
-    let path = "/proc/self/mountinfo";
-    let table = fs::read(path).map_err(Error::io("read", path))?;
-    Ok(table.split(|byte| *byte == b'\n').filter_map(MountEntry::parse).collect())
+    Ok(table()?.split(|byte| *byte == b'\n').filter_map(MountEntry::parse).collect())
 }
 
 /// Those of other kinds of filesystem than these.
 pub(super) fn mounts_except(kinds: &[&str]) -> Result<Vec<MountEntry>> {
-    let path = "/proc/self/mountinfo";
-    let table = fs::read(path).map_err(Error::io("read", path))?;
     // Cheap first: few lines need to be taken apart. The dash stands before the kind, and nowhere else between two spaces.
     let other = |line: &&[u8]| {
         let dash = line.windows(3).position(|part| part == b" - ");
         let kind = dash.and_then(|dash| line[dash + 3..].split(|byte| *byte == b' ').next());
         kind.is_some_and(|kind| !kinds.iter().any(|known| known.as_bytes() == kind))
     };
-    Ok(table.split(|byte| *byte == b'\n').filter(other).filter_map(MountEntry::parse).collect())
+    Ok(table()?.split(|byte| *byte == b'\n').filter(other).filter_map(MountEntry::parse).collect())
 }
 
 /// Mount points at `path` and below it, oldest first; one that is mounted on twice is named twice.
@@ -92,10 +94,8 @@ pub fn mounted_under(path: &Path) -> Result<Vec<PathBuf>> {
         (Err(error), _) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         (Err(error), _) => return Err(Error::io("resolve", parent)(error)),
     };
-    let table_path = "/proc/self/mountinfo";
-    let table = fs::read(table_path).map_err(Error::io("read", table_path))?;
     let mut found = Vec::new();
-    for line in table.split(|byte| *byte == b'\n') {
+    for line in table()?.split(|byte| *byte == b'\n') {
         // Cheap first: the table of a busy node is long, and few lines need to be taken apart.
         let Some(field) = line.split(|byte| *byte == b' ').nth(4) else { continue };
         let point = if field.contains(&b'\\') { unescape(field) } else { std::ffi::OsStr::from_bytes(field).to_owned() };

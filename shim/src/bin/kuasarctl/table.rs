@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use kuasar_sandboxers::failures::SHORT_ID;
+
 /// Columns as wide as their widest cell, two blanks apart; the last one is not padded.
 pub(crate) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
@@ -24,9 +26,6 @@ pub(crate) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     }
     out
 }
-
-/// As many digits as crictl and docker show.
-const SHORT_ID: usize = 13;
 
 /// An id, or the beginning of it.
 pub(crate) fn short(id: &str, full: bool) -> String {
