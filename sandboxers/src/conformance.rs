@@ -545,8 +545,9 @@ async fn a_new_daemon_takes_over(daemon: &mut Daemon<'_>) -> Outcome {
     within("start", ended.start(None)).await?;
     within("wait", ended.wait(None)).await?;
 
-    *daemon = Daemon::start(daemon.fixture, daemon.dir).map_err(|error| error.report())?;
-    daemon.recover().await?;
+    // The one before lives on in this process, and must not save where this one deletes.
+    let snapshot = daemon.snapshot()?;
+    *daemon = daemon.successor(snapshot).await?;
     let pod = daemon.registry.sandbox(&pod.namespace, &pod.id).map_err(|error| error.report())?;
     let status = within("status", pod.status()).await?;
     ensure!(status.state.phase() == SandboxPhase::Ready, "recovered as {:?}", status.state);
