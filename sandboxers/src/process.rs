@@ -339,7 +339,11 @@ impl Exiting {
         match (process, reaper.known(identity.pid, identity.start)) {
             (_, Some(exit)) => Self::Known(exit),
             (Some(_), None) => Self::Adopted(reaper.clone()),
-            (None, None) => Self::late(reaper.exit_of_started(identity.pid, identity.start), identity.start, reaper),
+            (None, None) => match Self::late(reaper.exit_of_started(identity.pid, identity.start), identity.start, reaper) {
+                // What an earlier daemon has recorded cannot be younger than this one: there never was such a process.
+                Self::Ours(exit) => Self::Late(exit, TELLING_OTHERS),
+                late => late,
+            },
         }
     }
 
@@ -349,7 +353,8 @@ impl Exiting {
         if start >= reaper.begun().ticks() {
             return Self::Ours(exit);
         }
-        let seen = reaper.keeper().and_then(start_of).is_none_or(|keeper| keeper <= start);
+        // Without a keeper, the one that has seen it end is gone.
+        let seen = reaper.keeper().is_some_and(|keeper| start_of(keeper).is_none_or(|keeper| keeper <= start));
         Self::Late(exit, if seen { TELLING } else { TELLING_OTHERS })
     }
 }
