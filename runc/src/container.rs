@@ -160,6 +160,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         files: &pod.files,
         rootfs: mounted.then_some(target.as_path()),
         only_spec_1_0: driver.runtime().only_spec_1_0(),
+        refuses_newer_calls: driver.runtime().is_crun(),
         in_pod: &|pid| pod.is_first_process(pid),
     }
     .apply(&mut oci, &bundle)?;

@@ -31,6 +31,7 @@ mod rewrite;
 mod runtime;
 mod sandbox;
 mod sandboxer;
+mod seccomp;
 mod strays;
 mod sys;
 mod sysctl;

@@ -2,15 +2,18 @@
 //!
 //! containerd writes namespaces as those of the sandbox's process, and ours has none, so they come as `/proc/0/ns/…`: always for
 //! network, ipc and uts, even where the pod uses the node's; for pid unless the container has its own; and for user. Here they
-//! become the pod's real ones. Nothing else is touched but what the pod provides: its files, the root filesystem's place. Seccomp,
-//! capabilities, AppArmor and SELinux are the runtime's.
+//! become the pod's real ones. Nothing else is touched but what the pod provides (its files, the root filesystem's place) and what
+//! one runtime does otherwise than the others. Capabilities, AppArmor and SELinux are the runtime's.
 
 use std::path::{Path, PathBuf};
 
 use kuasar_sandboxers::{Error, Result, podfiles::PodFiles, spec::OciSpec};
 use serde_json::Value;
 
-use crate::namespaces::{Namespaces, PidNamespace as Pid};
+use crate::{
+    namespaces::{Namespaces, PidNamespace as Pid},
+    seccomp,
+};
 
 /// How containerd writes a namespace of a sandbox that has no process.
 const PLACEHOLDER: &str = "/proc/0/ns/";
@@ -26,6 +29,8 @@ pub(crate) struct Rewriting<'a> {
     pub(crate) rootfs: Option<&'a Path>,
     /// The runtime refuses newer versions by their number.
     pub(crate) only_spec_1_0: bool,
+    /// The runtime answers system calls that are newer than the seccomp profile as it does those that the profile refuses.
+    pub(crate) refuses_newer_calls: bool,
     /// Whether a process is in this pod: a container may join only that pod's process ids.
     pub(crate) in_pod: &'a dyn Fn(u32) -> bool,
 }
@@ -62,6 +67,11 @@ impl Rewriting<'_> {
             && cpu.get("quota").and_then(Value::as_i64).is_some_and(|quota| quota < 0)
         {
             cpu.remove("quota");
+        }
+        if self.refuses_newer_calls
+            && let Some(profile) = spec.as_value_mut().pointer_mut("/linux/seccomp")
+        {
+            seccomp::answer_newer_calls(profile);
         }
         Ok(())
     }
@@ -169,7 +179,8 @@ mod tests {
         let pod: SandboxSpec = fake::spec("pod");
         let files = PodFiles::at(Path::new("/pod"), &pod);
         let in_pod = |pid| pid == 4711;
-        let rewriting = Rewriting { namespaces, files: &files, rootfs, only_spec_1_0: old, in_pod: &in_pod };
+        let rewriting =
+            Rewriting { namespaces, files: &files, rootfs, only_spec_1_0: old, refuses_newer_calls: old, in_pod: &in_pod };
         rewriting.apply(spec, Path::new(BUNDLE))
     }
 
@@ -257,6 +268,17 @@ mod tests {
             rewrite(&mut oci, &namespaces(false, Pid::Own, false), None, false).unwrap();
             let cpu = &oci.as_value()["linux"]["resources"]["cpu"];
             assert_eq!((&cpu["quota"], &cpu["period"]), (&left, &json!(100_000)));
+        }
+    }
+
+    #[test]
+    fn newer_calls_where_the_runtime_refuses_them() {
+        for (refuses, rules) in [(true, 2), (false, 1)] {
+            let mut oci = spec(&[]);
+            let rule = json!({ "names": ["read"], "action": "SCMP_ACT_ALLOW" });
+            oci.as_value_mut()["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule] });
+            rewrite(&mut oci, &namespaces(false, Pid::Own, false), None, refuses).unwrap();
+            assert_eq!(oci.as_value()["linux"]["seccomp"]["syscalls"].as_array().unwrap().len(), rules);
         }
     }
 

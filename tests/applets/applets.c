@@ -3,7 +3,8 @@
  *
  * critest looks for the programs of well-known images: pgrep and ipcs (Debian's busybox lacks both), a web server that
  * passes for nginx or httpd, a setuid program that shows its effective uid, a pause. The chaos suite has containers that
- * count without a process per number, as a shell's sleep would be. Linked with libc only.
+ * count without a process per number, as a shell's sleep would be. A system call can be tried by its number. Linked with
+ * libc only.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -19,6 +20,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -213,6 +215,14 @@ static int count(int argc, char **argv)
 	}
 }
 
+/* syscall NUMBER: makes the call with arguments that no call accepts, and says what it is answered with. */
+static int try_syscall(int argc, char **argv)
+{
+	if (syscall(argc > 1 ? atol(argv[1]) : -1, -1, -1, -1, -1, -1, -1) == -1)
+		puts(strerrorname_np(errno));
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	const char *slash = strrchr(argv[0], '/');
@@ -225,6 +235,8 @@ int main(int argc, char **argv)
 		return ipcs();
 	if (!strcmp(name, "count"))
 		return count(argc, argv);
+	if (!strcmp(name, "syscall"))
+		return try_syscall(argc, argv);
 	if (!strcmp(name, "nnp"))
 		return show_uid();
 	if (!strcmp(name, "pause"))

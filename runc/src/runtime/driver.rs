@@ -147,6 +147,10 @@ impl Driver {
 
     /// Applies an OCI `linux.resources` object.
     pub(crate) async fn update(&self, id: &str, resources: &Value) -> Result<()> {
+        if self.runtime.only_spec_1_0() && update::lifts_quota(resources) && !update::is_unified() {
+            let why = format!("{} cannot write it on cgroup v1; use crun 1.9 or newer, or runc", self.runtime);
+            return Err(Error::Unsupported { operation: "taking a CPU quota away", why });
+        }
         let document = self.file(update::document(resources)?.to_string().as_bytes())?;
         let mut command = launch::command(self.runtime.program(), None)?;
         let log = self.globals(&mut command)?;
@@ -182,7 +186,11 @@ impl Driver {
 
     fn globals(&self, command: &mut Command) -> Result<CallFile> {
         let log = self.file(b"")?;
-        command.arg("--root").arg(&self.root).arg("--log").arg(log.path()).args(["--log-format", "json"]);
+        command.arg("--root").arg(&self.root).arg("--log").arg(log.path());
+        // crun writes in that form on a container's standard error, too, when it cannot become the container's program.
+        if !self.runtime.is_crun() {
+            command.args(["--log-format", "json"]);
+        }
         if self.systemd {
             command.arg("--systemd-cgroup");
         }
@@ -238,7 +246,7 @@ impl Driver {
     }
 }
 
-/// The last error in a log of JSON lines, else the last line.
+/// The last error in a log of JSON lines, as runc and youki write it; else the last line, which with crun is the error.
 fn last_error(log: &str) -> Option<String> {
     #[derive(Deserialize)]
     struct Line {

@@ -250,7 +250,7 @@ impl Runtime {
     #[must_use]
     pub fn obstacle(&self) -> Option<String> {
         const CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
-        if self.facts.unfit.is_some() || self.kind() != Kind::Known(RuntimeName::Crun) {
+        if self.facts.unfit.is_some() || !self.is_crun() {
             return self.facts.unfit.clone();
         }
         let left = std::fs::read_to_string(CONTROLLERS).ok()?;
@@ -267,9 +267,14 @@ impl Runtime {
         self.facts.systemd
     }
 
+    /// Whether it is crun, some of whose ways are its own.
+    pub(crate) fn is_crun(&self) -> bool {
+        self.facts.kind == Kind::Known(RuntimeName::Crun)
+    }
+
     /// Whether it refuses a spec that names a newer `ociVersion` than 1.0, as crun up to 1.8 does even if the content is fine.
     pub(crate) fn only_spec_1_0(&self) -> bool {
-        self.facts.kind == Kind::Known(RuntimeName::Crun) && self.facts.newest_spec.is_some_and(|spec| spec < Version(1, 1, 0))
+        self.is_crun() && self.facts.newest_spec.is_some_and(|spec| spec < Version(1, 1, 0))
     }
 }
 

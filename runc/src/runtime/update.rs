@@ -3,7 +3,7 @@
 //! runc takes all of it or nothing; crun writes one setting after the other and stops at the first that the kernel refuses. So what
 //! can be seen to be refused is refused before, for every runtime alike.
 
-use std::{fs, ops::RangeInclusive};
+use std::{fs, ops::RangeInclusive, path::Path};
 
 use kuasar_sandboxers::{Error, Result};
 use serde_json::Value;
@@ -18,8 +18,7 @@ const LEAST_QUOTA: i64 = 1_000;
 /// [`Error::Invalid`] for what the kernel would refuse.
 pub(super) fn document(resources: &Value) -> Result<Value> {
     let possible = fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
-    let unified = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    check(resources, possible.trim(), unified)?;
+    check(resources, possible.trim(), is_unified())?;
     let mut resources = resources.clone();
     if let Some(resources) = resources.as_object_mut() {
         // containerd sends those that the container was made with. They are as they were, and crun would take them all away
@@ -27,6 +26,16 @@ pub(super) fn document(resources: &Value) -> Result<Value> {
         resources.remove("devices");
     }
     Ok(resources)
+}
+
+/// Whether this node has cgroup v2 alone.
+pub(super) fn is_unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// Whether CPU time is not to be limited any more.
+pub(super) fn lifts_quota(resources: &Value) -> bool {
+    resources["cpu"]["quota"].as_i64().is_some_and(|quota| quota < 0)
 }
 
 fn check(resources: &Value, possible: &str, unified: bool) -> Result<()> {

@@ -88,7 +88,8 @@ fn base_with(passwd: &str, group: &str) -> Result<Recipe> {
         .file("bin/busybox", 0o755, busybox.program.clone())
         .file("usr/bin/pgrep", 0o755, APPLETS)
         .hard_link("usr/bin/ipcs", "usr/bin/pgrep")
-        .hard_link("usr/bin/count", "usr/bin/pgrep");
+        .hard_link("usr/bin/count", "usr/bin/pgrep")
+        .hard_link("usr/bin/syscall", "usr/bin/pgrep");
     for applet in &busybox.applets {
         recipe = recipe.hard_link(&format!("bin/{applet}"), "bin/busybox");
     }

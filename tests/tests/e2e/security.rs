@@ -27,6 +27,8 @@ const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
 const NET_ADMIN: u64 = 1 << 12;
 const SYS_TIME: u64 = 1 << 25;
 const CHOWN: u64 = 1;
+/// The number of a system call of Linux 6.13.
+const SETXATTRAT: i64 = 463;
 
 /// A line of /proc/<process>/status: of the container's first process, or of an exec.
 async fn status(container: &Container, process: &str, key: &str) -> Result<String> {
@@ -101,6 +103,10 @@ async fn the_default_seccomp_profile(case: &Case) -> Result<()> {
     assert_eq!(seccomp_of(&default).await?, "2");
     // Forbidden by it, whatever the capabilities.
     assert_ne!(default.sh("unshare -U true").await?.exit_code, 0);
+    let answer = async |call: i64| anyhow::Ok(default.exec(["syscall", &call.to_string()]).await?.stdout().trim().to_owned());
+    assert_eq!(answer(nix::libc::SYS_add_key).await?, "EPERM");
+    // Whether the profile has heard of setxattrat or not: programs do without a call that is not there, not without one that is refused.
+    assert_ne!(answer(SETXATTRAT).await?, "EPERM");
     let terminal = default.exec_session(&["grep", "Seccomp:", "/proc/self/status"], true, true).await?.finish().await?;
     assert_eq!(terminal.1.split_whitespace().last(), Some("2"), "{terminal:?}");
     let unconfined = pod.run(ContainerSpec::new("unconfined").sleep().seccomp(ProfileType::Unconfined, "")).await?;
