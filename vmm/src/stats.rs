@@ -53,6 +53,11 @@ impl KnownStats {
         self.failing.store(failed, Ordering::Relaxed);
     }
 
+    /// An answer has not come within [`PATIENCE`]. Until one comes no other call waits: the guest is taken for silent only later.
+    fn note_late(&self) {
+        self.slow.store(true, Ordering::Relaxed);
+    }
+
     fn of(&self, container: &str) -> Option<Stats> {
         self.all().get(container).cloned()
     }
@@ -85,7 +90,10 @@ impl Guest {
                 (Err(_), Some(known)) if self.agent().is_silent() => Ok(known),
                 (answer, _) => answer,
             },
-            (Err(_), Some(known)) => Ok(known),
+            (Err(_), Some(known)) => {
+                self.known_stats().note_late();
+                Ok(known)
+            }
             (Err(_), None) => Err(Error::Unavailable {
                 what: format!("resource use of container {container}"),
                 why: "its guest does not answer in time; ask again later".into(),
@@ -134,5 +142,8 @@ mod tests {
         assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, Duration::MAX));
         known.note(Duration::ZERO, false);
         assert_eq!((known.patience(true), known.patience(false)), (PATIENCE, Duration::MAX));
+        // The answer is still to come.
+        known.note_late();
+        assert_eq!((known.patience(true), known.patience(false)), (Duration::ZERO, Duration::MAX));
     }
 }
