@@ -87,11 +87,12 @@ conformance_of() {
     KUASAR_BIN_DIR=$bin "$bin/kuasar-conformance" --sandboxer "$1" --out "$target/conformance" --results "$KUASAR_RESULTS"
 }
 
-# A minute of it; `make chaos` is the long form.
+# Some minutes of it; `make chaos` is the long form.
 chaos() { stage "chaos-${SANDBOXER:-kuasar-runc}" chaos_of "${SANDBOXER:-kuasar-runc}"; }
 
 chaos_of() {
     local quick=(--minutes 0.5 --pods 5 --containers 20 --serving-pods 15 --serving-kills 8 --upgrades 6)
+    quick+=(--hung-phases 4 --hung-lives 13)
     KUASAR_BIN_DIR=$bin "$bin/kuasar-chaos" --sandboxer "$1" "${quick[@]}" --out "$target/chaos" --results "$KUASAR_RESULTS"
 }
 

@@ -1,6 +1,7 @@
 //! What a node has on this machine: its mounts, cgroups, processes. One answer for the leak check and for the clean-up.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -148,6 +149,16 @@ pub fn processes(owner: &Owner) -> Result<Vec<Process>> {
         }
     }
     Ok(found)
+}
+
+/// Processes in control groups with `named` in their paths that run the program of this name.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn programs(named: &str, program: &OsStr) -> Result<Vec<i32>> {
+    let owner = Owner { dir: "/nonexistent".into(), tag: named.to_owned(), ids: BTreeSet::new() };
+    let runs = |command: &str| Path::new(command.split(' ').next().unwrap_or_default()).file_name() == Some(program);
+    Ok(processes(&owner)?.into_iter().filter(|process| runs(&process.command)).map(|process| process.pid).collect())
 }
 
 /// Somebody's `tail -f` on a log of ours must not count as ours.

@@ -137,6 +137,11 @@ impl Snapshot {
         all.filter(|(_, name)| names(name)).map(|(category, name)| format!("{category}: {name}")).collect()
     }
 
+    /// Counts a directory of kuasard's state that is made once, later on, and stays.
+    pub fn expect_state(&mut self, path: &Path) {
+        self.count("state", path.display().to_string());
+    }
+
     fn count(&mut self, category: &'static str, name: String) {
         *self.bags.entry(category).or_default().entry(name).or_default() += 1;
     }

@@ -1,9 +1,8 @@
 //! What ends in a pod with a virtual machine, and when: the hypervisor, its helpers, the guest's kernel, the worker in the middle of a
 //! start. Whatever it is, calls are answered in time and say why, and the pod can be stopped and removed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -13,7 +12,7 @@ use kuasar_tests::cri::k8s_cri::v1::{
     ContainerState, ContainerStatsFilter, LinuxContainerResources, ListContainerStatsRequest, PodSandboxState,
 };
 use kuasar_tests::kuasard::Killed;
-use kuasar_tests::leak::census::{self, Owner};
+use kuasar_tests::leak::census;
 use kuasar_tests::{Container, ContainerSpec, Node, Pod, tools, wait};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -56,10 +55,7 @@ const BOOT: Duration = Duration::from_secs(90);
 
 /// The processes of machines, whose control groups have `named` in their paths, by program.
 fn processes(named: &str, program: &str) -> Result<Vec<i32>> {
-    let owner = Owner { dir: "/nonexistent".into(), tag: named.to_owned(), ids: BTreeSet::new() };
-    let runs = |command: &str| Path::new(command.split(' ').next().unwrap_or_default()).ends_with(program);
-    let found = census::processes(&owner)?.into_iter().filter(|process| runs(&process.command));
-    Ok(found.map(|process| process.pid).collect())
+    census::programs(named, program.as_ref())
 }
 
 /// Files that the pod's virtiofsd have open: one for each that the guest remembers.

@@ -1,121 +1,214 @@
-//! Volumes that stop answering, of pods beside which others live: whose calls must not become slower.
+//! What does not answer: a volume of some pods, the guests of others. Calls of the pods beside them must not become slower.
+//!
+//! ```text
+//!   healthy │ disturbed │ healthy │ disturbed │ …     phases, in which the same clients live the same lives
+//!             volume hangs, guests are stopped; clients call both
+//! ```
+//!
+//! Phases of both kinds take turns, so that the machine's own moods are in both, and all of a kind are taken together: a call's 99th
+//! percentile beside what does not answer may be [`SLOWER`](crate::latencies::SLOWER) than in the healthy phases, where the same guests
+//! are idle. Statistics of all pods are among these calls, but for the first after guests got stuck, which find that out: 2 s for
+//! each guest, once.
 
-use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use futures::future::{join_all, try_join_all};
-use kuasar_tests::hung::{DEVICE, Hung};
-use kuasar_tests::{Container, ContainerSpec, Pod, PodSpec, skip, wait};
-use tonic::Status;
+use anyhow::{Result, ensure};
+use futures::future::{OptionFuture, try_join_all};
+use kuasar_tests::cri::k8s_cri::v1::{ListContainerStatsRequest, ListPodSandboxStatsRequest};
+use kuasar_tests::{skip, tools};
 
-use crate::ledger::{Call, Promise};
-use crate::world::{GivenUp, World};
+use crate::guests::{Guests, HYPERVISOR};
+use crate::latencies::{Latencies, SLOWER};
+use crate::ledger::{Call, Disturbance, FirstStatistics};
+use crate::rng::Rng;
+use crate::volume::Volume;
+use crate::world::World;
 
-/// How often healthy phases and hung ones follow each other. The machine's own moods are in both.
-const PHASES: usize = 4;
-/// Containers' lives per phase.
-const LIVES: usize = 12;
-/// Pods with the hung volume, a container each per phase.
-const HUNG_PODS: usize = 6;
-/// By how much calls may be slower while volumes hang: or by as much as healthy phases differ among themselves, on a machine with other work.
-const SLOWER: Duration = Duration::from_millis(100);
-/// How long the first look at a volume may take.
-const LOOK: Duration = Duration::from_secs(30);
+/// Clients that live side by side. One call that waits in the daemon is to meet another.
+const CLIENTS: usize = 2;
+/// Statistics of all pods.
+const STATISTICS: [Call; 2] = [Call::ListContainerStats, Call::ListPodSandboxStats];
+/// What one stuck guest may cost statistics, once.
+const ONE_GUEST: Duration = Duration::from_secs(2);
 
-/// How long calls took.
-#[derive(Default)]
-struct Latencies(BTreeMap<Call, Vec<Duration>>);
+/// How much of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    /// Phases of each kind.
+    pub(crate) phases: usize,
+    /// Pods' lives, one after another, per client and phase.
+    pub(crate) lives: usize,
+}
 
-impl Latencies {
-    async fn measure<T>(&mut self, call: Call, work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-        let begun = Instant::now();
-        let done = work.await;
-        self.0.entry(call).or_default().push(begun.elapsed());
-        done
-    }
-
-    /// The 99th percentile of all calls of a kind.
-    fn p99(&self, call: Call) -> Duration {
-        let mut all = self.0.get(&call).cloned().unwrap_or_default();
-        all.sort();
-        all.get((all.len() * 99 / 100).min(all.len().saturating_sub(1))).copied().unwrap_or_default()
+/// Whether this machine can have guests; a skip is recorded where it cannot.
+///
+/// # Errors
+/// A variable names a program that is none.
+pub(crate) fn has_guests() -> Result<bool, tools::Missing> {
+    match tools::machine(HYPERVISOR) {
+        Ok(()) => Ok(true),
+        Err(wrong @ tools::Missing::Variable { .. }) => Err(wrong),
+        Err(missing) => {
+            skip::record("chaos: stuck guests", &missing.to_string());
+            Ok(false)
+        }
     }
 }
 
-/// Lets volumes hang and answer again, and compares what that does to others. `dir` is where they are mounted.
-pub(crate) async fn disturb(world: &World, dir: &Path) -> Result<()> {
-    if !Path::new(DEVICE).exists() {
-        skip::record("chaos: hung volumes", &format!("this machine has no {DEVICE}"));
+/// What does not answer in a disturbed phase: what of it this machine can have.
+struct Troubled {
+    volume: Option<Volume>,
+    guests: Option<Guests>,
+}
+
+/// Lets a volume and guests hang and answer again, and compares what that does to others. `dir` is where the volume is mounted.
+pub(crate) async fn disturb(world: &World, dir: &Path, guests: bool, size: Size, rng: &mut Rng) -> Result<()> {
+    let volume = Volume::up(world, dir).await?;
+    let guests = if guests { Some(Guests::up(world).await?) } else { None };
+    if volume.is_none() && guests.is_none() {
         return Ok(());
     }
-    let given_up = |GivenUp| anyhow::anyhow!("a call that has to succeed does not: see the log");
-    let hung = Hung::mount(dir)?;
-    let hit = try_join_all((0..HUNG_PODS).map(|_| world.run_pod(PodSpec::host_network))).await.map_err(given_up)?;
-    let other = world.run_pod(PodSpec::host_network).await.map_err(given_up)?;
-    let beside = world.run_container(&other, ContainerSpec::sleep).await.map_err(given_up)?;
-    let (mut healthy, mut disturbed) = (Vec::new(), Latencies::default());
+    let mut troubled = Troubled { volume, guests };
+    let (mut healthy, mut disturbed, mut first) = (Latencies::default(), Latencies::default(), Vec::new());
     // The first one of a kind is slower.
-    life(world, &other, &beside, &mut Latencies::default()).await?;
-    for _ in 0..PHASES {
-        let mut phase = Latencies::default();
-        for _ in 0..LIVES {
-            life(world, &other, &beside, &mut phase).await?;
-        }
-        healthy.push(phase);
-        let made = hit.iter().map(|pod| {
-            let spec = world.container(&world.unique("hung")).sleep().mount(dir, "/hung", false);
-            world.once(Call::CreateContainer, &pod.id, pod.create(spec))
+    life(world, &mut Latencies::default()).await?;
+    for _ in 0..size.phases {
+        healthy.merge(lives(world, size.lives).await?);
+        troubled.prepare(world).await?;
+        disturbed.merge(troubled.phase(world, size.lives, &mut first, rng).await?);
+        troubled.recover(world, rng).await?;
+    }
+    let Troubled { volume, guests } = troubled;
+    let compared = Latencies::compare(&healthy, &disturbed);
+    if let Some(guests) = guests {
+        let healthy: f64 = STATISTICS.iter().filter_map(|call| compared.get(call)).map(|call| call.healthy.p99_ms).sum();
+        let most = (SLOWER + ONE_GUEST * u32::try_from(guests.count())?).as_secs_f64() * 1e3;
+        world.ledger.first_statistics(FirstStatistics {
+            guests: guests.count(),
+            times: first.len(),
+            max_ms: first.iter().max().copied().unwrap_or_default().as_secs_f64() * 1e3,
+            limit_ms: healthy + most,
         });
-        let stuck = try_join_all(made).await.context("create a container with a volume that answers")?;
-        hung.hang();
-        let starting = join_all(stuck.iter().map(Container::start));
-        let living = async {
-            wait::until("a look at the hung volume", LOOK, || async { Ok((hung.waiting() > 0).then_some(())) }).await?;
-            for _ in 0..LIVES {
-                life(world, &other, &beside, &mut disturbed).await?;
-            }
-            ensure!(hung.waiting() > 0, "nobody waits for the hung volume any more");
-            hung.release();
-            Ok(())
-        };
-        // Whether a start that has waited succeeds is its own affair.
-        let (_, lived) = tokio::join!(starting, living);
-        lived?;
-        for container in &stuck {
-            world.remove_container(container, 0).await.map_err(given_up)?;
-        }
+        guests.down(world).await?;
     }
-    for pod in hit.iter().chain([&other]) {
-        world.remove_pod(&pod.id).await.map_err(given_up)?;
+    world.ledger.compared(compared);
+    match volume {
+        Some(volume) => volume.down(world).await,
+        None => Ok(()),
     }
-    for call in [Call::CreateContainer, Call::StartContainer, Call::ExecSync, Call::StopContainer, Call::RemoveContainer] {
-        let phases = healthy.iter().map(|phase| phase.p99(call));
-        let (well, best) = (phases.clone().max().unwrap_or_default(), phases.min().unwrap_or_default());
-        let (ill, most) = (disturbed.p99(call), well + SLOWER.max(well - best));
-        let text = format!(
-            "{call:?}: p99 {} ms beside hung volumes, else {} to {} ms",
-            ill.as_millis(),
-            best.as_millis(),
-            well.as_millis()
-        );
-        world.ledger.note(&text);
-        if ill > most {
-            world.ledger.broke(Promise::Undisturbed, 1, &text);
-        }
-    }
-    Ok(())
 }
 
-/// A container from its creation to its removal, with a command in the one beside it.
-async fn life(world: &World, pod: &Pod, beside: &Container, took: &mut Latencies) -> Result<()> {
+impl Troubled {
+    async fn prepare(&mut self, world: &World) -> Result<()> {
+        if let Some(volume) = &mut self.volume {
+            volume.prepare(world).await?;
+        }
+        match &mut self.guests {
+            Some(guests) => guests.prepare(world).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A disturbed phase. `first` gets how long the first statistics took.
+    async fn phase(&self, world: &World, lives: usize, first: &mut Vec<Duration>, rng: &mut Rng) -> Result<Latencies> {
+        let ledger = &world.ledger;
+        let mut windows = Vec::new();
+        if let Some(guests) = &self.guests {
+            windows.push(ledger.begin(Disturbance::Guests, &format!("{} of them", guests.count())));
+            guests.stop()?;
+            let begun = Instant::now();
+            statistics(world, &mut Latencies::default()).await?;
+            first.push(begun.elapsed());
+        }
+        if let Some(volume) = &self.volume {
+            windows.push(ledger.begin(Disturbance::Volume, ""));
+            volume.hang();
+        }
+        let goes_on = AtomicBool::new(true);
+        let calls = async {
+            let of_volume = self.volume.as_ref().map(|volume| volume.call(world, &goes_on));
+            let of_guests = self.guests.as_ref().map(|guests| guests.call(world, &goes_on, rng));
+            tokio::join!(OptionFuture::from(of_volume), OptionFuture::from(of_guests))
+        };
+        let living = async {
+            let lived = self.lives_beside(world, lives).await;
+            goes_on.store(false, Ordering::Relaxed);
+            if let Some(volume) = &self.volume {
+                volume.release();
+            }
+            if let Some(guests) = &self.guests {
+                guests.go_on()?;
+            }
+            windows.into_iter().for_each(|window| ledger.end(window));
+            lived
+        };
+        let (_, lived) = tokio::join!(calls, living);
+        lived
+    }
+
+    async fn lives_beside(&self, world: &World, count: usize) -> Result<Latencies> {
+        let Some(volume) = &self.volume else { return lives(world, count).await };
+        volume.is_waited_for().await?;
+        let lived = lives(world, count).await?;
+        ensure!(volume.is_waiting(), "nothing waits for the hung volume any more");
+        Ok(lived)
+    }
+
+    async fn recover(&mut self, world: &World, rng: &mut Rng) -> Result<()> {
+        if let Some(volume) = &mut self.volume {
+            volume.recover(world).await?;
+        }
+        match &mut self.guests {
+            Some(guests) => guests.recover(world, rng).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// So many pods' lives of each client.
+async fn lives(world: &World, count: usize) -> Result<Latencies> {
+    let client = async || {
+        let mut took = Latencies::default();
+        for _ in 0..count {
+            life(world, &mut took).await?;
+        }
+        Ok::<_, anyhow::Error>(took)
+    };
+    let mut all = Latencies::default();
+    for took in try_join_all((0..CLIENTS).map(|_| client())).await? {
+        all.merge(took);
+    }
+    Ok(all)
+}
+
+/// A pod with a container, from its beginning to its end, and statistics of all pods.
+async fn life(world: &World, took: &mut Latencies) -> Result<()> {
     let name = world.unique("beside");
+    let run = took.measure(Call::RunPodSandbox, world.cri().run_pod(world.pod(&name).host_network()));
+    let pod = world.once(Call::RunPodSandbox, &name, run).await?;
     let create = took.measure(Call::CreateContainer, pod.create(world.container(&name).sleep()));
     let container = world.once(Call::CreateContainer, &name, create).await?;
     world.once(Call::StartContainer, &name, took.measure(Call::StartContainer, container.start())).await?;
-    world.once(Call::ExecSync, &name, took.measure(Call::ExecSync, beside.exec(["true"]))).await?;
+    world.once(Call::ExecSync, &name, took.measure(Call::ExecSync, container.exec(["true"]))).await?;
+    world.once(Call::PodSandboxStatus, &name, took.measure(Call::PodSandboxStatus, pod.state())).await?;
+    world.once(Call::ContainerStats, &name, took.measure(Call::ContainerStats, container.stats())).await?;
+    statistics(world, took).await?;
     world.once(Call::StopContainer, &name, took.measure(Call::StopContainer, container.stop(0))).await?;
     world.once(Call::RemoveContainer, &name, took.measure(Call::RemoveContainer, container.remove())).await?;
+    world.once(Call::StopPodSandbox, &name, took.measure(Call::StopPodSandbox, pod.stop())).await?;
+    world.once(Call::RemovePodSandbox, &name, took.measure(Call::RemovePodSandbox, pod.remove())).await?;
+    Ok(())
+}
+
+/// Statistics of all pods of the node, as kubelet asks for them.
+async fn statistics(world: &World, took: &mut Latencies) -> Result<()> {
+    let [of_containers, of_pods] = STATISTICS;
+    let mut runtime = world.runtime();
+    let list = took.measure(of_containers, runtime.list_container_stats(ListContainerStatsRequest { filter: None }));
+    world.once(of_containers, "all", list).await?;
+    let list = took.measure(of_pods, runtime.list_pod_sandbox_stats(ListPodSandboxStatsRequest { filter: None }));
+    world.once(of_pods, "all", list).await?;
     Ok(())
 }

@@ -9,6 +9,7 @@
 //! | a process by a signal that it gets over, or the worker by one at which it leaves | none |
 //! | containerd | all |
 //! | the OCI runtime, descriptors, disk | all: the daemon says so, and nothing is left |
+//! | a volume, a guest | those about its own pod; nothing of other pods, whose calls are as fast as ever |
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tonic::{Code, Status};
+
+use crate::latencies::{Compared, SLOWER};
 
 /// How long after a worker's return a call about a pod may still fail: containerd waits before it dials again.
 const REDIAL: Duration = Duration::from_secs(3);
@@ -50,6 +53,8 @@ pub(crate) enum Call {
     ContainerStatus,
     ContainerStats,
     List,
+    ListContainerStats,
+    ListPodSandboxStats,
 }
 
 impl Call {
@@ -58,6 +63,7 @@ impl Call {
         match self {
             Self::RunPodSandbox | Self::StopPodSandbox | Self::RemovePodSandbox | Self::PodSandboxStatus => true,
             Self::PodSandboxStats | Self::ContainerStats => true,
+            Self::ListPodSandboxStats | Self::ListContainerStats => true,
             // It asks the Controller for the pod's status and platform first.
             Self::CreateContainer => CONTROLLER_FIRST.iter().any(|text| status.message().starts_with(text)),
             _ => false,
@@ -90,6 +96,10 @@ pub(crate) enum Disturbance {
     Descriptors,
     /// The daemon is replaced, which excuses nothing.
     Upgrade,
+    /// A volume of some pods does not answer, which excuses nothing of others.
+    Volume,
+    /// SIGSTOP of some pods' virtual machines, which excuses nothing of others.
+    Guests,
     /// kill -9 of the whole daemon, and of containerd.
     Keeper,
 }
@@ -108,6 +118,8 @@ impl Disturbance {
             Self::Disk => "disk full",
             Self::Descriptors => "descriptors run out",
             Self::Upgrade => "daemon upgraded",
+            Self::Volume => "volume hung",
+            Self::Guests => "guests stuck",
             Self::Keeper => "keeper and containerd killed",
         }
     }
@@ -130,6 +142,7 @@ impl Disturbance {
             Self::Stop if status.code() == Code::DeadlineExceeded => Some(Duration::ZERO),
             Self::Runtime | Self::Disk | Self::Descriptors => Some(AFTERMATH),
             Self::Worker | Self::Failpoint | Self::Stop | Self::Init | Self::Signal | Self::Upgrade => None,
+            Self::Volume | Self::Guests => None,
         }
     }
 }
@@ -157,7 +170,7 @@ pub(crate) enum Promise {
     Succeeds,
     /// What failed works when it is tried again.
     Recovers,
-    /// Calls of pods beside a hung volume are as fast as ever.
+    /// Calls of pods beside a hung volume and stuck guests are as fast as ever.
     Undisturbed,
     /// Nothing is left in the end.
     Clean,
@@ -192,7 +205,7 @@ impl Promise {
             Self::Answered => "calls hung",
             Self::Succeeds => "calls failed without cause",
             Self::Recovers => "calls that never succeeded",
-            Self::Undisturbed => "calls slowed down by others' hung volumes",
+            Self::Undisturbed => "calls slowed down by others",
             Self::Clean => "things left behind",
         }
     }
@@ -221,6 +234,19 @@ pub(crate) struct TakenAlong {
     pub(crate) exits: u64,
 }
 
+/// The first statistics of all pods after guests got stuck: containers' and pods', one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct FirstStatistics {
+    /// How many guests are stuck at a time.
+    pub(crate) guests: usize,
+    /// How often.
+    pub(crate) times: usize,
+    /// The longest time.
+    pub(crate) max_ms: f64,
+    /// What it may be.
+    pub(crate) limit_ms: f64,
+}
+
 /// A disturbance, from its beginning to the moment when all is back.
 #[derive(Clone, Copy, Debug)]
 struct Window {
@@ -247,6 +273,8 @@ struct Entries {
     taken_along: TakenAlong,
     twice_unnoted: u64,
     serving_ms: BTreeMap<&'static str, Vec<f64>>,
+    beside: BTreeMap<Call, Compared>,
+    first_statistics: Option<FirstStatistics>,
     out: Option<File>,
 }
 
@@ -352,6 +380,15 @@ impl Ledger {
         self.note_in(&mut entries, &format!("excused by {}: {text}", cause.name()));
     }
 
+    /// A call has failed about what was disturbed itself.
+    pub(crate) fn failed_by(&self, what: Disturbance, call: Call, about: &str, status: &Status) {
+        let mut entries = self.entries();
+        entries.calls.entry(call).or_default().failed += 1;
+        *entries.reasons.entry(format!("{call:?}: {:?}, {}", status.code(), what.name())).or_default() += 1;
+        let text = format!("excused by {}: {call:?} of {about}: {:?}: {}", what.name(), status.code(), status.message());
+        self.note_in(&mut entries, &text);
+    }
+
     /// A call was not answered in time.
     pub(crate) fn hung(&self, call: Call, about: &str) {
         let mut entries = self.entries();
@@ -395,6 +432,39 @@ impl Ledger {
     /// How long it took from a kill of the worker until the next one served, in this phase.
     pub(crate) fn served(&self, phase: &'static str, after: Duration) {
         self.entries().serving_ms.entry(phase).or_default().push(after.as_secs_f64() * 1e3);
+    }
+
+    /// How long calls took beside what did not answer: a line for each, and a broken promise for each that was slower than it may be.
+    pub(crate) fn compared(&self, calls: BTreeMap<Call, Compared>) {
+        for (call, compared) in &calls {
+            let Compared { healthy, disturbed } = compared;
+            let text = format!(
+                "{call:?}: p99 {:.0} ms beside what does not answer ({} calls), else {:.0} ms ({}); at most {} ms slower is allowed",
+                disturbed.p99_ms,
+                disturbed.count,
+                healthy.p99_ms,
+                healthy.count,
+                SLOWER.as_millis()
+            );
+            self.note(&text);
+            if compared.is_slowed_down() {
+                self.broke(Promise::Undisturbed, 1, &text);
+            }
+        }
+        self.entries().beside = calls;
+    }
+
+    /// How long the first statistics of all pods took after guests got stuck.
+    pub(crate) fn first_statistics(&self, first: FirstStatistics) {
+        let FirstStatistics { guests, times, max_ms, limit_ms } = first;
+        let text = format!(
+            "the first statistics of all after {guests} guests got stuck took {max_ms:.0} ms at most ({times} times), of {limit_ms:.0} ms"
+        );
+        self.note(&text);
+        if max_ms > limit_ms {
+            self.broke(Promise::Undisturbed, 1, &text);
+        }
+        self.entries().first_statistics = Some(first);
     }
 
     /// Whether containerd has been killed since then.
@@ -444,6 +514,8 @@ impl Ledger {
             taken_along: entries.taken_along,
             twice_unnoted: entries.twice_unnoted,
             serving_ms: entries.serving_ms.clone(),
+            beside: entries.beside.clone(),
+            first_statistics: entries.first_statistics,
         }
     }
 }
@@ -462,6 +534,10 @@ pub(crate) struct Sum {
     pub(crate) twice_unnoted: u64,
     /// Each time from a kill of the worker until the next one served.
     pub(crate) serving_ms: BTreeMap<&'static str, Vec<f64>>,
+    /// Calls of other pods, in healthy phases and beside a hung volume and stuck guests.
+    pub(crate) beside: BTreeMap<Call, Compared>,
+    /// Statistics that find out that guests are stuck, which are not among those.
+    pub(crate) first_statistics: Option<FirstStatistics>,
 }
 
 #[cfg(test)]

@@ -192,7 +192,7 @@ async fn look(world: &World, stand: &Stand, rng: &mut Rng) -> Result<(), GivenUp
         }
         _ => {
             let all = || async { world.runtime().list_container_stats(ListContainerStatsRequest { filter: None }).await };
-            world.insist(Call::ContainerStats, "all", all).await?;
+            world.insist(Call::ListContainerStats, "all", all).await?;
         }
     }
     Ok(())

@@ -7,14 +7,16 @@
 //! ```
 //!
 //! In five parts: the *storm* disturbs everything; *serving* kills only the worker, with many pods, for the time until it serves
-//! again; *upgrades* replaces the daemon, of which no call may fail; *hung* has volumes that do not answer, which other pods must not
-//! notice; *keeper* kills the whole daemon together with containerd. Then all is removed, and nothing may be left.
+//! again; *upgrades* replaces the daemon, of which no call may fail; *hung* has a volume and virtual machines' guests that do not answer,
+//! which other pods must not notice; *keeper* kills the whole daemon together with containerd. Then all is removed, and nothing may be left.
 //!
 //! Invariants: every call has a deadline; a call that fails is excused by a disturbance that it saw, or breaks a promise
 //! ([`ledger`]); one disturbance begins when the one before is over; a seed gives the same disturbances in the same order,
 //! though not at the same step of what they meet.
 
+mod guests;
 mod hung;
+mod latencies;
 mod ledger;
 mod load;
 mod plan;
@@ -22,6 +24,7 @@ mod report;
 mod rng;
 mod saboteur;
 mod standing;
+mod volume;
 mod world;
 
 use std::path::PathBuf;
@@ -35,7 +38,7 @@ use futures::future::try_join_all;
 use kuasar_tests::leak::Snapshot;
 use kuasar_tests::scratch::Storage;
 use kuasar_tests::screen::{Screen, Style};
-use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, program};
+use kuasar_tests::{ContainerSpec, Node, NodeOptions, Pod, PodSpec, program, tools};
 use tokio::task::JoinSet;
 
 use ledger::{Ledger, Promise};
@@ -85,6 +88,12 @@ struct Arguments {
     /// Upgrades.
     #[arg(long, default_value_t = 20)]
     upgrades: usize,
+    /// Phases with a hung volume and stuck guests, and as many without.
+    #[arg(long, default_value_t = 8)]
+    hung_phases: usize,
+    /// Pods per client and phase whose calls are compared then.
+    #[arg(long, default_value_t = 15)]
+    hung_lives: usize,
     /// Only these parts.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Part>,
@@ -124,6 +133,7 @@ async fn run(arguments: Arguments, slot: &mut Option<Node>) -> Result<ExitCode> 
 
 async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitCode> {
     let mut screen = Screen::new();
+    ensure!(!tools::is_machine(&arguments.sandboxer), "{}: name a sandboxer of kind runc to disturb", arguments.sandboxer);
     std::fs::create_dir_all(&arguments.out).with_context(|| format!("create {}", arguments.out.display()))?;
     let log = arguments.out.join("chaos.log");
     let seed = match arguments.seed {
@@ -134,6 +144,9 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
 
     screen.status("starting a private containerd and kuasard")?;
     let options = NodeOptions::new("chaos").quiet().storage(Storage::Memory).sandboxer(&arguments.sandboxer, "runc");
+    let guests = arguments.wants(Part::Hung) && hung::has_guests()?;
+    // No machine is started before that part.
+    let options = if guests { options.sandboxer(guests::HANDLER, guests::HYPERVISOR) } else { options };
     let node = slot.insert(Node::start(options.state_mib(STATE_MIB).failpoints()).await?);
     let (major, minor, patch) = node.containerd.version();
     let head = Head {
@@ -144,7 +157,12 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
         containers: arguments.containers,
     };
     screen.line(&format!("seed {seed}; node in {}, log in {}", node.dir().display(), log.display()))?;
-    let before = baseline(node, &arguments.sandboxer).await?;
+    let mut before = baseline(node, &arguments.sandboxer).await?;
+    if guests {
+        // Made with the first pod of all.
+        let state = node.kuasard.as_ref().context("the node has no kuasard")?.state();
+        before.expect_state(&state.join("vmm").join(guests::HANDLER).join("k8s.io"));
+    }
     let world = Arc::new(World::new(node, &arguments.sandboxer, Ledger::new(&log)?)?);
 
     screen.status("starting the standing containers")?;
@@ -191,9 +209,10 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
     }
 
     if arguments.wants(Part::Hung) {
-        step(&mut screen, &world, "letting volumes hang")?;
+        step(&mut screen, &world, "letting a volume hang and guests get stuck")?;
         world.ledger.quiet().await;
-        hung::disturb(&world, &node.dir().join("run/hung")).await?;
+        let size = hung::Size { phases: arguments.hung_phases, lives: arguments.hung_lives };
+        hung::disturb(&world, &node.dir().join("run/hung"), guests, size, &mut rng.fork()).await?;
     }
 
     // From here on nobody looks beside.

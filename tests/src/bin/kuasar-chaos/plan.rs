@@ -16,7 +16,7 @@ pub(crate) enum Part {
     Serving,
     /// The daemon is replaced by itself, under load: no call fails.
     Upgrades,
-    /// Volumes hang: other pods' calls are as fast as ever.
+    /// A volume hangs and guests get stuck: other pods' calls are as fast as ever.
     Hung,
     /// The whole daemon and containerd are killed, and started again.
     Keeper,

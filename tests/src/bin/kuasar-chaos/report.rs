@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use kuasar_tests::screen::{Screen, Style};
 use serde::Serialize;
 
-use crate::ledger::{Promise, Sum, TakenAlong};
+use crate::latencies::Compared;
+use crate::ledger::{FirstStatistics, Promise, Sum, TakenAlong};
 
 /// From a kill of the worker with many pods until the next one serves, in milliseconds: at most.
 const MEDIAN_MS: f64 = 60.0;
@@ -74,11 +75,6 @@ impl Report {
     }
 
     pub(crate) fn print(&self, screen: &mut Screen) -> Result<()> {
-        let title = |screen: &mut Screen, left: &str, right: &str| {
-            let (left, right) = (screen.paint(Style::Bold, &format!("{left:<32}")), screen.paint(Style::Dim, right));
-            screen.line("")?;
-            screen.line(&format!("{left}{right}"))
-        };
         title(screen, "disturbances", "   times")?;
         for (what, times) in &self.sum.disturbances {
             screen.line(&format!("  {:<30}{times:>8}", what.name()))?;
@@ -100,6 +96,7 @@ impl Report {
             let Times { count, median, p95, max } = times;
             screen.line(&format!("  {phase:<30}{count:>8}{median:>8.0}{p95:>8.0}{max:>8.0}"))?;
         }
+        self.print_beside(screen)?;
         title(screen, "promises", "  broken")?;
         for promise in Promise::ALL {
             let times = self.sum.broken.get(&promise).copied().unwrap_or(0);
@@ -120,6 +117,30 @@ impl Report {
             screen.line(&screen.paint(Style::Red, &format!("  {told}")))?;
         }
         screen.line("")
+    }
+
+    /// Other pods' calls beside what does not answer.
+    fn print_beside(&self, screen: &mut Screen) -> Result<()> {
+        if self.sum.beside.is_empty() {
+            return Ok(());
+        }
+        title(screen, "beside what does not answer", " samples    healthy p99     max disturbed p99     max  ms")?;
+        for (call, Compared { healthy, disturbed }) in &self.sum.beside {
+            screen.line(&format!(
+                "  {:<30}{:>8}{:>15.0}{:>8.0}{:>14.0}{:>8.0}",
+                format!("{call:?}"),
+                healthy.count.min(disturbed.count),
+                healthy.p99_ms,
+                healthy.max_ms,
+                disturbed.p99_ms,
+                disturbed.max_ms
+            ))?;
+        }
+        if let Some(FirstStatistics { guests, times, max_ms, limit_ms }) = self.sum.first_statistics {
+            let what = format!("first statistics, {guests} stuck");
+            screen.line(&format!("  {what:<30}{times:>8}{:>37.0}  of {limit_ms:.0}", max_ms))?;
+        }
+        Ok(())
     }
 
     /// Says whether the figure for many pods is met, where it was taken.
@@ -144,6 +165,12 @@ impl Report {
         }
         fs::write(path, text).with_context(|| format!("write {}", path.display()))
     }
+}
+
+fn title(screen: &mut Screen, left: &str, right: &str) -> Result<()> {
+    let (left, right) = (screen.paint(Style::Bold, &format!("{left:<32}")), screen.paint(Style::Dim, right));
+    screen.line("")?;
+    screen.line(&format!("{left}{right}"))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kuasar_sandboxers::failpoint;
 use kuasar_tests::cri::SOON;
 use kuasar_tests::kuasard::{Killed, Kuasard};
@@ -85,6 +85,7 @@ impl Saboteur<'_> {
             Disturbance::Descriptors => self.descriptors().await,
             Disturbance::Upgrade => self.upgrade().await,
             Disturbance::Keeper => self.keeper().await,
+            Disturbance::Volume | Disturbance::Guests => bail!("it has a part of its own"),
         }
         .with_context(|| format!("after: {}", what.name()))
     }

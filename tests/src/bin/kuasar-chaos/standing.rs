@@ -12,7 +12,7 @@ use kuasar_tests::cri::k8s_cri::v1::{ContainerFilter, ContainerState, PodSandbox
 use kuasar_tests::leak::census;
 use kuasar_tests::{Container, Pod};
 
-use crate::ledger::{Call, Promise};
+use crate::ledger::{Call, Disturbance, Promise};
 use crate::rng::Rng;
 use crate::world::{GivenUp, MINE, World};
 
@@ -74,24 +74,7 @@ impl Stand {
         for number in 0..containers {
             let Some(pod) = stand.pods.get(number % pods.max(1)) else { break };
             let is_terminal = number % TERMINAL_EVERY == TERMINAL_EVERY - 1;
-            let dir = world.dir(&world.unique("standing"))?;
-            let container = world.run_container(pod, |spec| {
-                let spec = spec.command(&["count", APART_MS]).mount(&dir, MINE, false);
-                if is_terminal { spec.tty() } else { spec }
-            });
-            let container = container.await.map_err(given_up)?;
-            let pid = container.pid().await?;
-            let log = Mutex::new(Follower::new(container.log.clone().context("a standing container has no log")?));
-            stand.containers.push(Standing {
-                container,
-                is_terminal,
-                pid,
-                start: census::start_time(pid),
-                dir,
-                log,
-                tokens: Mutex::default(),
-                is_lost: Mutex::new(false),
-            });
+            stand.containers.push(Standing::up(world, pod, is_terminal, APART_MS).await?);
         }
         ensure!(!stand.containers.is_empty(), "no standing containers");
         Ok(stand)
@@ -157,6 +140,21 @@ impl Stand {
 }
 
 impl Standing {
+    /// Starts one that prints a number every so many milliseconds.
+    pub(crate) async fn up(world: &World, pod: &Pod, is_terminal: bool, apart_ms: &str) -> Result<Self> {
+        let dir = world.dir(&world.unique("standing"))?;
+        let container = world.run_container(pod, |spec| {
+            let spec = spec.command(&["count", apart_ms]).mount(&dir, MINE, false);
+            if is_terminal { spec.tty() } else { spec }
+        });
+        let given_up = |_: GivenUp| anyhow::anyhow!("a standing container does not start: see the log");
+        let container = container.await.map_err(given_up)?;
+        let pid = container.pid().await?;
+        let log = Mutex::new(Follower::new(container.log.clone().context("a standing container has no log")?));
+        let start = census::start_time(pid);
+        Ok(Self { container, is_terminal, pid, start, dir, log, tokens: Mutex::default(), is_lost: Mutex::new(false) })
+    }
+
     fn log(&self) -> std::sync::MutexGuard<'_, Follower> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -169,7 +167,8 @@ impl Standing {
         }
     }
 
-    fn look(&self, world: &World) {
+    /// Looks at its process and its log. A process in a virtual machine is not the node's.
+    pub(crate) fn look(&self, world: &World) {
         let now = census::start_time(self.pid);
         if now != self.start {
             self.lost(world, Promise::Runs, &format!("process {} began at {:?}, now {now:?}", self.pid, self.start));
@@ -203,12 +202,22 @@ impl Standing {
 
     /// Runs a command in it that leaves a token, and compares what the call says.
     pub(crate) async fn exec(&self, world: &World, rng: &mut Rng) {
+        // Whether it has succeeded is on the ledger.
+        self.exec_beside(world, rng, None).await;
+    }
+
+    /// The same while its pod is disturbed, if it is: the call may fail then. Returns whether it has succeeded.
+    pub(crate) async fn exec_beside(&self, world: &World, rng: &mut Rng, disturbed: Option<Disturbance>) -> bool {
         let token = world.unique("token");
         let code = i32::try_from(rng.below(126)).unwrap_or(0);
         let script = format!("echo {token} >>{MINE}/{EXECS}; echo {token}; exit {code}");
         let about = format!("{token} in {}", self.container.id);
         let begun = Instant::now();
-        let answer = world.once(Call::ExecSync, &about, self.container.sh(&script)).await;
+        let call = self.container.sh(&script);
+        let answer = match disturbed {
+            None => world.once(Call::ExecSync, &about, call).await,
+            Some(what) => world.about_disturbed(what, Call::ExecSync, &about, call).await,
+        };
         let unnoted = world.ledger.nothing_could_be_noted_since(begun);
         let ran = match answer {
             Ok(ran) => {
@@ -223,9 +232,11 @@ impl Standing {
             Err(_) => Ran::Perhaps,
         };
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner).insert(token, (ran, unnoted));
+        ran == Ran::Yes
     }
 
-    fn account(&self, world: &World) -> Result<()> {
+    /// Compares the commands that have run in it with the calls that were made.
+    pub(crate) fn account(&self, world: &World) -> Result<()> {
         let path = self.dir.join(EXECS);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,

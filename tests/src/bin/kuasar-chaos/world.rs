@@ -17,10 +17,12 @@ use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::ledger::{Call, Ledger, Promise};
+use crate::ledger::{Call, Disturbance, Ledger, Promise};
 
 /// How long a call may take. What takes longer hangs.
 const DEADLINE: Duration = Duration::from_secs(30);
+/// How long a call about a hung volume or a stuck guest may take: longer than the daemon waits for a guest that is to start a program.
+const PATIENT: Duration = Duration::from_secs(150);
 /// How long a call is repeated before it is given up.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Pauses between attempts: each twice as long as the one before.
@@ -66,6 +68,11 @@ impl World {
             shared,
             next: AtomicU64::new(1),
         })
+    }
+
+    /// The client.
+    pub(crate) fn cri(&self) -> &Cri {
+        &self.cri
     }
 
     /// The raw runtime service.
@@ -126,11 +133,22 @@ impl World {
         about: &str,
         work: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, Status> {
+        self.once_within(DEADLINE, call, about, work).await
+    }
+
+    /// The same for a call that may take so long.
+    async fn once_within<T>(
+        &self,
+        limit: Duration,
+        call: Call,
+        about: &str,
+        work: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, Status> {
         let mut containerd = self.containerd.subscribe();
         // The sender is in `self`.
         let _ = containerd.wait_for(|up| *up).await;
         let begun = Instant::now();
-        match timeout(DEADLINE, work).await {
+        match timeout(limit, work).await {
             Ok(Ok(value)) => {
                 self.ledger.ok(call);
                 Ok(value)
@@ -141,7 +159,31 @@ impl World {
             }
             Err(_) => {
                 self.ledger.hung(call, about);
-                Err(Status::deadline_exceeded(format!("no answer within {} s", DEADLINE.as_secs())))
+                Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs())))
+            }
+        }
+    }
+
+    /// Makes a call about what is disturbed itself: it may fail, and wait for as long as the daemon waits for a guest.
+    pub(crate) async fn about_disturbed<T>(
+        &self,
+        what: Disturbance,
+        call: Call,
+        about: &str,
+        work: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, Status> {
+        match timeout(PATIENT, work).await {
+            Ok(Ok(value)) => {
+                self.ledger.ok(call);
+                Ok(value)
+            }
+            Ok(Err(status)) => {
+                self.ledger.failed_by(what, call, about, &status);
+                Err(status)
+            }
+            Err(_) => {
+                self.ledger.hung(call, about);
+                Err(Status::deadline_exceeded(format!("no answer within {} s", PATIENT.as_secs())))
             }
         }
     }
@@ -179,10 +221,16 @@ impl World {
 
     /// Runs a pod, with another one for each attempt, of which the earlier are removed.
     pub(crate) async fn run_pod(&self, kind: impl Fn(PodSpec) -> PodSpec) -> Result<Pod, GivenUp> {
+        self.run_pod_within(DEADLINE, kind).await
+    }
+
+    /// The same where an attempt may take so long, because a guest boots.
+    pub(crate) async fn run_pod_within(&self, limit: Duration, kind: impl Fn(PodSpec) -> PodSpec) -> Result<Pod, GivenUp> {
         let (begun, mut pause) = (Instant::now(), PAUSE.0);
         loop {
             let name = self.unique("pod");
-            match self.once(Call::RunPodSandbox, &name, self.cri.run_pod(kind(self.pod(&name)))).await {
+            let attempt = self.cri.run_pod(kind(self.pod(&name)));
+            match self.once_within(limit, Call::RunPodSandbox, &name, attempt).await {
                 Ok(pod) => return Ok(pod),
                 Err(status) => {
                     self.remove_pods(Some(&name)).await?;
