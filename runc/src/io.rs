@@ -22,7 +22,7 @@ pub(crate) enum Io {
 
 /// Stdio before the process exists.
 pub(crate) enum Prepared {
-    Plain(ProcessIo),
+    Plain(Box<ProcessIo>),
     Console(ConsoleSocket),
 }
 
@@ -32,7 +32,7 @@ impl Prepared {
         if stdio.terminal {
             Ok(Self::Console(ConsoleSocket::listen(dir)?))
         } else {
-            Ok(Self::Plain(ProcessIo::open(stdio, context).await?))
+            Ok(Self::Plain(Box::new(ProcessIo::open(stdio, context).await?)))
         }
     }
 
@@ -55,7 +55,7 @@ impl Prepared {
     /// After the runtime has made the process: takes the terminal.
     pub(crate) async fn connect(self, stdio: &Stdio, context: &IoContext) -> Result<Io> {
         match self {
-            Self::Plain(io) => Ok(Io::Plain(io)),
+            Self::Plain(io) => Ok(Io::Plain(*io)),
             Self::Console(socket) => Ok(Io::Terminal(Terminal::new(socket.receive().await?, stdio, context).await?)),
         }
     }

@@ -1,8 +1,8 @@
 //! Work on files that a pod names, in a process of its own with a deadline.
 //!
 //! A system call on a dead NFS or FUSE server does not return. The thread in it cannot be killed, nor can the process that the thread
-//! belongs to. So the daemon does not look at volumes, log files and the layers of lazy snapshotters itself: a short-lived helper does, which
-//! is this executable again ([`serve`]).
+//! belongs to. So the daemon does not look at volumes and the layers of lazy snapshotters itself: a short-lived helper does, which is this
+//! executable again ([`serve`]). Log files have writers of their own ([`stdio`]), which begin and, if need be, end as helpers do.
 //!
 //! ```text
 //!   daemon ── steps (JSON in a memfd, as standard input) ──▶ helper
@@ -57,7 +57,7 @@ use crate::{
     limits,
     mount::{self, Showing, Shown},
     process::Tracked,
-    reaper::{ExitFuture, Reaper},
+    reaper::{Child, ExitFuture, Reaper},
     stdio,
     types::Mount,
 };
@@ -69,7 +69,7 @@ pub const MOST: usize = 8;
 const STUCK: usize = 512;
 
 /// How long a file may take to be looked at.
-const LOOK: Duration = Duration::from_secs(10);
+pub(crate) const LOOK: Duration = Duration::from_secs(10);
 
 /// How long a root filesystem may take to be mounted: a lazy snapshotter may fetch it from a registry.
 const MOUNT: Duration = Duration::from_secs(60);
@@ -113,8 +113,6 @@ pub enum Work {
     },
     /// Shows a file or directory elsewhere.
     Show(Showing),
-    /// Opens a log file for appending, and makes it and its directory where they are missing.
-    OpenLog(PathBuf),
     /// Finds out whether a path names a block device.
     IsBlockDevice(PathBuf),
     /// Opens a device or image for reading, and perhaps for writing.
@@ -164,7 +162,7 @@ impl Work {
     fn limit(&self) -> Duration {
         match self {
             Self::Mount { .. } => MOUNT,
-            Self::Show(_) | Self::OpenLog(_) | Self::IsBlockDevice(_) | Self::OpenDisk { .. } => LOOK,
+            Self::Show(_) | Self::IsBlockDevice(_) | Self::OpenDisk { .. } => LOOK,
         }
     }
 
@@ -175,7 +173,6 @@ impl Work {
                 Done::Nothing
             }
             Self::Show(showing) => Done::Shown(mount::show_now(showing)?),
-            Self::OpenLog(path) => Done::Opened(stdio::open_log_now(path)?),
             Self::OpenDisk { path, readonly } => {
                 let opened = File::options().read(true).write(!readonly).open(path);
                 Done::Opened(opened.map_err(Error::io("open", path))?.into())
@@ -206,7 +203,7 @@ impl Offload {
             return Ok(Vec::new());
         }
         let place = Place::take(&self.sandbox)?;
-        if SERVED.load(Ordering::Relaxed) { self.in_helper(steps, place).await } else { in_thread(steps, place).await }
+        if is_served() { self.in_helper(steps, place).await } else { in_thread(steps, place).await }
     }
 
     /// Does one step.
@@ -232,7 +229,7 @@ impl Offload {
         let child = self.reaper.spawn(&mut command)?;
         // The socket's other end must be the helper's alone, or its end would not be seen.
         drop(command);
-        let helper = Helper { pid: child.pid, process: Tracked::open(child.pid)?, exit: Some((child.exit, place)) };
+        let helper = Helper::new(child, place)?;
         // One that a filesystem holds may stay for long: it is not to be spared when memory is short.
         if let Err(error) = limits::make_ordinary(helper.pid) {
             debug!(error = error.report(), "a helper has the daemon's scores");
@@ -262,7 +259,8 @@ impl Offload {
     }
 }
 
-fn no_answer(what: &str, limit: Duration) -> Error {
+/// The error for what has not responded within its limit.
+pub(crate) fn no_answer(what: &str, limit: Duration) -> Error {
     let seconds = limit.as_secs();
     let report =
         format!("{what} does not answer: nothing came from its filesystem within {seconds} s; check the server behind it");
@@ -281,28 +279,34 @@ fn done(reply: Reply, descriptor: Option<OwnedFd>) -> Result<Done> {
 }
 
 /// A helper that runs, and one of its sandbox's places as long as it does.
-struct Helper {
+pub(crate) struct Helper {
     pid: u32,
     process: Option<Tracked>,
     exit: Option<(ExitFuture, Place)>,
 }
 
 impl Helper {
+    pub(crate) fn new(child: Child, place: Place) -> Result<Self> {
+        Ok(Self { pid: child.pid, process: Tracked::open(child.pid)?, exit: Some((child.exit, place)) })
+    }
+
+    /// Lets it live on by itself, without a place; `None` when it has ended.
+    pub(crate) fn release(mut self) -> Option<Tracked> {
+        self.exit = None;
+        self.process.take()
+    }
+
     /// Ends it, without waiting for longer than [`DYING`].
-    async fn kill(mut self, what: &str) {
+    pub(crate) async fn kill(mut self, what: &str) {
         self.signal();
         let Some((mut exit, place)) = self.exit.take() else { return };
         if timeout(DYING, &mut exit).await.is_ok() {
             return;
         }
-        let (pid, what) = (self.pid, what.to_owned());
-        warn!(pid, what, "a filesystem does not answer: its helper cannot be killed and stays until it does");
-        STUCK_NOW.fetch_add(1, Ordering::Relaxed);
+        let stuck = Stuck::new(self.pid, what, place);
         tokio::spawn(async move {
             exit.await;
-            STUCK_NOW.fetch_sub(1, Ordering::Relaxed);
-            info!(pid, what, "the filesystem answered: the helper is gone");
-            drop(place);
+            stuck.has_ended();
         });
     }
 
@@ -325,9 +329,48 @@ impl Drop for Helper {
     }
 }
 
+/// Ends a process that has become a helper only now, and waits for that: while the kernel does not let it go, it counts as one.
+pub(crate) async fn kill(process: &Tracked, what: &str, sandbox: &str) {
+    if let Err(error) = process.signal(libc::SIGKILL) {
+        warn!(error = error.report(), what, "cannot kill a helper");
+    }
+    let mut stuck = None;
+    while !matches!(timeout(DYING, process.ended()).await, Ok(Ok(()))) {
+        stuck.get_or_insert_with(|| Stuck::new(process.identity().pid, what, Place::of_one_that_runs(sandbox)));
+    }
+    if let Some(stuck) = stuck {
+        stuck.has_ended();
+    }
+}
+
+/// A helper that cannot be killed.
+struct Stuck {
+    pid: u32,
+    what: String,
+    _place: Place,
+}
+
+impl Stuck {
+    fn new(pid: u32, what: &str, place: Place) -> Self {
+        warn!(pid, what, "a filesystem does not answer: its helper cannot be killed and stays until it does");
+        STUCK_NOW.fetch_add(1, Ordering::Relaxed);
+        Self { pid, what: what.to_owned(), _place: place }
+    }
+
+    fn has_ended(self) {
+        info!(pid = self.pid, what = self.what, "the filesystem answered: the helper is gone");
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        STUCK_NOW.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A sandbox's right to one more helper.
 #[derive(Debug)]
-struct Place(String);
+pub(crate) struct Place(String);
 
 fn helpers() -> MutexGuard<'static, HashMap<String, usize>> {
     // A number is changed whole.
@@ -335,7 +378,7 @@ fn helpers() -> MutexGuard<'static, HashMap<String, usize>> {
 }
 
 impl Place {
-    fn take(sandbox: &str) -> Result<Self> {
+    pub(crate) fn take(sandbox: &str) -> Result<Self> {
         if STUCK_NOW.load(Ordering::Relaxed) >= STUCK {
             return Err(Error::Unavailable {
                 what: "the storage of this node".into(),
@@ -352,6 +395,12 @@ impl Place {
         }
         *count += 1;
         Ok(Self(sandbox.to_owned()))
+    }
+
+    /// Of one that is there, whether there was a place for it or not.
+    fn of_one_that_runs(sandbox: &str) -> Self {
+        *helpers().entry(sandbox.to_owned()).or_default() += 1;
+        Self(sandbox.to_owned())
     }
 }
 
@@ -426,10 +475,18 @@ fn receive_now(socket: &OwnedFd) -> io::Result<Option<(Reply, Option<OwnedFd>)>>
     Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptor)))
 }
 
-/// Does a helper's work, if this process was started as one; to be called first in `main`. Otherwise this executable is taken as the
-/// helper from now on.
+/// Whether this executable is its own helper.
+pub(crate) fn is_served() -> bool {
+    SERVED.load(Ordering::Relaxed)
+}
+
+/// Does a helper's work, or a log writer's, if this process was started as one; to be called first in `main`. Otherwise this executable is
+/// taken as the helper from now on.
 #[must_use]
 pub fn serve() -> Option<ExitCode> {
+    if let Some(ended) = stdio::serve_log() {
+        return Some(ended);
+    }
     let Some(daemon) = std::env::var_os(VARIABLE) else {
         SERVED.store(true, Ordering::Relaxed);
         return None;

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     time::Duration,
 };
@@ -179,6 +179,16 @@ impl Tracked {
         Ok(Some(Self { identity, pidfd, parent: stat.parent }))
     }
 
+    /// Takes hold of the process of a pidfd; `None` when it has ended and was reaped.
+    pub fn from_pidfd(pidfd: OwnedFd) -> Result<Option<Self>> {
+        let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        // -1 once it was reaped.
+        let Some(pid) = text.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok()) else { return Ok(None) };
+        let Some(stat) = Stat::read(pid)? else { return Ok(None) };
+        Ok(Some(Self { identity: Identity { pid, start: stat.start }, pidfd, parent: stat.parent }))
+    }
+
     /// Takes hold of a process again; `None` when it is gone, whoever has its pid now, or dead.
     pub fn find(identity: Identity) -> Result<Option<Self>> {
         Ok(Self::open(identity.pid)?.filter(|found| found.identity == identity))
@@ -274,6 +284,12 @@ impl Tracked {
                 Ok(_) => sleep(Duration::from_millis(5)).await,
             }
         }
+    }
+}
+
+impl AsFd for Tracked {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 }
 

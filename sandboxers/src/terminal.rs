@@ -3,7 +3,7 @@
 //! ```text
 //!   stdin  FIFO or stream ──▶ input task ──▶ ┌────────┐ ──▶ slave: the process
 //!   stdout FIFO, stream,  ◀── output task ◀─ │ master │ ◀──
-//!          file or program                   └────────┘
+//!          program or log writer             └────────┘
 //! ```
 //!
 //! A terminal cannot be handed to containerd, so this is the one place where bytes pass through the daemon. Buffers exist
@@ -21,8 +21,7 @@ use std::{
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 use tokio::{
-    fs::File,
-    io::{AsyncWriteExt, Interest, unix::AsyncFd},
+    io::{Interest, unix::AsyncFd},
     net::unix::pipe,
     select,
     sync::watch,
@@ -35,7 +34,7 @@ use tracing::{debug, warn};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
-    stdio::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, Streams, open_log, own, splice_all, until_empty, write_all},
+    stdio::{Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, Streams, own, splice_all, until_empty, write_all},
     sys,
     types::WindowSize,
 };
@@ -58,6 +57,7 @@ pub struct Terminal {
     input: Option<JoinHandle<()>>,
     closing: CancellationToken,
     logger: Option<Logger>,
+    log: Option<LogWriter>,
     streams: Streams,
     _held: Vec<Held>,
 }
@@ -88,7 +88,7 @@ impl Terminal {
         let stdio = Stdio { terminal: true, ..stdio.clone() };
         let ends = Endpoints::parse(&stdio)?;
         let mut streams = Streams::new(context);
-        let mut logger = None;
+        let (mut logger, mut log) = (None, None);
         let mut held = vec![held];
         let source = match &ends.stdin {
             // Open for writing too, so that a client that detaches does not end it.
@@ -108,7 +108,12 @@ impl Terminal {
                 Sink::pipe(fifo, Some(held))?
             }
             Endpoint::Stream(id) => Sink::pipe(streams.open_output("stdout", id, context)?, None)?,
-            Endpoint::File(path) => Sink::File(File::from_std(open_log(path, context).await?.into())),
+            Endpoint::File(path) => {
+                // That of a daemon before has ended with that one's pipe.
+                let (writer, pipe) = LogWriter::start(path, "stdout", context).await?;
+                log = Some(writer);
+                Sink::pipe(pipe, None)?
+            }
             Endpoint::Program(program) => {
                 let (started, stdout, _) = Logger::start(program, context).await?;
                 logger = Some(started);
@@ -147,7 +152,7 @@ impl Terminal {
                 }
             })
         });
-        Ok(Self { master, output, drained, input, closing, logger, streams, _held: held })
+        Ok(Self { master, output, drained, input, closing, logger, log, streams, _held: held })
     }
 
     /// The master, for whoever keeps a second hold on it.
@@ -186,6 +191,9 @@ impl Terminal {
         if let Some(logger) = &self.logger {
             logger.finish().await;
         }
+        if let Some(log) = &self.log {
+            log.finish().await;
+        }
     }
 }
 
@@ -219,7 +227,6 @@ enum Sink {
         splices: bool,
         _held: Option<Held>,
     },
-    File(File),
 }
 
 impl Sink {
@@ -235,10 +242,6 @@ impl Sink {
         match self {
             Self::Nowhere => Ok(()),
             Self::Pipe { pipe, .. } => write_all(pipe, bytes).await,
-            Self::File(file) => {
-                file.write_all(bytes).await?;
-                file.flush().await
-            }
         }
     }
 }

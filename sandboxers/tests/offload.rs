@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::Write,
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
     path::Path,
     process::ExitCode,
     time::{Duration, Instant},
@@ -13,8 +13,11 @@ use std::{
 use futures::future::join_all;
 use kuasar_sandboxers::{
     Code,
+    fdstore::{FdStore, MemoryHolder},
     offload::{self, Done, MOST, Offload, Step, Work},
     reaper::Reaper,
+    stdio::{ChildFds, IoContext, ProcessIo, Stdio, StreamHub},
+    types::Mount,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -28,6 +31,8 @@ fn main() -> ExitCode {
         let reaper = Reaper::install().unwrap();
         results_and_errors_come_back(&Offload::new("one", &reaper)).await;
         eprintln!("test results_and_errors_come_back ... ok");
+        a_log_is_written_by_a_process_of_its_own(&reaper).await;
+        eprintln!("test a_log_is_written_by_a_process_of_its_own ... ok");
         what_hangs_is_given_up(&reaper).await;
     });
     runtime.block_on(tests).unwrap();
@@ -36,19 +41,78 @@ fn main() -> ExitCode {
 
 async fn results_and_errors_come_back(offload: &Offload) {
     let dir = tempfile::tempdir().unwrap();
-    let log = dir.path().join("made/for/it/log");
-    let Done::Opened(file) = offload.run_one("the log", Work::OpenLog(log.clone())).await.unwrap() else { panic!("no file") };
+    let image = dir.path().join("image");
+    fs::write(&image, "").unwrap();
+    let open = |path: &Path| Work::OpenDisk { path: path.to_owned(), readonly: false };
+    let Done::Opened(file) = offload.run_one("the image", open(&image)).await.unwrap() else { panic!("no file") };
     File::from(file).write_all(b"a line\n").unwrap();
-    assert_eq!(fs::read_to_string(&log).unwrap(), "a line\n");
+    assert_eq!(fs::read_to_string(&image).unwrap(), "a line\n");
     // Up to the first failure, whose words and code are the helper's.
-    let later = dir.path().join("later");
-    let step = |path: &Path| Step { what: "a log".into(), work: Work::OpenLog(path.to_owned()) };
-    let error = offload.run(vec![step(&log), step(dir.path()), step(&later)]).await.unwrap_err();
+    let target = dir.path().join("later");
+    fs::create_dir(&target).unwrap();
+    let tmpfs = Mount { kind: "tmpfs".into(), source: "tmpfs".into(), target: String::new(), options: Vec::new() };
+    let later = Work::Mount { mounts: vec![tmpfs], target: target.clone() };
+    let step = |work: Work| Step { what: "an image".into(), work };
+    let error = offload.run(vec![step(open(&image)), step(open(dir.path())), step(later)]).await.unwrap_err();
     assert!(error.report().contains(&dir.path().display().to_string()), "{}", error.report());
     assert_eq!(error.code(), Code::Internal);
-    assert!(!later.exists());
+    assert_eq!(fs::metadata(target).unwrap().dev(), fs::metadata(dir.path()).unwrap().dev(), "it was mounted");
     let answer = offload.run_one("a device", Work::IsBlockDevice("/dev/null".into())).await.unwrap();
     assert!(matches!(answer, Done::Answer(false)), "{answer:?}");
+}
+
+fn io_context(reaper: &Reaper, fds: FdStore) -> IoContext {
+    IoContext {
+        namespace: "k8s.io".parse().unwrap(),
+        container: "c1".parse().unwrap(),
+        streams: StreamHub::default(),
+        reaper: reaper.clone(),
+        owner: (0, 0),
+        fds,
+        name: "@k8s.io/logging/c1".into(),
+    }
+}
+
+async fn a_log_is_written_by_a_process_of_its_own(reaper: &Reaper) {
+    let (dir, holder) = (tempfile::tempdir().unwrap(), MemoryHolder::default());
+    let log = dir.path().join("made/for/it/log");
+    let stdio = Stdio { stdout: format!("file://{}", log.display()), ..Stdio::default() };
+    let writers = || {
+        let is_one = |entry: &fs::DirEntry| {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == log.as_os_str().as_encoded_bytes())
+        };
+        fs::read_dir("/proc").unwrap().filter(|entry| entry.as_ref().is_ok_and(is_one)).count()
+    };
+    let first = ProcessIo::open(&stdio, &io_context(reaper, holder.store())).await.unwrap();
+    assert_eq!(writers(), 1, "one for both streams");
+    let ChildFds { stdout, stderr, .. } = first.child_fds().unwrap();
+    let (mut stdout, mut stderr) = (File::from(stdout), File::from(stderr));
+    stdout.write_all(b"a ").unwrap();
+    // The daemon dies, and the next one waits for its writer.
+    let second = ProcessIo::adopt(&stdio, &io_context(reaper, holder.store())).unwrap();
+    std::mem::forget(first);
+    stderr.write_all(b"line\n").unwrap();
+    drop((stdout, stderr));
+    second.finish().await;
+    assert_eq!((fs::read_to_string(&log).unwrap().as_str(), writers()), ("a line\n", 0));
+
+    // What the version before has opened itself, wherever it is now.
+    let file = OpenOptions::new().append(true).open(&log).unwrap().into();
+    let old = log.with_extension("old");
+    fs::rename(&log, &old).unwrap();
+    let pipe = second.pipe_for_file("stdout", &file, &io_context(reaper, holder.store())).await.unwrap().unwrap();
+    drop(file);
+    File::from(pipe).write_all(b"more\n").unwrap();
+    second.finish().await;
+    assert_eq!(fs::read_to_string(old).unwrap(), "a line\nmore\n");
+}
+
+async fn a_log_that_hangs_is_given_up(reaper: &Reaper, mute: &Path) {
+    let stdio = Stdio { stdout: format!("file://{}", mute.join("log").display()), ..Stdio::default() };
+    let error = ProcessIo::open(&stdio, &io_context(reaper, FdStore::default())).await.unwrap_err();
+    assert_eq!(error.code(), Code::DeadlineExceeded);
+    assert!(error.report().starts_with("log file /") && error.report().contains("does not answer"), "{}", error.report());
 }
 
 async fn what_hangs_is_given_up(reaper: &Reaper) {
@@ -81,7 +145,7 @@ async fn what_hangs_is_given_up(reaper: &Reaper) {
         well.run_one("a device", Work::IsBlockDevice("/dev/null".into())).await.unwrap();
         assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     };
-    let (took, ()) = tokio::join!(given_up, beside);
+    let (took, (), ()) = tokio::join!(given_up, beside, a_log_that_hangs_is_given_up(reaper, dir.path()));
     assert!(took < Duration::from_secs(20), "{took:?}");
     // The device ends the filesystem; then there are places again.
     drop(device);

@@ -313,11 +313,46 @@ fn a_log_file_takes_both_and_is_appended_to() {
         for word in ["first", "second"] {
             let stdio = Stdio { stdout: format!("file://{}?maxsize=1", log.display()), ..Stdio::default() };
             let io = ProcessIo::open(&stdio, &context).await.unwrap();
-            let child = start(&io, &context, &format!("echo {word}; echo error >&2; cat"));
+            // Nor can the process empty it.
+            let child = start(&io, &context, &format!("echo {word}; echo error >/dev/stderr; : >/dev/stdout; cat"));
             assert_eq!(child.exit.await.status, 0);
             io.finish().await;
         }
         assert_eq!(fs::read_to_string(log).unwrap(), "first\nerror\nsecond\nerror\n");
+    });
+}
+
+/// Each daemon waits for what was written while the one before it ran.
+#[test]
+fn a_log_file_outlives_a_daemon() {
+    run(async {
+        let pipes = Pipes::new();
+        let (holder, context, next) = contexts();
+        let log = pipes.path("log");
+        let stdio = Stdio { stdout: format!("file://{}", log.display()), ..Stdio::default() };
+        let first = ProcessIo::open(&stdio, &context).await.unwrap();
+        let child = start(&first, &context, "head -c 300000 /dev/zero; sleep 0.1; echo end; exit 3");
+        let second = ProcessIo::adopt(&stdio, &next(&holder)).unwrap();
+        drop(first);
+        assert_eq!(child.exit.await.status, 3);
+        second.finish().await;
+        let text = fs::read(log).unwrap();
+        assert!(text.len() == 300_004 && text.ends_with(b"\0end\n"), "{}", text.len());
+        drop(second);
+        assert!(holder.names().is_empty());
+    });
+}
+
+#[test]
+fn a_log_that_cannot_be_opened_is_named() {
+    run(async {
+        let (pipes, context) = (Pipes::new(), context());
+        fs::create_dir(pipes.path("log")).unwrap();
+        for (path, why) in [(pipes.text("log"), "failed to open log file"), ("/dev/null".into(), "is not a regular file")] {
+            let stdio = Stdio { stdout: format!("file://{path}"), ..Stdio::default() };
+            let error = ProcessIo::open(&stdio, &context).await.unwrap_err().report();
+            assert!(error.contains(&path) && error.contains(why), "{error}");
+        }
     });
 }
 

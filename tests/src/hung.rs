@@ -29,6 +29,7 @@ const GETATTR: u32 = 3;
 const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
+const WRITE: u32 = 16;
 const STATFS: u32 = 17;
 const RELEASE: u32 = 18;
 const FLUSH: u32 = 25;
@@ -176,6 +177,8 @@ fn answer(device: &mut File, request: &[u8]) -> Result<()> {
             let offset = usize::try_from(long(body, 8).unwrap_or_default()).unwrap_or(usize::MAX);
             Ok(CONTENT.get(offset..).unwrap_or_default().to_vec())
         }
+        // All of it, of which nothing is kept: its length, and what fills the reply up.
+        WRITE => Ok([word(body, 16).unwrap_or_default(), 0].iter().flat_map(|word| word.to_ne_bytes()).collect()),
         STATFS => Ok(vec![0; 80]),
         READDIR | RELEASE | RELEASEDIR | FLUSH | ACCESS | DESTROY => Ok(Vec::new()),
         _ => Err(nix::libc::ENOSYS),

@@ -44,7 +44,7 @@ use rustix::{
     net::{RecvFlags, Shutdown, recv, shutdown},
 };
 use tokio::{
-    io::{AsyncWriteExt, Interest, unix::AsyncFd},
+    io::{Interest, unix::AsyncFd},
     select,
     sync::Notify,
     task::JoinHandle,
@@ -211,6 +211,17 @@ impl Left {
         }
         Ok(Self { ends, counts, held })
     }
+
+    /// Puts pipes in place of log files, which the version before has opened itself.
+    async fn pipe_files(&mut self, io: &ProcessIo, context: &IoContext) -> Result<()> {
+        for Ends { kind, ours, guest } in self.ends.iter_mut().filter(|ends| ends.kind != StreamKind::Stdin) {
+            if let Some(pipe) = io.pipe_for_file(kind.name(), ours, context).await? {
+                *ours = pipe;
+                self.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A connection to the agent for each of these streams. They may be made before there is the process, which is named over them later.
@@ -271,11 +282,16 @@ impl Relay {
                 if left.held.is_empty() {
                     left = Left::new(context)?;
                 }
+                left.pipe_files(&io, context).await?;
                 let connections = dial(agent, missing.into_iter()).await?;
                 left.connect(&io, connections, context)?;
                 Self::begin(io, left, process, true)
             }
-            _ => Self::begin(ProcessIo::adopt(stdio, context)?, left, process, true),
+            _ => {
+                let io = ProcessIo::adopt(stdio, context)?;
+                left.pipe_files(&io, context).await?;
+                Self::begin(io, left, process, true)
+            }
         }
     }
 
@@ -525,7 +541,7 @@ impl Stream {
                 .await
             }
             // Nothing comes from anywhere else.
-            End::File(_) => Ok(()),
+            End::Nowhere => Ok(()),
         };
         // A copy of the connection is left with the keeper, so closing this one would not end it.
         hang_up(&self.guest);
@@ -543,7 +559,7 @@ impl Stream {
         };
         match End::of(sink)? {
             End::Pipe(sink) => move_all(&guest, &sink, moved).await,
-            End::File(file) => write_file(&guest, file, moved).await,
+            End::Nowhere => discard(&guest, moved).await,
         }
     }
 }
@@ -556,16 +572,16 @@ fn watched(connection: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 /// The host's end of a stream.
 enum End {
     Pipe(AsyncFd<OwnedFd>),
-    /// A log file, or `/dev/null`, neither of which can be waited for, nor has to be.
-    File(tokio::fs::File),
+    /// `/dev/null`, which cannot be waited for, nor has to be.
+    Nowhere,
 }
 
 impl End {
     fn of(end: OwnedFd) -> io::Result<Self> {
         let file = File::from(end);
         let kind = file.metadata()?.file_type();
-        if !(kind.is_fifo() || kind.is_socket()) {
-            return Ok(Self::File(tokio::fs::File::from_std(file)));
+        if kind.is_char_device() {
+            return Ok(Self::Nowhere);
         }
         let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
         fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
@@ -600,24 +616,11 @@ async fn copy_all(
     Ok(())
 }
 
-async fn write_file(
-    source: &AsyncFd<OwnedFd>,
-    mut file: tokio::fs::File,
-    mut moved: impl FnMut(u64) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut result = Ok(());
+async fn discard(source: &AsyncFd<OwnedFd>, mut moved: impl FnMut(u64) -> io::Result<()>) -> io::Result<()> {
     while let Some(bytes) = read_some(source).await? {
-        // A full disk must not stop the process: what follows is thrown away, and told at the end.
-        if result.is_ok() {
-            result = async {
-                file.write_all(&bytes).await?;
-                file.flush().await
-            }
-            .await;
-        }
         moved(bytes.len() as u64)?;
     }
-    result
+    Ok(())
 }
 
 /// What has come; `None` at the end.

@@ -4,7 +4,7 @@
 //!   containerd                         this daemon                          process
 //!   FIFO  (default)       ─────────────── the FIFO itself ───────────────▶  0 1 2      no copier, survives any restart
 //!   streaming             ── StreamEnd ── pipe of the StreamHub ─────────▶  0 1 2
-//!   file://                              the file, appending ────────────▶    1 2
+//!   file://                              writer process ◀── a pipe ──────     1 2
 //!   binary://                            logger process ◀── pipes ───────     1 2
 //! ```
 //!
@@ -17,6 +17,7 @@ mod carry;
 mod endpoint;
 mod fifo;
 mod hub;
+mod log_file;
 mod logger;
 mod null;
 mod process;
@@ -30,10 +31,11 @@ pub use carry::{splice_all, write_all};
 pub(crate) use endpoint::{Endpoint, Endpoints};
 pub(crate) use fifo::{Fifo, writer_only};
 pub use hub::{Chunk, StreamEnd, StreamHub};
+pub(crate) use log_file::{LogWriter, serve as serve_log};
 pub(crate) use logger::Logger;
 pub use null::null_device;
 pub use process::{ChildFds, ProcessIo};
-pub(crate) use process::{Streams, open_log, open_log_now, own};
+pub(crate) use process::{Streams, own};
 pub(crate) use unread::until_empty;
 
 use crate::{

@@ -1,13 +1,9 @@
 //! Stdio of a process without a terminal.
 
 use std::{
-    fs::{DirBuilder, OpenOptions},
+    fs::File,
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::{DirBuilderExt, OpenOptionsExt},
-    },
-    path::Path,
+    os::fd::{AsFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -18,11 +14,13 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, warn};
 
-use super::{Endpoint, Endpoints, Fifo, IoContext, Logger, Stdio, StreamHub, null_device, unread::OutputFifo, writer_only};
+use super::{
+    Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, StreamHub, log_file, null_device, unread::OutputFifo,
+    writer_only,
+};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
-    offload::{Done, Offload, Work},
 };
 
 /// How long containerd may take to read the rest of a stream after the process has ended. A descendant that the process left
@@ -52,6 +50,7 @@ pub struct ProcessIo {
     /// Waits, after the process's end, for containerd to read what is left.
     unread: Mutex<Option<AbortOnDropHandle<()>>>,
     logger: Option<Logger>,
+    logs: Mutex<Vec<LogWriter>>,
     streams: Streams,
 }
 
@@ -84,6 +83,8 @@ impl ProcessIo {
             Endpoint::Stream(id) => (own(streams.open_input(id, context)?, context)?, None),
             _ => (null_device()?, None),
         };
+        // Of a daemon that had come less far.
+        let mut logs = adopt_logs(&ends, context)?;
         let mut outputs = Vec::new();
         let mut logger = None;
         let mut logger_stderr = None;
@@ -98,14 +99,18 @@ impl ProcessIo {
                 let (started, _, stderr) = Logger::start(program, context).await?;
                 logger = Some(started);
                 logger_stderr = Some(own(stderr, context)?);
-                open_output("stdout", end, &mut streams, &mut outputs, context).await?
+                open_output("stdout", end, &mut streams, &mut outputs, &mut logs, context).await?
             }
-            (end, _) => open_output("stdout", end, &mut streams, &mut outputs, context).await?,
+            (end, _) => open_output("stdout", end, &mut streams, &mut outputs, &mut logs, context).await?,
         };
         let stderr = match (&ends.stderr, logger_stderr) {
             // One log program takes both, whatever the second URI says.
             (Endpoint::Program(_), Some(stderr)) => stderr,
-            (end, _) => open_output("stderr", end, &mut streams, &mut outputs, context).await?,
+            // One pipe keeps the order of what is written to both.
+            (Endpoint::File(_), _) if ends.stderr == ends.stdout => {
+                stdout.try_clone().map_err(Error::failed("copy a descriptor"))?
+            }
+            (end, _) => open_output("stderr", end, &mut streams, &mut outputs, &mut logs, context).await?,
         };
         let child = Some(ChildFds { stdin, stdout, stderr });
         Ok(Self {
@@ -114,6 +119,7 @@ impl ProcessIo {
             outputs: Mutex::new(outputs),
             unread: Mutex::default(),
             logger,
+            logs: Mutex::new(logs),
             streams,
         })
     }
@@ -153,8 +159,25 @@ impl ProcessIo {
                 _ => {}
             }
         }
+        let logs = Mutex::new(adopt_logs(&ends, context)?);
         let (keeper, outputs) = (Mutex::new(keeper), Mutex::new(outputs));
-        Ok(Self { child: Mutex::default(), keeper, outputs, unread: Mutex::default(), logger: None, streams })
+        Ok(Self { child: Mutex::default(), keeper, outputs, unread: Mutex::default(), logger: None, logs, streams })
+    }
+
+    /// A pipe in place of a log file itself, which versions before have opened for what stands where the process would; `None` when it is
+    /// none. `field` is `stdout` or `stderr`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn pipe_for_file(&self, field: &str, file: &OwnedFd, context: &IoContext) -> Result<Option<OwnedFd>> {
+        let failed = || Error::failed("look at a log file");
+        let is_file = File::from(file.try_clone().map_err(failed())?).metadata().map_err(failed())?.is_file();
+        if !is_file {
+            return Ok(None);
+        }
+        let (writer, pipe) = LogWriter::start(&log_file::path_of(file), field, context).await?;
+        lock(&self.logs).push(writer);
+        Ok(Some(pipe))
     }
 
     /// The descriptors for the process, handed over: once it has been started none of them may stay open here, or readers
@@ -185,7 +208,19 @@ impl ProcessIo {
         if let Some(logger) = &self.logger {
             logger.finish().await;
         }
+        let logs: Vec<_> = lock(&self.logs).drain(..).collect();
+        join_all(logs.iter().map(LogWriter::finish)).await;
     }
+}
+
+fn adopt_logs(ends: &Endpoints, context: &IoContext) -> Result<Vec<LogWriter>> {
+    let mut logs = Vec::new();
+    for (field, end) in [("stdout", &ends.stdout), ("stderr", &ends.stderr)] {
+        if let Endpoint::File(path) = end {
+            logs.extend(LogWriter::adopt(path, field, context)?);
+        }
+    }
+    Ok(logs)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -260,6 +295,7 @@ async fn open_output(
     end: &Endpoint,
     streams: &mut Streams,
     outputs: &mut Vec<OutputFifo>,
+    logs: &mut Vec<LogWriter>,
     context: &IoContext,
 ) -> Result<OwnedFd> {
     match end {
@@ -271,37 +307,13 @@ async fn open_output(
             outputs.push(OutputFifo::new(path.clone(), held));
             Ok(fifo)
         }
-        Endpoint::File(path) => open_log(path, context).await,
+        Endpoint::File(path) => {
+            let (writer, pipe) = LogWriter::start(path, field, context).await?;
+            logs.push(writer);
+            own(pipe, context)
+        }
         Endpoint::Stream(id) => own(streams.open_output(field, id, context)?, context),
     }
-}
-
-/// A log file, made with its directory where missing, as containerd's own shim does. It may be anywhere.
-pub(crate) async fn open_log(path: &Path, context: &IoContext) -> Result<OwnedFd> {
-    let sandbox = context.name.split('/').nth(1).unwrap_or_default();
-    let offload = Offload::new(sandbox, &context.reaper);
-    match offload.run_one(format!("log file {}", path.display()), Work::OpenLog(path.to_owned())).await? {
-        Done::Opened(file) => Ok(file),
-        other => Err(Error::failed("open a log file")(format!("its helper answered {other:?}"))),
-    }
-}
-
-pub(crate) fn open_log_now(path: &Path) -> Result<OwnedFd> {
-    if let Some(directory) = path.parent() {
-        DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(Error::io("make log directory", directory))?;
-    }
-    let file = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o644)
-        .custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(Error::io("open log file", path))?;
-    let kind = file.metadata().map_err(Error::io("look at log file", path))?;
-    if !kind.is_file() {
-        return Err(Error::invalid("log URI", format!("{} is not a regular file", path.display())));
-    }
-    Ok(file.into())
 }
 
 /// Gives a pipe or FIFO to the user the runtime's options name (root of a user namespace, for one), so that the process can

@@ -22,6 +22,8 @@ use kuasar_shim::proto::sandbox::{
 };
 use kuasar_shim::server::{CONTROL_SOCKET, TASK_SOCKET};
 use kuasar_tests::cri::k8s_cri::v1::PodSandboxConfig;
+use kuasar_tests::hung::{self, Hung};
+use kuasar_tests::leak::census::running;
 use kuasar_tests::{Node, PodSpec, process, tools};
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -44,6 +46,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         the_task_services_codes,
         a_client_that_hangs_up,
         logs_to_files_and_programs,
+        a_hung_log_stops_nobody,
     ]
 }
 
@@ -217,6 +220,7 @@ impl<'a> Direct<'a> {
             "mounts": [
                 { "destination": "/proc", "type": "proc", "source": "proc" },
                 { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"] },
+                { "destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"] },
             ],
             "linux": {
                 "cgroupsPath": format!("{}/{id}", self.case.node.cgroup_parent()),
@@ -564,6 +568,67 @@ async fn logs_to_files_and_programs(case: &Case) -> Result<()> {
             let (_, text) = direct.create_refused(&wanted).await?;
             assert!(text.contains("/no/such/program"), "{text}");
             Ok(())
+        }
+        .boxed()
+    })
+    .await
+}
+
+async fn a_hung_log_stops_nobody(case: &Case) -> Result<()> {
+    // More than the daemon has threads for what blocks.
+    const LOGS: usize = 20;
+    if !Path::new(hung::DEVICE).exists() {
+        return case.skip(&format!("this machine has no {}", hung::DEVICE));
+    }
+    let hung = Hung::mount(&case.dir().join("hung"))?;
+    let log = case.dir().join("hung/file");
+    let (hung, log) = (&hung, &log);
+    with(case, |direct| {
+        async move {
+            let pod = direct.pod("hung-log").await?;
+            let create = |id: String, script: &'static str, log: PathBuf, terminal| {
+                let pod = pod.clone();
+                async move {
+                    let mut spec = direct.spec(&id, script);
+                    spec["process"]["terminal"] = json!(terminal);
+                    let mut wanted = direct.bundle(&pod, &id, &spec.to_string())?;
+                    wanted.stdout = format!("file://{}", log.display());
+                    wanted.stderr = if terminal { String::new() } else { wanted.stdout.clone() };
+                    wanted.terminal = terminal;
+                    direct.task.create(context(), &wanted).await?;
+                    Ok::<_, anyhow::Error>(id)
+                }
+            };
+            let mut hit = Vec::new();
+            for number in 0..LOGS {
+                let id = direct.id(&format!("hit-{number}"));
+                hit.push(create(id, "while :; do echo on and on; done", log.clone(), number % 2 == 0).await?);
+            }
+            hung.hang();
+            for id in &hit {
+                direct.start_container(id).await?;
+            }
+            eventually("a write to the log", || async { Ok(hung.waiting() > 0) }).await?;
+            for number in 0..5 {
+                let file = direct.case.dir().join(format!("well-{number}"));
+                let id = create(direct.id(&format!("well-{number}")), "echo well", file.clone(), false).await?;
+                direct.start_container(&id).await?;
+                assert_eq!(direct.wait(&id).await?.exit_status, 0);
+                direct.delete(&id).await?;
+                assert_eq!(fs::read_to_string(&file)?, "well\n");
+            }
+            // What prints into it ends as ever.
+            let ends = hit.iter().map(|id| async move {
+                direct.kill(id).await?;
+                assert_eq!(direct.wait(id).await?.exit_status, 137);
+                direct.delete(id).await?;
+                Ok::<_, anyhow::Error>(())
+            });
+            futures::future::try_join_all(ends).await?;
+            let writers = || running(Path::new("kuasard-log"), log);
+            ensure!(!writers()?.is_empty(), "no process of its own writes to the log");
+            hung.release();
+            eventually("the writers' end", || async { Ok(writers()?.is_empty()) }).await
         }
         .boxed()
     })
