@@ -16,7 +16,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::fs::{FileExt, FileTypeExt},
     },
     sync::{
@@ -35,7 +35,7 @@ use kuasar_guest_protocol::{
 use kuasar_sandboxers::{
     Error, Result,
     fdstore::Held,
-    stdio::{ChildFds, IoContext, ProcessIo, Stdio, splice_all, write_all},
+    stdio::{ChildFds, IoContext, ProcessIo, Stdio, reopened, splice_all, write_all},
     watch,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -419,20 +419,6 @@ impl Drop for Relay {
             task.abort();
         }
     }
-}
-
-/// The same FIFO, opened in another way; `None` when it is no FIFO, or is not open in the first way.
-fn reopened(end: &OwnedFd, from: OFlag, to: OFlag) -> Result<Option<OwnedFd>> {
-    let failed = || Error::failed("open a FIFO again");
-    let file = File::from(end.try_clone().map_err(failed())?);
-    let is_fifo = file.metadata().map_err(failed())?.file_type().is_fifo();
-    let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(io::Error::from).map_err(failed())?;
-    if !is_fifo || OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE != from {
-        return Ok(None);
-    }
-    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let opened = nix::fcntl::open(link.as_str(), to | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty());
-    opened.map(Some).map_err(io::Error::from).map_err(failed())
 }
 
 fn name(context: &IoContext, which: &str) -> String {

@@ -1,6 +1,7 @@
 //! Opening containerd's FIFOs without ever blocking.
 
 use std::{
+    io,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -73,13 +74,17 @@ impl Fifo {
     }
 }
 
-/// A writing end of the FIFO at `path` that `end` has open for reading, too; `None` when it does not.
-pub(crate) fn writer_only(end: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
-    let failed = |errno: Errno| Error::io("open FIFO again", path)(errno.into());
-    let flags = fcntl(end, FcntlArg::F_GETFL).map_err(failed)?;
-    if OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE != OFlag::O_RDWR {
+/// The same FIFO, opened in another way; `None` when it is no FIFO, or is not open in the first way.
+///
+/// # Errors
+/// When descriptors have run out.
+pub fn reopened(end: &OwnedFd, from: OFlag, to: OFlag) -> Result<Option<OwnedFd>> {
+    let failed = |errno: Errno| Error::failed("open a FIFO again")(io::Error::from(errno));
+    let kind = SFlag::from_bits_truncate(fstat(end).map_err(failed)?.st_mode) & SFlag::S_IFMT;
+    let flags = OFlag::from_bits_retain(fcntl(end, FcntlArg::F_GETFL).map_err(failed)?);
+    if kind != SFlag::S_IFIFO || flags & OFlag::O_ACCMODE != from {
         return Ok(None);
     }
     let link = format!("/proc/self/fd/{}", end.as_raw_fd());
-    open(link.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Some).map_err(failed)
+    open(link.as_str(), to | OFlag::O_CLOEXEC, Mode::empty()).map(Some).map_err(failed)
 }

@@ -29,7 +29,8 @@ use serde::{Deserialize, Serialize};
 
 pub use carry::{splice_all, write_all};
 pub(crate) use endpoint::{Endpoint, Endpoints};
-pub(crate) use fifo::{Fifo, writer_only};
+pub(crate) use fifo::Fifo;
+pub use fifo::reopened;
 pub use hub::{Chunk, StreamEnd, StreamHub};
 pub(crate) use log_file::{LogWriter, serve as serve_log};
 pub(crate) use logger::Logger;

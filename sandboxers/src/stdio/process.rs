@@ -9,14 +9,17 @@ use std::{
 };
 
 use futures::{FutureExt, future::join_all};
-use nix::unistd::{Gid, Uid, fchown};
+use nix::{
+    fcntl::OFlag,
+    unistd::{Gid, Uid, fchown},
+};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, warn};
 
 use super::{
-    Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, StreamHub, log_file, null_device, unread::OutputFifo,
-    writer_only,
+    Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, StreamHub, log_file, null_device, reopened,
+    unread::OutputFifo,
 };
 use crate::{
     error::{Error, Result},
@@ -150,7 +153,7 @@ impl ProcessIo {
                     let Some((left, mut held)) = context.take(field) else { continue };
                     // The version before has left an end that reads, too. With nobody's reading end, the kernel tells whether containerd reads.
                     if let Some(both) = left.first()
-                        && let Some(writer) = writer_only(both, path)?
+                        && let Some(writer) = reopened(both, OFlag::O_RDWR, OFlag::O_WRONLY)?
                     {
                         held = context.fds.leave(context.held(field), &[writer.as_fd()])?;
                     }
