@@ -55,9 +55,6 @@ const OUTPUT_LIMIT: usize = 1 << 20;
 /// The start of a process that nobody saw: descriptors had run out. No process starts with the kernel itself.
 pub const UNSEEN: u64 = 0;
 
-/// Stops of children that are undone at a time. One that stops itself again and again must not keep the others waiting.
-const STOPS: usize = 64;
-
 /// A point in time, for telling processes of the same pid apart: in clock ticks since boot, as the kernel tells a process's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Mark(u64);
@@ -208,7 +205,7 @@ impl Reaper {
                 reap().into_iter().for_each(|ended| table.hear(ended));
                 // A call waits for these. A virtual machine may have been stopped to be looked at.
                 for pid in table.commands() {
-                    for (pid, program) in continue_stopped(Some(pid)) {
+                    if let Some(program) = continue_stopped(pid) {
                         warn!(pid, program, "a program was stopped by a signal: it is continued");
                     }
                 }
@@ -313,7 +310,7 @@ impl Reaper {
     pub fn keep_running(&self, pid: u32) -> KeptRunning {
         self.table().commands.insert(pid);
         // Before that.
-        continue_stopped(Some(pid));
+        continue_stopped(pid);
         KeptRunning { reaper: self.clone(), pid }
     }
 
@@ -410,22 +407,16 @@ impl Drop for KeptRunning {
     }
 }
 
-/// Continues children that a signal has stopped: this one, or any. Returns their pids and names.
-pub fn continue_stopped(which: Option<u32>) -> Vec<(u32, String)> {
-    let mut all = Vec::new();
-    // An error means that there are no children, or not this one.
-    while let Ok(Some(ChildState { pid, .. })) = sys::child_state(which, libc::WSTOPPED)
-        && all.len() < STOPS
-    {
-        match kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT) {
-            Ok(()) => {
-                let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-                all.push((pid, name.trim_end().to_owned()));
-            }
-            Err(error) => warn!(%error, pid, "cannot continue a child that was stopped"),
-        }
+/// Continues a child if a signal has stopped it, and returns its name then.
+pub fn continue_stopped(pid: u32) -> Option<String> {
+    // An error means that there is no such child.
+    sys::child_state(Some(pid), libc::WSTOPPED).ok().flatten()?;
+    if let Err(error) = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT) {
+        warn!(%error, pid, "cannot continue a child that was stopped");
+        return None;
     }
-    all
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(name.trim_end().to_owned())
 }
 
 /// When a process started, in clock ticks since boot (proc_pid_stat(5)); `None` when there is none, or it cannot be read.

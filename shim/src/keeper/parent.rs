@@ -295,7 +295,7 @@ impl Keeper {
     /// Continues the worker, if a signal has stopped it.
     fn continue_worker(&mut self) {
         let Some(worker) = &self.worker else { return };
-        if !continue_stopped(Some(worker.pid)).is_empty() {
+        if continue_stopped(worker.pid).is_some() {
             eprintln!("kuasard: the worker {} was stopped by a signal: it is continued", worker.pid);
         }
     }
