@@ -36,7 +36,8 @@ fi
 # To compile, to link static programs, and for the guest: its OCI runtime, and to list its modules and its initrd.
 packages_compile() {
     debian_packages gcc libc6-dev make pkg-config protobuf-compiler libprotobuf-dev libseccomp-dev ca-certificates \
-        libcap-ng-dev dpkg-dev debian-archive-keyring gperf libcap-dev libyajl-dev libjson-c-dev busybox-static kmod cpio xz-utils
+        libcap-ng-dev dpkg-dev debian-archive-keyring gperf libcap-dev libyajl-dev libjson-c-dev python3-minimal file busybox-static \
+        kmod cpio xz-utils
 }
 
 # And for the small kernel.
@@ -58,7 +59,7 @@ debian_packages() {
         local program missing=()
         for program in cc make pkg-config protoc ip iptables; do have "$program" || missing+=("$program"); done
         [ ${#missing[@]} -eq 0 ] ||
-            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, libcap-ng, libcap, libyajl and libjson-c, a static libc, a static busybox, QEMU and kmod"
+            fail "not a Debian system and no ${missing[*]}: install them, and the headers of libseccomp, libcap-ng, libcap, libyajl and libjson-c, a static libc, a static busybox, Python, QEMU and kmod"
         return 0
     fi
     local missing
