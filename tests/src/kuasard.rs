@@ -107,6 +107,17 @@ impl Kuasard {
         Ok(kuasard)
     }
 
+    /// Adds a sandboxer to its configuration, which the next upgrade or start reads.
+    ///
+    /// # Errors
+    /// The file cannot be read or written.
+    pub fn configure(&self, sandboxer: &Sandboxer) -> Result<()> {
+        let text = fs::read_to_string(&self.config).with_context(|| format!("read {}", self.config.display()))?;
+        let mut config: Value = toml::from_str(&text).with_context(|| format!("parse {}", self.config.display()))?;
+        config["sandboxer"][&sandboxer.name] = sandboxer.table.clone();
+        fs::write(&self.config, toml::to_string(&config)?).with_context(|| format!("write {}", self.config.display()))
+    }
+
     /// Its volatile state.
     #[must_use]
     pub fn state(&self) -> &Path {
@@ -247,9 +258,13 @@ impl Kuasard {
     pub fn kill(&mut self) -> Result<()> {
         self.daemon.take().context("kuasard is not running")?.kill()?;
         let mut left = Ok(Vec::new());
+        // A process that is about to end has no command line any more, and its sockets still: the next start would take them for its own.
+        // A supervisor keeps them open.
+        let socket = self.state.join(CONTROL_SOCKET);
+        let is_closed = || self.supervisor.is_some() || std::os::unix::net::UnixStream::connect(&socket).is_err();
         let gone = wait::until_sync(ORPHANED, || {
             left = census::running(&self.program, &self.state);
-            left.as_ref().is_ok_and(Vec::is_empty)
+            left.as_ref().is_ok_and(Vec::is_empty) && is_closed()
         });
         let left = left?;
         if !gone {

@@ -35,6 +35,7 @@ pub struct NodeOptions {
     containerd: Option<tools::Containerd>,
     runc: Option<PathBuf>,
     sandboxers: Vec<Sandboxer>,
+    later: Vec<Sandboxer>,
     registry: Option<Store>,
     images: Option<Store>,
     host_ports: bool,
@@ -86,6 +87,14 @@ impl NodeOptions {
     #[must_use]
     pub fn sandboxer_table(mut self, name: &str, table: Value) -> Self {
         self.sandboxers.push(Sandboxer { name: name.to_owned(), table });
+        self
+    }
+
+    /// A sandboxer with this hypervisor that containerd knows from the start, and kuasard from [`Node::add_later`] on: each worker looks
+    /// for the hypervisor as it starts, which takes time.
+    #[must_use]
+    pub fn sandboxer_later(mut self, name: &str, hypervisor: &str) -> Self {
+        self.later.push(Sandboxer { name: name.to_owned(), table: tools::machine_table(hypervisor) });
         self
     }
 
@@ -173,6 +182,7 @@ pub struct Node {
     bridge: String,
     owner: Owner,
     sandboxers: Vec<String>,
+    later: Vec<Sandboxer>,
     stopped: bool,
 }
 
@@ -193,7 +203,7 @@ impl Node {
         if let Ok(crun) = tools::crun() {
             handlers.push(Handler { name: "crun".to_owned(), runtime: Runtime::Shim(crun) });
         }
-        for sandboxer in &options.sandboxers {
+        for sandboxer in options.sandboxers.iter().chain(&options.later) {
             for streaming in [false, true] {
                 handlers.push(Handler {
                     name: format!("{}{}", sandboxer.name, if streaming { "-streaming" } else { "" }),
@@ -244,6 +254,7 @@ impl Node {
         Ok(Self {
             name: options.name,
             sandboxers: options.sandboxers.into_iter().map(|sandboxer| sandboxer.name).collect(),
+            later: options.later,
             cri,
             containerd,
             kuasard,
@@ -253,6 +264,23 @@ impl Node {
             scratch: Some(scratch),
             stopped: false,
         })
+    }
+
+    /// Gives kuasard the sandboxers of [`NodeOptions::sandboxer_later`], by an upgrade to itself.
+    ///
+    /// # Errors
+    /// There is no kuasard, or the upgrade fails.
+    pub async fn add_later(&mut self) -> Result<()> {
+        let kuasard = self.kuasard.as_ref().context("the node has no kuasard")?;
+        for sandboxer in std::mem::take(&mut self.later) {
+            kuasard.configure(&sandboxer)?;
+            self.sandboxers.push(sandboxer.name);
+        }
+        let upgraded = kuasard.upgrade(None).await?;
+        if !upgraded.status.success() {
+            bail!("kuasarctl upgrade: {}", String::from_utf8_lossy(&upgraded.stderr));
+        }
+        Ok(())
     }
 
     /// The scratch directory.

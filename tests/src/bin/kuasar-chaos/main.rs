@@ -27,7 +27,7 @@ mod standing;
 mod volume;
 mod world;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -145,8 +145,7 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
     screen.status("starting a private containerd and kuasard")?;
     let options = NodeOptions::new("chaos").quiet().storage(Storage::Memory).sandboxer(&arguments.sandboxer, "runc");
     let guests = arguments.wants(Part::Hung) && hung::has_guests()?;
-    // No machine is started before that part.
-    let options = if guests { options.sandboxer(guests::HANDLER, guests::HYPERVISOR) } else { options };
+    let options = if guests { options.sandboxer_later(guests::HANDLER, guests::HYPERVISOR) } else { options };
     let node = slot.insert(Node::start(options.state_mib(STATE_MIB).failpoints()).await?);
     let (major, minor, patch) = node.containerd.version();
     let head = Head {
@@ -159,9 +158,12 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
     screen.line(&format!("seed {seed}; node in {}, log in {}", node.dir().display(), log.display()))?;
     let mut before = baseline(node, &arguments.sandboxer).await?;
     if guests {
-        // Made with the first pod of all.
+        // The last is made with its first pod, the others with the sandboxer.
         let state = node.kuasard.as_ref().context("the node has no kuasard")?.state();
-        before.expect_state(&state.join("vmm").join(guests::HANDLER).join("k8s.io"));
+        let dir = Path::new("vmm").join(guests::HANDLER);
+        for path in [Path::new("vmm"), &dir, &dir.join(".machines"), &dir.join("k8s.io")] {
+            before.expect_state(&state.join(path));
+        }
     }
     let world = Arc::new(World::new(node, &arguments.sandboxer, Ledger::new(&log)?)?);
 
@@ -211,6 +213,10 @@ async fn disturb(arguments: &Arguments, slot: &mut Option<Node>) -> Result<ExitC
     if arguments.wants(Part::Hung) {
         step(&mut screen, &world, "letting a volume hang and guests get stuck")?;
         world.ledger.quiet().await;
+        if guests {
+            // Not before: it is part of each worker's start.
+            node.add_later().await?;
+        }
         let size = hung::Size { phases: arguments.hung_phases, lives: arguments.hung_lives };
         hung::disturb(&world, &node.dir().join("run/hung"), guests, size, &mut rng.fork()).await?;
     }
