@@ -190,8 +190,8 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("write the bundle");
     let config = bundle.join("config.json");
     fs::write(&config, oci.as_value().to_string()).map_err(Error::io("write", &config))?;
-    let born = give_birth(&pod, &driver, &id, &bundle, &stdio, &oci, undo).await?;
-    let cgroup = match Cgroup::of_process(born.process.identity().pid) {
+    let created = create_process(&pod, &driver, &id, &bundle, &stdio, &oci, undo).await?;
+    let cgroup = match Cgroup::of_process(created.process.identity().pid) {
         Ok(cgroup) => Some(cgroup),
         Err(error) => {
             warn!(container = %id, error = error.report(), "the container has no control group: no statistics, no out-of-memory events");
@@ -200,20 +200,20 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     };
     let contained = Arc::new(Contained {
         driver,
-        identity: born.process.identity(),
-        process: Some(born.process),
+        identity: created.process.identity(),
+        process: Some(created.process),
         cgroup,
         own_pids: rewrite::has_own_pids(&oci),
         mounted,
         paused: AtomicBool::new(false),
         oom_kills: AtomicU64::new(0),
-        io: born.io,
+        io: created.io,
         ending: Ending::pending(),
         execs: Mutex::default(),
         head: ContainerHead { id, bundle, stdio },
         pod,
     });
-    contained.clone().begin(Exiting::Ours(born.exit));
+    contained.clone().begin(Exiting::Ours(created.exit));
     Ok(contained)
 }
 
@@ -224,7 +224,7 @@ fn unmade_group(oci: &OciSpec) -> Option<Cgroup> {
 }
 
 /// Lets the runtime make the container, and takes hold of its first process.
-async fn give_birth(
+async fn create_process(
     pod: &Arc<Pod>,
     driver: &Driver,
     id: &ContainerId,

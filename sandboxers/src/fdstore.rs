@@ -37,7 +37,7 @@ pub struct FdStore(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// `None`: nobody outlives this process.
+    /// `None`: no process outlives this one.
     holder: Option<Box<dyn Holder>>,
     names: Mutex<Names>,
 }

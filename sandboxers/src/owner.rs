@@ -399,8 +399,8 @@ impl Owner {
         self.after_save(move |_, _| drop(noticed));
     }
 
-    /// Remembers a deletion for whoever asks for it again.
-    pub(crate) fn bury(&mut self, key: &Key, state: ProcessState) {
+    /// Remembers a deletion for a client that repeats it.
+    pub(crate) fn record_deletion(&mut self, key: &Key, state: ProcessState) {
         if self.deleted.len() == DELETED {
             self.deleted.pop_front();
         }

@@ -451,7 +451,7 @@ impl Owner {
         let names = parked_names(&self.spec.namespace, &self.spec.id, Some(id));
         self.registry.release_parked(&names.into_iter().map(|name| format!("{name}{exec}/")).collect::<Vec<_>>());
         let key = (id.clone(), Some(exec.clone()));
-        self.bury(&key, ProcessState::Stopped { pid, exit });
+        self.record_deletion(&key, ProcessState::Stopped { pid, exit });
         self.registry.note_deleted(&self.key(), self.deleted.back().cloned());
         if state.exit().is_none() {
             self.publish(id, EventKind::Exited { exec: Some(exec.clone()), pid, exit });

@@ -200,7 +200,7 @@ impl Owner {
             let (store, spec) = (owner.registry.store().clone(), owner.spec.clone());
             owner.job(Track::Sandbox, async move { store.remove(&spec.namespace, &spec.id) }, move |owner, removed| {
                 match removed {
-                    Ok(()) => owner.vanish(),
+                    Ok(()) => owner.remove_from_registry(),
                     Err(_) => {
                         owner.sealed = false;
                         owner.reopen(&Scope::Sandbox);
@@ -211,8 +211,8 @@ impl Owner {
         });
     }
 
-    /// The sandbox is gone: nothing refers to it any more, and whoever waits is told.
-    fn vanish(&mut self) {
+    /// The sandbox is gone: nothing refers to it any more, and waiting calls are answered.
+    fn remove_from_registry(&mut self) {
         let ids: Vec<_> = self.containers.keys().cloned().collect();
         for id in ids {
             self.forget(&id);
@@ -492,7 +492,7 @@ impl Owner {
         let (state, stdio) = (lost.record.state, lost.record.head.stdio.clone());
         self.remove_lost(key.0.clone(), move |owner, removed| {
             let status = removed.map(|()| {
-                owner.bury(&key, state);
+                owner.record_deletion(&key, state);
                 owner.publish(&key.0, EventKind::Deleted { exec: None, pid: state.pid(), exit });
                 ProcessStatus { exec: None, state, node_pid: None, stdio }
             });
@@ -523,7 +523,7 @@ impl Owner {
         self.tell_exit(key, Exit::now(137));
         let status = process_status(self.process(key)?, key.1.clone());
         let (pid, exit) = (status.state.pid(), status.state.exit().unwrap_or_else(|| Exit::now(137)));
-        self.bury(key, status.state);
+        self.record_deletion(key, status.state);
         match &key.1 {
             None => self.forget(&key.0),
             Some(exec) => {
@@ -599,7 +599,7 @@ fn delete_container(entry: &ContainerEntry) -> impl Future<Output = Result<()>> 
     }
 }
 
-/// Releases an exec; one that runs, because the client that started it vanished meanwhile, is ended before.
+/// Releases an exec; one that runs, because the client that started it has gone meanwhile, is ended before.
 fn delete_exec(entry: &ProcessEntry) -> impl Future<Output = Result<()>> + Send + use<> {
     let (process, running) = (entry.process.clone(), matches!(entry.state, ProcessState::Running { .. }));
     async move {
