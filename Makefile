@@ -51,7 +51,7 @@ guest: ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 f
 demo: ## Run a pod in each sandboxer beside the runc shim, building only what that needs; WITH=a,b for more sandboxers
 	@scripts/demo.sh $(KERNEL)
 
-test: build ## check, the guest, end-to-end tests, conformance and a minute of chaos, with a summary
+test: build ## check, the guest, end-to-end tests, conformance and some minutes of chaos, with a summary
 	@scripts/deps.sh all
 	@scripts/test.sh check guest e2e conformance chaos
 

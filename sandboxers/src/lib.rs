@@ -47,6 +47,7 @@ mod outbox;
 mod owner;
 pub mod podfiles;
 pub mod process;
+pub mod programs;
 pub mod reaper;
 mod recovery;
 pub mod registry;

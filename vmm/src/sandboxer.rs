@@ -15,6 +15,7 @@ use kuasar_sandboxers::{
     Error, Known, Leftover, Result, Sandbox, SandboxContext, Sandboxer,
     cgroup::Cgroup,
     id::{ContainerId, Namespace, SandboxId},
+    programs::Programs,
     reaper::Reaper,
     stages,
     types::{Capabilities, SandboxSpec},
@@ -166,7 +167,7 @@ impl VmmSandboxer {
     /// # Errors
     /// [`Error::Unavailable`], naming what is missing or too old and what to do.
     pub async fn open(config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let hypervisor = find_hypervisor(&config, &reaper).await?;
+        let hypervisor = find_hypervisor(&config, &reaper, Programs::kept(&config.root)).await?;
         Self::with(hypervisor, config, reaper).await
     }
 
@@ -175,7 +176,8 @@ impl VmmSandboxer {
     /// # Errors
     /// See there.
     pub async fn with(hypervisor: Box<dyn Hypervisor>, config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let (virtiofsd, vsock) = find_helpers(&*hypervisor, &config, &reaper, Trial::Open).await?;
+        let known = Programs::kept(&config.root);
+        let (virtiofsd, vsock) = find_helpers(&*hypervisor, &config, &reaper, Trial::Open, known).await?;
         check_image(&config)?;
         let machines = config.root.join(MACHINES);
         fs::create_dir_all(&machines).map_err(Error::io("create", &machines))?;
@@ -201,8 +203,9 @@ impl VmmSandboxer {
     /// # Errors
     /// As [`Self::open`].
     pub async fn check(config: &VmmConfig, reaper: &Reaper) -> Result<String> {
-        let hypervisor = find_hypervisor(config, reaper).await?;
-        let (virtiofsd, vsock) = find_helpers(&*hypervisor, config, reaper, Trial::Look).await?;
+        // Found out anew: that is what is asked for.
+        let hypervisor = find_hypervisor(config, reaper, Programs::default()).await?;
+        let (virtiofsd, vsock) = find_helpers(&*hypervisor, config, reaper, Trial::Look, Programs::default()).await?;
         check_image(config)?;
         let found = hypervisor.capabilities();
         Ok(format!(
@@ -219,9 +222,9 @@ impl VmmSandboxer {
     }
 }
 
-async fn find_hypervisor(config: &VmmConfig, reaper: &Reaper) -> Result<Box<dyn Hypervisor>> {
+async fn find_hypervisor(config: &VmmConfig, reaper: &Reaper, mut known: Programs) -> Result<Box<dyn Hypervisor>> {
     Ok(match &config.hypervisor {
-        HypervisorConfig::Qemu(qemu) => Box::new(Qemu::open(qemu.clone(), reaper).await?),
+        HypervisorConfig::Qemu(qemu) => Box::new(Qemu::open(qemu.clone(), reaper, &mut known).await?),
     })
 }
 
@@ -230,8 +233,9 @@ async fn find_helpers(
     config: &VmmConfig,
     reaper: &Reaper,
     trial: Trial,
+    mut known: Programs,
 ) -> Result<(Virtiofsd, VsockWay)> {
-    let virtiofsd = Virtiofsd::open(config.virtiofsd.as_deref(), reaper).await?;
+    let virtiofsd = Virtiofsd::open(config.virtiofsd.as_deref(), reaper, &mut known).await?;
     let vsock = VsockWay::find(hypervisor.capabilities(), config.vsock_device.as_deref(), trial)?;
     Ok((virtiofsd, vsock))
 }

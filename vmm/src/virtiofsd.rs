@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use kuasar_sandboxers::{Error, Result, programs::Programs, reaper::Reaper};
 
 use crate::{
     hypervisor::Place,
@@ -83,11 +83,14 @@ impl Virtiofsd {
     ///
     /// # Errors
     /// [`Error::Unavailable`] when it is missing or too old.
-    pub async fn open(path: Option<&Path>, reaper: &Reaper) -> Result<Self> {
+    pub async fn open(path: Option<&Path>, reaper: &Reaper, known: &mut Programs) -> Result<Self> {
         let program = match path {
             Some(path) => path.to_owned(),
             None => find_program("virtiofsd", "KUASAR_VIRTIOFSD", &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"])?,
         };
+        if let Some(version) = known.get(&program) {
+            return Ok(Self { program, version, refused: None });
+        }
         let version = version(&program, reaper).await?;
         let refused = try_namespace(reaper).await?;
         if let Some(why) = &refused {
@@ -95,6 +98,10 @@ impl Virtiofsd {
                 reason = why,
                 "virtiofsd runs as the host's root, in its own sandbox, for it cannot have a user namespace"
             );
+        }
+        // That it is refused may end any moment, by a sysctl.
+        if refused.is_none() {
+            known.put(&program, &version);
         }
         Ok(Self { program, version, refused })
     }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::{Code, process::is_dead, undo::Undo};
+use kuasar_sandboxers::{Code, process::is_dead, programs::Programs, undo::Undo};
 use kuasar_vmm::{
     hypervisor::{Hypervisor, Vm},
     launch::Launched,
@@ -29,7 +29,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 /// Starts a machine as a sandbox would.
 async fn start(bench: &Bench, machine: Machine, change: impl FnOnce(&mut VmSpec)) -> (Arc<dyn Vm>, Launched, Qemu) {
-    let qemu = Qemu::open(config(machine), &reaper()).await.unwrap();
+    let qemu = Qemu::open(config(machine), &reaper(), &mut Programs::default()).await.unwrap();
     let (device, vsock) = bench.vsock().await;
     let mut spec = bench.spec(vsock);
     change(&mut spec);
@@ -97,7 +97,7 @@ async fn a_microvm_machine_boots_and_is_killed() {
 #[tokio::test]
 async fn one_that_cannot_start_says_why_and_leaves_nothing() {
     let Some(bench) = bench("one_that_cannot_start_says_why_and_leaves_nothing", "").await else { return };
-    let qemu = Qemu::open(config(Machine::Q35), &reaper()).await.unwrap();
+    let qemu = Qemu::open(config(Machine::Q35), &reaper(), &mut Programs::default()).await.unwrap();
     let (device, vsock) = bench.vsock().await;
     let mut spec = bench.spec(vsock);
     spec.kernel = bench.path("none");
@@ -217,7 +217,7 @@ async fn a_panic_ends_it_with_the_kernels_words() {
 async fn a_kernel_that_is_none_does_not_hang_the_start() {
     let Some(bench) = bench("a_kernel_that_is_none_does_not_hang_the_start", "").await else { return };
     fs::write(bench.path("vmlinuz"), vec![0x5a; 1 << 20]).unwrap();
-    let qemu = Qemu::open(config(Machine::Q35), &reaper()).await.unwrap();
+    let qemu = Qemu::open(config(Machine::Q35), &reaper(), &mut Programs::default()).await.unwrap();
     let (device, vsock) = bench.vsock().await;
     let mut undo = Undo::new("test");
     let started = qemu.start(bench.spec(vsock), bench.place(), &mut undo).await;
@@ -237,7 +237,7 @@ async fn a_qemu_that_will_not_do_is_refused_with_the_remedy() {
         QemuConfig { path: Some(path), accel: Accel::Tcg, ..QemuConfig::default() }
     };
     let refused = async |config| {
-        let error = Qemu::open(config, &reaper()).await.unwrap_err();
+        let error = Qemu::open(config, &reaper(), &mut Programs::default()).await.unwrap_err();
         assert_eq!(error.code(), Code::Unavailable);
         error.report()
     };
@@ -253,6 +253,6 @@ async fn a_qemu_that_will_not_do_is_refused_with_the_remedy() {
     let demanded = program("new", "echo QEMU emulator version 9.0.0");
     let kvm = refused(QemuConfig { accel: Accel::Kvm, ..demanded.clone() }).await;
     assert!(kvm.starts_with("KVM is unavailable") && kvm.contains("kvm_intel"), "{kvm}");
-    let auto = Qemu::open(QemuConfig { accel: Accel::Auto, ..demanded }, &reaper()).await.unwrap();
+    let auto = Qemu::open(QemuConfig { accel: Accel::Auto, ..demanded }, &reaper(), &mut Programs::default()).await.unwrap();
     assert!(auto.capabilities().emulated, "{:?}", auto.capabilities());
 }

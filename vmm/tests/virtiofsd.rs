@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::{Code, process::is_dead, undo::Undo};
+use kuasar_sandboxers::{Code, process::is_dead, programs::Programs, undo::Undo};
 use kuasar_vmm::{
     hypervisor::Hypervisor,
     qemu::{Machine, Qemu},
@@ -63,7 +63,7 @@ async fn a_guest_sees_later_mounts_and_changes() {
     let pods = bench.path("mounts");
     tmpfs(&pods);
     let _unmount = Unmount(&pods);
-    let virtiofsd = match Virtiofsd::open(None, &reaper()).await {
+    let virtiofsd = match Virtiofsd::open(None, &reaper(), &mut Programs::default()).await {
         Ok(virtiofsd) => virtiofsd,
         Err(error) => return eprintln!("SKIP {test}: {}", error.report()),
     };
@@ -83,7 +83,7 @@ async fn a_guest_sees_later_mounts_and_changes() {
 
     let socket = bench.path("fs.sock");
     let daemon = virtiofsd.start("virtiofsd", &shared, Cache::Auto, &socket, &bench.place()).await.unwrap();
-    let qemu = Qemu::open(config(Machine::Q35), &reaper()).await.unwrap();
+    let qemu = Qemu::open(config(Machine::Q35), &reaper(), &mut Programs::default()).await.unwrap();
     let (device, vsock) = bench.vsock().await;
     let mut spec = bench.spec(vsock);
     spec.shares.push(Share { tag: "share".into(), socket: socket.clone() });
@@ -160,7 +160,7 @@ async fn a_virtiofsd_that_will_not_do_is_refused_with_the_remedy() {
     fs::write(&path, "#!/bin/sh\necho virtiofsd version 7.2.22 >&2\n").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     for (path, why) in [(path, "in C"), (dir.path().join("none"), "install virtiofsd")] {
-        let error = Virtiofsd::open(Some(&path), &reaper()).await.unwrap_err();
+        let error = Virtiofsd::open(Some(&path), &reaper(), &mut Programs::default()).await.unwrap_err();
         assert!(error.code() == Code::Unavailable && error.report().contains(why), "{}", error.report());
     }
 }

@@ -9,7 +9,6 @@ mod driver;
 mod launch;
 mod memory;
 mod probe;
-mod record;
 mod trial;
 mod update;
 

@@ -8,12 +8,12 @@ use std::{
     time::Duration,
 };
 
-use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use kuasar_sandboxers::{Error, Result, programs::Programs, reaper::Reaper};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{error, warn};
 
-use super::{launch, memory::listen, record::Record, trial};
+use super::{launch, memory::listen, trial};
 use crate::config::{RuntimeChoice, RuntimeName};
 
 /// Name of the directory of a trial, which no containerd namespace can have.
@@ -97,8 +97,8 @@ pub(super) struct Facts {
 /// Looks for runtimes.
 struct Search<'a> {
     reaper: &'a Reaper,
-    record: Record,
-    /// Where to write down what is found out, by trials too; without, nothing is tried.
+    known: Programs,
+    /// Where to try what is not known; without, nothing is tried.
     root: Option<&'a Path>,
 }
 
@@ -110,7 +110,7 @@ impl Runtime {
     /// # Errors
     /// [`Error::Unavailable`] that says what was found, what is wanted, and what to do.
     pub async fn find(choice: &RuntimeChoice, reaper: &Reaper) -> Result<Self> {
-        Search { reaper, record: Record::default(), root: None }.find(choice).await
+        Search { reaper, known: Programs::default(), root: None }.find(choice).await
     }
 
     /// The same, with what the daemon has found out whose sandboxer has the directory `root`.
@@ -118,7 +118,7 @@ impl Runtime {
     /// # Errors
     /// As [`Self::find`].
     pub async fn find_as_known(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
-        Search { reaper, record: Record::read(root), root: None }.find(choice).await
+        Search { reaper, known: Programs::known(root), root: None }.find(choice).await
     }
 
     /// The same, as the daemon does it: one that is not known yet has to run a container, and what that shows is written down in `root`.
@@ -126,7 +126,7 @@ impl Runtime {
     /// # Errors
     /// As [`Self::find`].
     pub async fn find_and_try(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
-        let found = Search { reaper, record: Record::read(root), root: Some(root) }.find(choice).await?;
+        let found = Search { reaper, known: Programs::kept(root), root: Some(root) }.find(choice).await?;
         if let Some(why) = found.obstacle() {
             error!(runtime = %found, program = %found.program().display(), why, "containers will not run with this OCI runtime");
         }
@@ -138,7 +138,7 @@ impl Runtime {
 
     /// The same, for pods whose control groups systemd makes.
     pub(crate) async fn find_for_systemd(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
-        Search { reaper, record: Record::read(root), root: Some(root) }.find_for_systemd(choice).await
+        Search { reaper, known: Programs::kept(root), root: Some(root) }.find_for_systemd(choice).await
     }
 
     /// The runtime that containerd's runtime options name (`BinaryName`): a path, or a name on `PATH`.
@@ -340,7 +340,7 @@ impl Search<'_> {
     }
 
     async fn probe(&mut self, program: &Path) -> Result<Runtime> {
-        if let Some(facts) = self.record.get(program) {
+        if let Some(facts) = self.known.get(program) {
             return Ok(Runtime::known(facts));
         }
         let mut found = Runtime::probe(program, self.reaper).await?;
@@ -356,10 +356,7 @@ impl Search<'_> {
                 return Ok(found);
             }
         }
-        // Without it the next daemon finds out again.
-        if let Err(error) = self.record.put(root, &found.facts) {
-            warn!(error = error.report(), "cannot write down what an OCI runtime can do");
-        }
+        self.known.put(found.program(), &*found.facts);
         Ok(found)
     }
 }

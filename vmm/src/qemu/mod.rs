@@ -27,7 +27,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use kuasar_sandboxers::{Error, Result, reaper::Reaper, undo::Undo};
+use kuasar_sandboxers::{Error, Result, programs::Programs, reaper::Reaper, undo::Undo};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
@@ -142,20 +142,27 @@ impl Qemu {
     ///
     /// # Errors
     /// [`Error::Unavailable`] when it is missing, too old, or KVM is demanded and absent.
-    pub async fn open(config: QemuConfig, reaper: &Reaper) -> Result<Self> {
+    pub async fn open(config: QemuConfig, reaper: &Reaper, known: &mut Programs) -> Result<Self> {
         let program = match config.path {
             Some(path) => path,
             None => {
                 find_program("qemu-system-x86_64", "KUASAR_QEMU", &["/usr/libexec/qemu-kvm", "/usr/bin/qemu-system-x86_64"])?
             }
         };
-        let version = probe::version(&program, reaper).await?;
+        let facts = match known.get(&program) {
+            Some(facts) => facts,
+            None => {
+                let facts = probe::Facts::find_out(&program, reaper).await?;
+                known.put(&program, &facts);
+                facts
+            }
+        };
         let accelerator = probe::accelerator(config.accel)?;
         let groups = if accelerator == Accelerator::Kvm { probe::kvm_groups()? } else { Vec::new() };
         let hot_disks = config.hot_disks.unwrap_or(4).min(16);
-        let time_stamp_khz = if accelerator == Accelerator::Tcg { probe::time_stamps_per_ms().await } else { None };
+        let time_stamp_khz = facts.time_stamp_khz.filter(|_| accelerator == Accelerator::Tcg);
         let setup = Setup { program, machine: config.machine, accelerator, hot_disks, groups, time_stamp_khz };
-        Ok(Self { capabilities: capabilities(&setup, version), setup })
+        Ok(Self { capabilities: capabilities(&setup, facts.version), setup })
     }
 
     /// The program's path.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use kuasar_sandboxers::{Error, Result, reaper::Reaper};
+use serde::{Deserialize, Serialize};
 
 use super::{Accel, Accelerator, OLDEST};
 use crate::sys;
@@ -16,7 +17,7 @@ use crate::sys;
 /// A cold page cache may make it load for seconds.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// How long the processor's clock is watched, once in a daemon's life.
+/// How long the processor's clock is watched.
 const SAMPLE: Duration = Duration::from_millis(20);
 
 const KVM: &str = "/dev/kvm";
@@ -25,7 +26,7 @@ const KVM: &str = "/dev/kvm";
 const MODULES: [&str; 2] = ["kvm_intel", "kvm_amd"];
 
 /// A version of QEMU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version(pub u32, pub u32, pub u32);
 
 impl fmt::Display for Version {
@@ -44,8 +45,23 @@ impl Version {
     }
 }
 
+/// What does not change while the program is the same and the host is not booted again.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Facts {
+    pub(super) version: Version,
+    pub(super) time_stamp_khz: Option<u64>,
+}
+
+impl Facts {
+    /// Asks QEMU, and watches the processor's clock meanwhile.
+    pub(super) async fn find_out(program: &Path, reaper: &Reaper) -> Result<Self> {
+        let (version, time_stamp_khz) = tokio::join!(version(program, reaper), time_stamps_per_ms());
+        Ok(Self { version: version?, time_stamp_khz })
+    }
+}
+
 /// The version of a QEMU, if it is one that is taken.
-pub(super) async fn version(program: &Path, reaper: &Reaper) -> Result<Version> {
+async fn version(program: &Path, reaper: &Reaper) -> Result<Version> {
     let unavailable = |why| Error::Unavailable { what: "QEMU".into(), why };
     let mut command = Command::new(program);
     command.arg("-version").env_remove("LD_PRELOAD");
@@ -121,7 +137,7 @@ pub(super) fn kvm_groups() -> Result<Vec<u32>> {
 }
 
 /// How fast the processor's time stamp counter runs, in kHz; `None` when it cannot be told.
-pub(super) async fn time_stamps_per_ms() -> Option<u64> {
+async fn time_stamps_per_ms() -> Option<u64> {
     let measure = || {
         // The quickest of several pairs is the one that nothing came between.
         let now = || {

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::{busybox, process::Tracked, reaper::Reaper};
+use kuasar_sandboxers::{busybox, process::Tracked, programs::Programs, reaper::Reaper};
 use kuasar_vmm::{
     hypervisor::Place,
     launch::Launched,
@@ -87,7 +87,7 @@ pub(crate) async fn needs(test: &str) -> Option<(PathBuf, PathBuf)> {
         return skip(test, "a guest image: make guest, or name a kernel beside its initrd in KUASAR_GUEST_KERNEL");
     };
     let Some(busybox) = busybox::find() else { return skip(test, "no static busybox on PATH; install busybox-static") };
-    match Qemu::open(config(Machine::Q35), &reaper()).await {
+    match Qemu::open(config(Machine::Q35), &reaper(), &mut Programs::default()).await {
         Ok(_) => Some((image, busybox)),
         Err(error) => skip(test, &error.report()),
     }
