@@ -16,6 +16,7 @@
 
 mod abandoned;
 pub mod admin;
+pub mod arguments;
 pub mod backends;
 pub mod calls;
 pub mod check;

@@ -1,12 +1,21 @@
 //! What can be configured. Plain and valid by construction; whoever reads a file makes one of these.
 
-use std::{collections::BTreeSet, fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
-/// Where `make install` puts the guest image.
+/// Where `make install` puts the guest image when nothing else is said.
 pub const DEFAULT_KERNEL: &str = "/usr/local/share/kuasar/guest/vmlinuz";
 
 /// See [`DEFAULT_KERNEL`].
 pub const DEFAULT_INITRD: &str = "/usr/local/share/kuasar/guest/initrd";
+
+/// Where a kernel is that was installed together with this program, from the directory above that of its programs.
+const IMAGE: &str = "share/kuasar/guest/vmlinuz";
 
 /// The environment variable that names the kernel to use instead; the initrd is the file of that name beside it.
 pub const KERNEL_VARIABLE: &str = "KUASAR_GUEST_KERNEL";
@@ -16,7 +25,8 @@ pub const KERNEL_VARIABLE: &str = "KUASAR_GUEST_KERNEL";
 pub struct VmmConfig {
     /// Which hypervisor, and how it is set up.
     pub hypervisor: HypervisorConfig,
-    /// The guest's kernel; `None`: what [`KERNEL_VARIABLE`] names, else [`DEFAULT_KERNEL`].
+    /// The guest's kernel; `None`: what [`KERNEL_VARIABLE`] names, else the one installed with this program, else
+    /// [`DEFAULT_KERNEL`].
     pub kernel: Option<PathBuf>,
     /// The guest's initrd; `None`: the file `initrd` beside the kernel.
     pub initrd: Option<PathBuf>,
@@ -129,12 +139,37 @@ impl VmmConfig {
     #[must_use]
     pub fn kernel(&self) -> PathBuf {
         let named = || std::env::var_os(KERNEL_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
-        self.kernel.clone().or_else(named).unwrap_or_else(|| DEFAULT_KERNEL.into())
+        self.kernel.clone().or_else(named).or_else(installed).unwrap_or_else(|| DEFAULT_KERNEL.into())
     }
 
     /// The initrd to boot it with.
     #[must_use]
     pub fn initrd(&self) -> PathBuf {
         self.initrd.clone().unwrap_or_else(|| self.kernel().with_file_name("initrd"))
+    }
+}
+
+/// The kernel installed together with this program; `None` for a program that is not installed, such as one of a build directory.
+fn installed() -> Option<PathBuf> {
+    beside(&std::env::current_exe().ok()?)
+}
+
+fn beside(program: &Path) -> Option<PathBuf> {
+    let programs = program.parent()?;
+    (programs.file_name()? == "bin").then(|| programs.with_file_name(IMAGE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_installed_finds_the_kernel_installed_with_it() {
+        let kernel = |program: &str| beside(Path::new(program));
+        assert_eq!(kernel("/usr/bin/kuasard"), Some("/usr/share/kuasar/guest/vmlinuz".into()));
+        assert_eq!(kernel("/usr/local/bin/kuasard"), Some(DEFAULT_KERNEL.into()));
+        // As the kernel names one that an upgrade has replaced.
+        assert_eq!(kernel("/usr/bin/kuasard (deleted)"), Some("/usr/share/kuasar/guest/vmlinuz".into()));
+        assert_eq!(kernel("/src/target/release/kuasard"), None);
     }
 }

@@ -21,6 +21,7 @@ use kuasar_sandboxers::{
 };
 use kuasar_shim::{
     admin::Configured,
+    arguments::Args,
     backends,
     config::{Config, LogLevel},
     keeper::{
@@ -65,21 +66,6 @@ const BLOCKING_THREADS: usize = 16;
 
 /// How long such a thread stays when it has nothing to do. A busy moment must not cost memory for long.
 const BLOCKING_IDLE: Duration = Duration::from_secs(2);
-
-/// Runs the pods of a node for containerd, each in the sandbox technique it asks for.
-#[derive(Debug, Parser)]
-#[command(name = "kuasard", version)]
-struct Args {
-    /// Configuration file; conf.d/*.toml beside it is read too [default: $KUASAR_CONFIG or /etc/kuasar/config.toml]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Directory for sockets and for what lives as long as the node is up
-    #[arg(long, value_name = "DIR", default_value = "/run/kuasar")]
-    state: PathBuf,
-    /// Directory for what outlives a reboot
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/kuasar")]
-    root: PathBuf,
-}
 
 fn main() -> ExitCode {
     if let Some(ended) = offload::serve() {

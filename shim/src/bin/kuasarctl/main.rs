@@ -7,6 +7,7 @@ mod failures;
 mod gc;
 mod logs;
 mod ps;
+mod share;
 mod table;
 
 use std::{
@@ -79,9 +80,9 @@ enum Command {
         /// Write it for this version instead of the containerd found
         #[arg(long, value_name = "X.Y.Z")]
         containerd_version: Option<Version>,
-        /// Directory where the shim programs are installed
-        #[arg(long, value_name = "DIR", default_value = "/usr/local/bin")]
-        programs: PathBuf,
+        /// Directory where the shim programs are installed [default: where this program is]
+        #[arg(long, value_name = "DIR")]
+        programs: Option<PathBuf>,
         /// Make this the pause image of the node, for a containerd that pulls it although no pod of kuasar needs it
         #[arg(long, value_name = "REFERENCE")]
         pause_image: Option<String>,
@@ -185,6 +186,12 @@ enum Command {
         /// For which shell
         shell: Shell,
     },
+    /// Write the manual pages and completion scripts of kuasarctl and kuasard below a directory such as /usr/share
+    #[command(hide = true)]
+    Share {
+        /// The directory
+        dir: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -217,7 +224,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::ContainerdConfig { containerd_version, programs, pause_image } => {
-            containerd_config(global, *containerd_version, programs, pause_image.as_deref())?
+            let programs = programs.clone().map_or_else(own_directory, Ok)?;
+            containerd_config(global, *containerd_version, &programs, pause_image.as_deref())?
         }
         Command::Ps { namespace, no_trunc } => {
             let list = ask(global, async |daemon| daemon.list(namespace).await)?;
@@ -256,6 +264,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             clap_complete::generate(*shell, &mut Cli::command(), "kuasarctl", &mut script);
             String::from_utf8(script)?
         }
+        Command::Share { dir } => {
+            share::write(dir)?;
+            return Ok(ExitCode::SUCCESS);
+        }
     };
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -273,6 +285,12 @@ fn pretty(value: &Value) -> Result<String> {
 
 fn load(global: &Global) -> Result<Config> {
     Config::load(&global.config, &global.state()?).map_err(|faults| anyhow!("the configuration has faults:\n{faults}"))
+}
+
+/// Where the programs are that were installed together with this one.
+fn own_directory() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("cannot tell where this program is; say --programs")?;
+    Ok(program.parent().map_or_else(|| program.clone(), Path::to_owned))
 }
 
 /// One thread is plenty.
