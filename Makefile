@@ -24,13 +24,15 @@ GUESTDIR ?= $(PREFIX)/share/kuasar/guest
 LIBEXECDIR ?= $(patsubst %/,%,$(dir $(BINDIR)))/libexec/kuasar
 CRUN := $(or $(KUASAR_GUEST_CRUN),$(KUASAR_CACHE)/bin/crun)
 UNITDIR ?= $(PREFIX)/lib/systemd/system
+# Manual pages and completions.
+SHAREDIR ?= $(PREFIX)/share
 # One name of the shim per sandboxer: containerd derives it from runtime_type. Those that the documentation names, and those that are
 # configured.
 SHIMS := kuasar-runc kuasar-crun kuasar-qemu
 CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm install clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm install install-built deb deb-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,15 +86,29 @@ bench-vmm: build ## Compare virtual machines with ones booted by hand; BENCH_QUI
 	@SANDBOXER=kuasar-qemu $(RELEASE)/kuasar-bench
 
 install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit
+	@$(MAKE) --no-print-directory install-built
+
+install-built:
 	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBEXECDIR) $(DESTDIR)$(SYSCONFDIR)/kuasar/conf.d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(GUESTDIR)
 	install -m 755 $(RELEASE)/kuasard $(RELEASE)/kuasarctl $(RELEASE)/containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/
 	install -m 755 $(CRUN) $(DESTDIR)$(LIBEXECDIR)/crun
 	install -m 644 $(GUEST)/vmlinuz $(GUEST)/initrd $(GUEST)/initrd-debug $(DESTDIR)$(GUESTDIR)/
-	test -e $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml || install -m 644 packaging/config.toml $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml
+	test -e $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml || { \
+		sed 's|/usr/local/share/kuasar/guest|$(GUESTDIR)|' packaging/config.toml > $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml && \
+		chmod 644 $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml; }
 	set -o pipefail; configured=$$($(CONFIGURED)) || echo "links for these alone: $(SHIMS)" >&2; for name in $(SHIMS) $$configured; do \
 		ln -sf containerd-shim-kuasar-v1 $(DESTDIR)$(BINDIR)/containerd-shim-$$name-v1; done
 	sed 's|@BINDIR@|$(BINDIR)|; s|@SYSCONFDIR@|$(SYSCONFDIR)|' packaging/kuasard.service.in > $(DESTDIR)$(UNITDIR)/kuasard.service
 	chmod 644 $(DESTDIR)$(UNITDIR)/kuasard.service
+	$(RELEASE)/kuasarctl share $(DESTDIR)$(SHAREDIR)
+
+deb: build ## Build Debian packages into target/deb: kuasar, kuasar-crun, kuasar-guest
+	@scripts/deps.sh deb
+	@scripts/deb.sh $(KERNEL)
+
+deb-test: build ## Install, upgrade, remove and purge the packages in a Debian of their own, and look into them
+	@scripts/deps.sh deb
+	@scripts/test.sh deb
 
 clean: ## Remove what building has made, and what killed tests have left on the machine
 	@if [ -x $(RELEASE)/kuasar-sweep ]; then $(RELEASE)/kuasar-sweep --kept; fi

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|check|STEP...]
+# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|check|deb|STEP...]
 #   build         what compiling and the guest need: Debian packages and Rust
 #   run           and what a node is made of, for the demo, benchmarks and chaos: containerd, runc, CNI plugins, crun, QEMU and its helpers
 #   conformance   and crictl and critest
 #   e2e           and a second containerd
 #   check         build, and what unit tests and audits run
+#   deb           what building Debian packages and testing them need
 #   all           everything, the default
 # A STEP is one of the functions below, such as packages_build or install_runc.
 #
@@ -44,6 +45,13 @@ packages_compile() {
 packages_build() {
     packages_compile
     debian_packages flex bison bc libelf-dev lz4 perl
+}
+
+# To pack, to look into packages, and for a Debian to install them in.
+packages_deb() {
+    have dpkg-query || fail "not a Debian system, so no Debian packages: make install installs the same"
+    packages_compile
+    debian_packages dpkg-dev lintian mmdebstrap man-db
 }
 
 # What pods need on the node.
@@ -251,13 +259,14 @@ conformance=("${run[@]}" install_cri_tools)
 e2e=("${conformance[@]}" install_old_containerd)
 check=("${build[@]}" packages_node install_runc install_crun install_virtiofsd install_vhost_device_vsock install_cargo_deny)
 all=("${e2e[@]}" install_cargo_deny)
+deb=(packages_deb)
 
 main() {
     [ $# -gt 0 ] || set -- all
     local wanted step steps=()
     for wanted in "$@"; do
         case $wanted in
-        build | run | conformance | e2e | check | all)
+        build | run | conformance | e2e | check | deb | all)
             local -n purpose=$wanted
             steps+=("${purpose[@]}")
             ;;
@@ -265,7 +274,7 @@ main() {
             [ "$(type -t "$wanted")" = function ] || fail "no step $wanted in scripts/deps.sh"
             steps+=("$wanted")
             ;;
-        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, check, or a step of scripts/deps.sh" ;;
+        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, check, deb, or a step of scripts/deps.sh" ;;
         esac
     done
     prepare_cache
