@@ -5,7 +5,7 @@
 #   kuasar-crun   the static crun, for kuasard alone
 #   kuasar-guest  what virtual machines boot
 #
-# They are in target/deb then. DEB_VERSION is the version to use instead of that of the commit; DEB_OUT another directory;
+# They are in target/deb then, in place of those that were there. `scripts/deb.sh --version` tells their version. DEB_VERSION is the version to use instead of that of the commit; DEB_OUT another directory;
 # DEB_COMPRESSION what dpkg-deb -Z takes, xz by default; DEBFULLNAME and DEBEMAIL who stands in them as maintainer.
 #
 # dpkg-gencontrol and dpkg-shlibdeps do what they do for any package, from packaging/debian/control. There is no source package: what
@@ -223,6 +223,10 @@ pack() {
 
 main() {
     local program commit
+    SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date_of_sources)}
+    export SOURCE_DATE_EPOCH
+    version=${DEB_VERSION:-$(version)}
+    [ "$kernel" != --version ] || { say "$version"; return; }
     for program in dpkg-deb dpkg-gencontrol dpkg-shlibdeps gzip cargo rustc; do have "$program" || fail "no $program: run make deps"; done
     [ "$(dpkg --print-architecture)" = amd64 ] || fail "packages are built on amd64 only, this is $(dpkg --print-architecture)"
     [ -e "$guest/manifest" ] || fail "no guest image in $guest: run make guest KERNEL=$kernel"
@@ -232,12 +236,10 @@ nothing tells its sources"
     [ -z "${KUASAR_GUEST_CRUN:-}" ] || fail "KUASAR_GUEST_CRUN is set: nothing tells the sources of that crun, which its licence wants told"
     [[ $(head -n 1 "$guest/manifest") =~ ^kernel\ linux-(image|source)- ]] ||
         fail "the kernel of $guest is not the distribution's: nothing tells its sources, which its licence wants told"
-    SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date_of_sources)}
-    export SOURCE_DATE_EPOCH
-    version=${DEB_VERSION:-$(version)}
     commit=$(git_ rev-parse HEAD) || commit=
     dpkg --validate-version "$version" || fail "DEB_VERSION is no version"
     mkdir -p "$out"
+    rm -f "$out"/kuasar_*_amd64.deb "$out"/kuasar-crun_*_amd64.deb "$out"/kuasar-guest_*_amd64.deb
     work=$(mktemp -d "$out/.work-XXXXXX")
     chmod 755 "$work"
     mkdir "$work/debian" "$work/kuasar" "$work/kuasar-crun" "$work/kuasar-guest"

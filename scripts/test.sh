@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs groups of stages, then sums up: scripts/test.sh check|guest|e2e|conformance|chaos...
+# Runs groups of stages, then sums up: scripts/test.sh check|guest|deb|e2e|conformance|chaos...
 # Every stage runs, whatever became of the one before it.
 . "$(dirname "$0")/lib.sh"
 
@@ -104,13 +104,14 @@ check() {
 }
 
 guest() { stage guest scripts/guest-test.sh; }
+deb() { stage deb scripts/deb-test.sh; }
 
 export cache target bin
 export -f say unit_tests deny end_to_end missing_containerd machines conformance_of chaos_of
 for group in "$@"; do
     case $group in
-    check | guest | e2e | conformance | chaos) $group ;;
-    *) fail "no group $group: check, guest, e2e, conformance, chaos" ;;
+    check | guest | deb | e2e | conformance | chaos) $group ;;
+    *) fail "no group $group: check, guest, deb, e2e, conformance, chaos" ;;
     esac
 done
 scripts/summary.sh "${stages[@]}"
