@@ -5,40 +5,17 @@
 # The Debian is made once, in $KUASAR_CACHE/deb-root; UPDATE=1 makes it anew.
 . "$(dirname "$0")/lib.sh"
 . scripts/apt.sh
+. scripts/cases.sh
 
 update=${UPDATE:-}
 unset UPDATE DEB_VERSION DEB_OUT
 export LC_ALL=C
-results=$(realpath -m "${KUASAR_RESULTS:-/dev/null}")
 release=$(realpath -m "$target")/release
 scratch=$(mktemp -d /var/tmp/kuasar-deb-test-XXXXXX)
 base=$scratch/base
 # What ends takes its mounts with it, since it has namespaces of its own.
 trap 'rm -rf --one-file-system "$scratch"' EXIT
 trap 'exit 130' INT TERM
-passed=0 failed=0
-
-# it NAME COMMAND...: a test, which passes when the command does. What the command prints last is why not.
-it() {
-    local name=$1 output status
-    shift
-    # Not with ||, which would have every failure within the function but the last ignored.
-    set +e
-    output=$(set -e; "$@" 2>&1)
-    status=$?
-    set -e
-    if [ "$status" -eq 0 ] && [[ $output == SKIP* ]]; then
-        say "$output"
-        say "SKIP $name: ${output#SKIP }" >>"${KUASAR_SKIP_LOG:-/dev/null}"
-    elif [ "$status" -eq 0 ]; then
-        passed=$((passed + 1))
-        say "PASS $name"
-    else
-        failed=$((failed + 1))
-        say "FAIL $name: $output"
-        [ "$results" = /dev/null ] || say "FAIL $name: $(tail -n 1 <<<"$output")" >>"$results"
-    fi
-}
 
 # Whether a text has words, and the text if not: has WORDS TEXT
 has() { grep -qF -- "$1" <<<"$2" || { say "no \"$1\" in: $2"; return 1; }; }
@@ -438,6 +415,4 @@ tests=(versions same_bytes no_errors_of_lintian contents manual_pages completion
 [ $# -eq 0 ] || tests=("$@")
 for test in "${tests[@]}"; do it "$test" "$test"; done
 
-[ "$results" = /dev/null ] || say "PASSED $passed" >>"$results"
-say "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+sum_up

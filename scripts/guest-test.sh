@@ -2,35 +2,12 @@
 # Tests scripts/guest.sh with the kernel that `make build` takes: what is in the initrd, that the same input gives the same bytes,
 # that it boots, and what is refused.
 . "$(dirname "$0")/lib.sh"
+. scripts/cases.sh
 
 unset UPDATE KERNEL
 agent=$(realpath -m "${KUASAR_GUEST_AGENT:-$target/release/kuasar-guest-agent}")
-results=$(realpath -m "${KUASAR_RESULTS:-/dev/null}")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-passed=0 failed=0
-
-# it NAME COMMAND...: a test, which passes when the command does. What the command prints last is why not.
-it() {
-    local name=$1 output status
-    shift
-    # Not with ||, which would have every failure within the function but the last ignored.
-    set +e
-    output=$(set -e; "$@" 2>&1)
-    status=$?
-    set -e
-    if [ "$status" -eq 0 ] && [[ $output == SKIP* ]]; then
-        say "$output"
-        say "SKIP $name: ${output#SKIP }" >>"${KUASAR_SKIP_LOG:-/dev/null}"
-    elif [ "$status" -eq 0 ]; then
-        passed=$((passed + 1))
-        say "ok $name"
-    else
-        failed=$((failed + 1))
-        say "FAILED $name: $output"
-        [ "$results" = /dev/null ] || say "FAIL $name: $(tail -n 1 <<<"$output")" >>"$results"
-    fi
-}
 
 # Builds into a directory of its own: build DIRECTORY ASSIGNMENT...
 build() {
@@ -128,6 +105,4 @@ it no_agent refused 'KUASAR_GUEST_AGENT names no program' KUASAR_GUEST_AGENT="$s
 it no_kernel refused 'KUASAR_GUEST_KERNEL names no readable kernel' KUASAR_GUEST_KERNEL="$scratch/absent"
 it no_crun refused 'KUASAR_GUEST_CRUN names no program' KUASAR_GUEST_CRUN="$scratch/absent"
 
-[ "$results" = /dev/null ] || say "PASSED $passed" >>"$results"
-say "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+sum_up
