@@ -88,7 +88,7 @@ impl Taken {
         let start = ended.map(|ended| ended.start).or(process.as_ref().map(|process| process.identity().start));
         let exiting = match (ended, &process) {
             (Some(ended), _) => Exiting::Known(ended.exit),
-            (None, Some(_)) => Exiting::Adopted(reaper.clone()),
+            (None, Some(process)) => Exiting::of_running(process, reaper),
             (None, None) => Exiting::late(exit, mark.ticks(), reaper),
         };
         Ok(Self { identity: Identity { pid, start: start.unwrap_or(UNSEEN) }, mark, process, exiting })

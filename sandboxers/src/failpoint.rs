@@ -66,10 +66,23 @@ points! {
     ContainerDeleted = "container-deleted",
 }
 
+/// A file in the directory that has the daemon go on as on a kernel before 6.15, whose pidfds tell no exit status. It stays there.
+pub const OLD_PIDFDS: &str = "old-pidfds";
+
+fn directory() -> Option<&'static PathBuf> {
+    static DIRECTORY: OnceLock<Option<PathBuf>> = OnceLock::new();
+    DIRECTORY.get_or_init(|| env::var_os(VARIABLE).map(PathBuf::from)).as_ref()
+}
+
+/// Whether [`OLD_PIDFDS`] is there.
+#[must_use]
+pub fn has_old_pidfds() -> bool {
+    directory().is_some_and(|directory| directory.join(OLD_PIDFDS).exists())
+}
+
 /// Ends the process if that is asked for here.
 pub fn reach(point: Failpoint) {
-    static DIRECTORY: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let Some(directory) = DIRECTORY.get_or_init(|| env::var_os(VARIABLE).map(PathBuf::from)) else { return };
+    let Some(directory) = directory() else { return };
     if fs::remove_file(directory.join(point.name())).is_ok() {
         // It does not return.
         let _ = raise(Signal::SIGKILL);

@@ -183,6 +183,13 @@ impl FdStore {
     }
 }
 
+impl Held {
+    /// Leaves them with the holder, for good.
+    pub fn keep(self) {
+        self.store.names().current.remove(&self.name);
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         // Under the lock, or it could take what is left under the name at the same time.

@@ -6,6 +6,7 @@ use std::{
     io::{self, Read},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,12 +15,13 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::Interest,
     sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tracing::{debug, warn};
 
 use crate::{
     error::{Error, Result},
+    orphans::{Known, Watch},
     reaper::{ExitFuture, Reaper, start_of},
     sys,
     types::Exit,
@@ -37,6 +39,9 @@ const TELLING: Duration = Duration::from_secs(60);
 
 /// The same where a keeper before this one may have seen it: nobody will tell then.
 const TELLING_OTHERS: Duration = Duration::from_secs(1);
+
+/// How long an end that may be only a thread's waits for another, after the whole process has ended: the kernel sends that a moment later.
+const ANOTHER: Duration = Duration::from_millis(250);
 
 /// How often is looked for what a process that is being killed has started.
 const ROUNDS: usize = 5;
@@ -160,7 +165,7 @@ fn tree(root: u32) -> Result<Vec<Identity>> {
 #[derive(Debug)]
 pub struct Tracked {
     identity: Identity,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     parent: u32,
 }
 
@@ -176,7 +181,7 @@ impl Tracked {
         };
         let Some(stat) = Stat::read(pid)? else { return Ok(None) };
         let identity = Identity { pid, start: stat.start };
-        Ok(Some(Self { identity, pidfd, parent: stat.parent }))
+        Ok(Some(Self { identity, pidfd: Arc::new(pidfd), parent: stat.parent }))
     }
 
     /// Takes hold of the process of a pidfd; `None` when it has ended and was reaped.
@@ -186,7 +191,7 @@ impl Tracked {
         // -1 once it was reaped.
         let Some(pid) = text.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok()) else { return Ok(None) };
         let Some(stat) = Stat::read(pid)? else { return Ok(None) };
-        Ok(Some(Self { identity: Identity { pid, start: stat.start }, pidfd, parent: stat.parent }))
+        Ok(Some(Self { identity: Identity { pid, start: stat.start }, pidfd: Arc::new(pidfd), parent: stat.parent }))
     }
 
     /// Takes hold of a process again; `None` when it is gone, whoever has its pid now, or dead.
@@ -246,33 +251,59 @@ impl Tracked {
     }
 
     /// How a process of an earlier daemon ends. The reaper is told of a child of ours or of our keeper's; another's status is in its pidfd
-    /// once that one's parent has reaped it.
+    /// once that one's parent has reaped it, or comes with the kernel's [process events](crate::orphans).
     pub async fn exit(&self, reaper: &Reaper) -> Exit {
-        if self.parent == std::process::id() || Some(self.parent) == reaper.keeper() {
+        let Some(watch) = self.watch(reaper) else {
             return reaper.exit_of_started(self.identity.pid, self.identity.start).await;
-        }
+        };
         if let Err(error) = self.ended().await {
             warn!(error = error.report(), "lost track of a process");
             return Exit::now(UNKNOWN_STATUS);
         }
         let at = Exit::now(UNKNOWN_STATUS).at;
-        Exit { status: self.status().await.unwrap_or(UNKNOWN_STATUS), at }
+        Exit { status: self.status(&watch).await.unwrap_or(UNKNOWN_STATUS), at }
+    }
+
+    /// Watches for its exit; `None` for a child of ours or of our keeper's.
+    fn watch(&self, reaper: &Reaper) -> Option<Watch> {
+        let is_ours = self.parent == std::process::id() || Some(self.parent) == reaper.keeper();
+        (!is_ours).then(|| reaper.orphans().watch(self.identity, Some(self.pidfd.clone())))
     }
 
     /// The exit status of a process that has ended, where the kernel tells.
-    async fn status(&self) -> Option<u32> {
-        let deadline = Instant::now() + REAPING;
+    async fn status(&self, watch: &Watch) -> Option<u32> {
+        let ended = Instant::now();
+        let deadline = ended + REAPING;
+        let mut news = watch.news();
         loop {
-            let told = sys::wait_status(self.pidfd.as_fd());
+            news.mark_unchanged();
+            let told = match watch.is_by_events() {
+                false => sys::wait_status(self.pidfd.as_fd()),
+                true => Err(io::ErrorKind::Unsupported.into()),
+            };
             if let Ok(Some(status)) = told {
                 return Some(shell_status(status));
             }
+            let known = watch.known();
+            if let Some(Known::Certain(exit)) = known {
+                return Some(exit.status);
+            }
             // Not reaped yet; the kernel then tells those who may trace it, and 0 to others.
             let stat = Stat::read(self.identity.pid).ok().flatten();
-            let dead = stat.filter(|stat| stat.zombie && stat.start == self.identity.start)?;
-            if dead.wait_status != 0 {
+            let dead = stat.filter(|stat| stat.zombie && stat.start == self.identity.start);
+            if let Some(dead) = &dead
+                && dead.wait_status != 0
+            {
                 return Some(shell_status(dead.wait_status));
             }
+            let limit = known.map_or(deadline, |_| ended + ANOTHER);
+            if watch.is_subscribed() && timeout_at(limit, news.changed()).await.is_ok_and(|changed| changed.is_ok()) {
+                continue;
+            }
+            if let Some(Known::Likely(exit)) = known {
+                return Some(exit.status);
+            }
+            dead?;
             match told {
                 // A kernel before 6.15.
                 Err(error) => {
@@ -294,7 +325,7 @@ impl AsFd for Tracked {
 }
 
 /// A wait status as a shell tells it.
-fn shell_status(status: i32) -> u32 {
+pub(crate) fn shell_status(status: i32) -> u32 {
     match status & 0x7f {
         0 => (status >> 8 & 0xff).unsigned_abs(),
         signal => 128 + signal.unsigned_abs(),
@@ -343,10 +374,10 @@ pub enum Exiting {
     Ours(ExitFuture),
     /// It has ended already.
     Known(Exit),
-    /// It runs, and an earlier daemon has started it.
-    Adopted(Reaper),
+    /// It runs, or has not been reaped. Where it is neither our child nor the keeper's, its exit is watched for.
+    Adopted(Reaper, Option<Watch>),
     /// It has ended, and who has seen that may not have told yet, for so long at most.
-    Late(ExitFuture, Duration),
+    Late(ExitFuture, Duration, Option<Watch>),
 }
 
 impl Exiting {
@@ -354,13 +385,22 @@ impl Exiting {
     pub fn adopted(identity: Identity, process: Option<&Tracked>, reaper: &Reaper) -> Self {
         match (process, reaper.known(identity.pid, identity.start)) {
             (_, Some(exit)) => Self::Known(exit),
-            (Some(_), None) => Self::Adopted(reaper.clone()),
+            (Some(process), None) => Self::of_running(process, reaper),
             (None, None) => match Self::late(reaper.exit_of_started(identity.pid, identity.start), identity.start, reaper) {
+                late @ Self::Late(_, TELLING, _) => late,
                 // What an earlier daemon has recorded cannot be younger than this one: there never was such a process.
-                Self::Ours(exit) => Self::Late(exit, TELLING_OTHERS),
+                Self::Ours(exit) | Self::Late(exit, ..) => {
+                    Self::Late(exit, TELLING_OTHERS, Some(reaper.orphans().watch(identity, None)))
+                }
                 late => late,
             },
         }
+    }
+
+    /// The exit of a process that is held.
+    #[must_use]
+    pub fn of_running(process: &Tracked, reaper: &Reaper) -> Self {
+        Self::Adopted(reaper.clone(), process.watch(reaper))
     }
 
     /// The exit of a process that was started at `start` or later, and has been reaped. What this daemon has started is told for sure: who
@@ -371,7 +411,7 @@ impl Exiting {
         }
         // Without a keeper, the one that has seen it end is gone.
         let seen = reaper.keeper().is_some_and(|keeper| start_of(keeper).is_none_or(|keeper| keeper <= start));
-        Self::Late(exit, if seen { TELLING } else { TELLING_OTHERS })
+        Self::Late(exit, if seen { TELLING } else { TELLING_OTHERS }, None)
     }
 }
 
@@ -381,10 +421,22 @@ impl Exiting {
         match (self, process) {
             (Self::Ours(exit), _) => exit.await,
             (Self::Known(exit), _) => exit,
-            (Self::Adopted(reaper), Some(process)) => process.exit(&reaper).await,
+            // The watch lasts until then.
+            (Self::Adopted(reaper, _watch), Some(process)) => process.exit(&reaper).await,
             // Unknown when it ended while no daemon ran at all.
-            (Self::Late(exit, limit), _) => timeout(limit, exit).await.unwrap_or_else(|_| Exit::now(UNKNOWN_STATUS)),
-            (Self::Adopted(_), None) => Exit::now(UNKNOWN_STATUS),
+            (Self::Late(exit, limit, watch), _) => {
+                let told = async {
+                    match watch {
+                        None => exit.await,
+                        Some(watch) => tokio::select! {
+                            exit = exit => exit,
+                            exit = watch.of_reaped() => exit,
+                        },
+                    }
+                };
+                timeout(limit, told).await.unwrap_or_else(|_| Exit::now(UNKNOWN_STATUS))
+            }
+            (Self::Adopted(..), None) => Exit::now(UNKNOWN_STATUS),
         }
     }
 }
@@ -423,7 +475,7 @@ mod tests {
     fn what_this_daemon_has_started_is_waited_for() {
         let reaper = Reaper::under(std::process::id());
         let limit = |start: u64| match Exiting::late(reaper.exit_of_started(7, start), start, &reaper) {
-            Exiting::Late(_, limit) => Some(limit),
+            Exiting::Late(_, limit, _) => Some(limit),
             _ => None,
         };
         let (begun, keeper) = (reaper.begun().ticks(), start_of(std::process::id()).unwrap());

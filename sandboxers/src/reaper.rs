@@ -42,6 +42,7 @@ use tracing::warn;
 
 use crate::{
     error::{Error, Result},
+    orphans::Orphans,
     sys::{self, ChildState},
     types::Exit,
 };
@@ -129,6 +130,7 @@ pub struct Reaper {
     /// The subreaper that tells us what it sees, where that is another process.
     keeper: Option<u32>,
     begun: Mark,
+    orphans: Orphans,
 }
 
 #[derive(Debug, Default)]
@@ -198,7 +200,7 @@ impl Reaper {
 
     fn run_loop(keeper: Option<u32>) -> Result<Self> {
         let mut children = signal(SignalKind::child()).map_err(Error::failed("listen for SIGCHLD"))?;
-        let reaper = Self { table: Arc::default(), keeper, begun: Mark::now() };
+        let reaper = Self { table: Arc::default(), keeper, begun: Mark::now(), orphans: Orphans::default() };
         let table = reaper.clone();
         tokio::spawn(async move {
             loop {
@@ -220,13 +222,19 @@ impl Reaper {
     /// One that is only told, for tests; it began later than everything that runs.
     #[cfg(test)]
     pub(crate) fn under(keeper: u32) -> Self {
-        Self { table: Arc::default(), keeper: Some(keeper), begun: Mark(Mark::now().0 + 1) }
+        Self { table: Arc::default(), keeper: Some(keeper), begun: Mark(Mark::now().0 + 1), orphans: Orphans::default() }
     }
 
     /// The parent that is the subreaper, where that is not this process.
     #[must_use]
     pub fn keeper(&self) -> Option<u32> {
         self.keeper
+    }
+
+    /// Exit statuses of processes that are neither this process's children nor the keeper's.
+    #[must_use]
+    pub fn orphans(&self) -> &Orphans {
+        &self.orphans
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -351,10 +359,20 @@ impl Reaper {
 
 /// Clock ticks since boot, so long ago.
 fn ticks_since_boot(ago: Duration) -> u64 {
-    // Neither fails: the clock and the variable exist on every Linux.
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    ticks(since_boot().saturating_sub(ago))
+}
+
+/// The time since boot.
+pub(crate) fn since_boot() -> Duration {
+    // It does not fail: the clock exists on every Linux.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// A time since boot in clock ticks, as the kernel tells a process's start.
+pub(crate) fn ticks(since_boot: Duration) -> u64 {
+    // It does not fail: the variable exists on every Linux.
     let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().map_or(100, |ticks| u128::from(ticks.unsigned_abs()));
-    u64::try_from(now.saturating_sub(ago).as_nanos() * ticks / 1_000_000_000).unwrap_or(u64::MAX)
+    u64::try_from(since_boot.as_nanos() * ticks / 1_000_000_000).unwrap_or(u64::MAX)
 }
 
 /// Reaps every child that has ended, whatever it has ended of.
@@ -543,7 +561,7 @@ mod tests {
     }
 
     fn reaper() -> Reaper {
-        Reaper { table: Arc::default(), keeper: None, begun: Mark::now() }
+        Reaper { table: Arc::default(), keeper: None, begun: Mark::now(), orphans: Orphans::default() }
     }
 
     #[tokio::test]

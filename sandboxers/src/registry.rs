@@ -357,7 +357,7 @@ impl Registry {
             loaded.records.into_iter().map(|record| ((record.spec.namespace.clone(), record.spec.id.clone()), Some(record)));
         let unread = loaded.unread.into_iter().map(|(key, _)| (key, None));
         let recovered: Vec<_> = records.chain(unread).map(|(key, record)| self.begin_recovery(key, record)).collect();
-        let fds = self.0.fds.clone();
+        let (fds, orphans) = (self.0.fds.clone(), self.0.reaper.orphans().clone());
         Ok(Recovery(tokio::spawn(async move {
             let recovered = join_all(recovered).await;
             let count = recovered.len();
@@ -375,6 +375,7 @@ impl Registry {
             tokio::spawn(async move {
                 sleep(REPEATED).await;
                 fds.release_rest(&spared);
+                orphans.recovered();
             });
         })))
     }

@@ -78,6 +78,33 @@ pub(crate) fn wait_status(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     Ok((info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0).then_some(info.exit_code))
 }
 
+/// Whether pidfds tell the exit status of a process that has been reaped, tried out on one. It has no exit signal, so the reaper does not
+/// see it (`__WCLONE`).
+pub(crate) fn pidfds_keep_statuses() -> io::Result<bool> {
+    const CODE: libc::c_int = 3;
+    // SAFETY: without CLONE_VM and with a null stack this is fork(2): the child has its own copy of memory and runs on its copy of this
+    // stack. The remaining arguments are pointers that are ignored without their flags.
+    let pid = match unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) } {
+        -1 => return Err(io::Error::last_os_error()),
+        // SAFETY: a plain system call without memory arguments, allowed in the child of a threaded process. It does not return, so
+        // nothing of this process's state is touched or dropped here.
+        0 => unsafe { libc::_exit(CODE) },
+        pid => i32::try_from(pid).map_err(io::Error::other)?,
+    };
+    let pidfd = rustix::process::Pid::from_raw(pid)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()));
+    // In any case, before an error is told.
+    loop {
+        match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WCLONE)) {
+            Err(nix::errno::Errno::EINTR) => {}
+            reaped => break reaped.map(drop)?,
+        };
+    }
+    // Kernels before 6.13 do not know the question, and those before 6.15 do not answer it.
+    Ok(wait_status(pidfd?.as_fd()).is_ok_and(|status| status == Some(CODE << 8)))
+}
+
 /// A process that sits in a new user namespace until it is dropped. It has no exit signal, so neither SIGCHLD nor a plain
 /// waitpid(2) sees it (`__WCLONE`), and the reaper is not disturbed.
 pub(crate) struct NamespaceHolder(Pid);
@@ -129,6 +156,24 @@ pub(crate) fn explain_netlink_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
             libc::NETLINK_EXT_ACK,
             (&raw const on).cast(),
             libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets a socket take only the packets that a classic BPF program accepts (SO_ATTACH_FILTER, socket(7)).
+pub(crate) fn attach_filter(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    let program =
+        libc::sock_fprog { len: u16::try_from(program.len()).map_err(io::Error::other)?, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the option's value is `program`, whose size is given. The kernel reads it and the instructions it points to, as many as it
+    // says, during the call, and writes neither.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            libc::socklen_t::try_from(size_of_val(&program)).map_err(io::Error::other)?,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

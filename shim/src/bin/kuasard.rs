@@ -195,6 +195,8 @@ async fn daemon(
         };
         let build = async move {
             let reaper = Reaper::install_under(Keeper::pid()).map_err(report)?;
+            // Before any process is looked for, or what ends in between would not be seen.
+            reaper.orphans().begin(&fds);
             exits.into_iter().for_each(|ended| reaper.hear(ended));
             let sandboxers = backends::build(sandboxers, need, &reaper).await.map_err(report)?;
             let registry = Registry::new(&dir, sandboxers, sink, hub, reaper.clone(), fds).map_err(report)?;
@@ -210,6 +212,7 @@ async fn daemon(
         // What is not a connection was somebody else's, who has taken it.
         tell.send(Parked { name, descriptors }).context("nobody takes connections")?;
     }
+    let orphans = reaper.orphans().clone();
     tokio::spawn({
         let (keeper, stop, upgrades) = (keeper.clone(), stop.clone(), upgrades.clone());
         async move {
@@ -261,7 +264,13 @@ async fn daemon(
     if let Err(error) = format::note(state.path()) {
         warn!(error = error.report(), "cannot say in which format the state directory is");
     }
-    serve(state, sockets, parts, stop).await.map_err(report)
+    let served = serve(state, sockets, parts, stop).await.map_err(report)?;
+    if matches!(served, Served::Left) && is_stored() {
+        // The keeper may be about to end, and what ends after it is not seen otherwise until the next daemon runs.
+        let _entered = workers.enter();
+        orphans.hand_off();
+    }
+    Ok(served)
 }
 
 /// Cancels `stop` by the keeper's order, and `leave` by SIGTERM or SIGINT, which anybody may send to this process alone: another takes its
