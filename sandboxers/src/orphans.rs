@@ -50,6 +50,9 @@ use crate::{
 /// The name under which the subscription is parked.
 const NAME: &str = "process-events";
 
+/// What fails where it is refused.
+const SUBSCRIBE: &str = "subscribe to process events";
+
 /// Exits that are remembered while it is not known yet whose matter: as many as the socket has room for, twice.
 const REMEMBERED: usize = 8192;
 
@@ -73,8 +76,10 @@ struct Inner {
 /// The means, chosen once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Source {
-    /// The pidfds keep the status, or nobody has asked yet.
+    /// As far as pidfds keep the status; nobody has asked yet whether they do.
     #[default]
+    Unasked,
+    /// The pidfds keep the status.
     Pidfds,
     /// Process events.
     Events,
@@ -138,7 +143,9 @@ pub struct Watch {
     orphans: Orphans,
     identity: Identity,
     pidfd: Option<Arc<OwnedFd>>,
-    source: Source,
+    is_by_events: bool,
+    /// It is among those that exits are kept for.
+    is_counted: bool,
 }
 
 impl Default for Orphans {
@@ -158,23 +165,28 @@ impl Orphans {
             debug!(%error, "cannot try out whether pidfds keep exit statuses");
             false
         });
-        if !keep || failpoint::has_old_pidfds() {
-            self.begin_events(store);
-        }
+        let source = if keep && !failpoint::has_old_pidfds() { Source::Pidfds } else { Source::Events };
+        self.begin_with(source, store);
     }
 
     /// The same, with process events whatever the kernel can do.
     #[cfg(any(test, feature = "testing"))]
     pub fn begin_with_events(&self, store: &FdStore) {
-        self.begin_events(store);
+        self.begin_with(Source::Events, store);
     }
 
-    fn begin_events(&self, store: &FdStore) {
+    fn begin_with(&self, source: Source, store: &FdStore) {
         let mut state = self.state();
-        state.source = Source::Events;
+        state.source = source;
         state.store = store.clone();
         state.is_recovering = true;
-        if let Err(error) = self.subscribe(&mut state) {
+        let subscribed = match source {
+            // No pidfd tells of what has ended since the daemon before was stopped.
+            Source::Pidfds => self.take_over(&mut state).map(drop),
+            Source::Events => self.subscribe(&mut state),
+            Source::Unasked => Ok(()),
+        };
+        if let Err(error) = subscribed {
             // Of interest only with processes that are not our children.
             debug!(error = error.report(), "no process events");
         }
@@ -193,7 +205,7 @@ impl Orphans {
     /// orphans. To be called last.
     pub fn hand_off(&self) {
         let mut state = self.state();
-        if state.source == Source::Pidfds {
+        if state.source == Source::Unasked {
             return;
         }
         if let Err(error) = self.subscribe(&mut state) {
@@ -212,21 +224,23 @@ impl Orphans {
     /// [the recovery](Self::begin) lasts.
     pub(crate) fn watch(&self, identity: Identity, pidfd: Option<Arc<OwnedFd>>) -> Watch {
         let mut state = self.state();
-        let source = state.source;
-        if source == Source::Events {
+        let is_by_events = state.source == Source::Events;
+        let is_counted = is_by_events || state.subscription.is_some();
+        if is_counted {
             let watched = state.watched.entry(identity.pid).or_insert(Watched { count: 0, pidfd: None });
             watched.count += 1;
             if pidfd.is_some() {
                 watched.pidfd.clone_from(&pidfd);
             }
-            if let Err(error) = self.subscribe(&mut state)
+            if is_by_events
+                && let Err(error) = self.subscribe(&mut state)
                 && !std::mem::replace(&mut state.refused_logged, true)
             {
                 let error = error.report();
                 warn!(error, "no process events: exit statuses of what an earlier daemon has started may be unknown (255)");
             }
         }
-        Watch { orphans: self.clone(), identity, pidfd, source }
+        Watch { orphans: self.clone(), identity, pidfd, is_by_events, is_counted }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -236,24 +250,28 @@ impl Orphans {
 
     /// Subscribes, unless that is done.
     fn subscribe(&self, state: &mut State) -> Result<()> {
-        let failed = || Error::failed("subscribe to process events");
-        if state.subscription.is_some() {
+        if state.subscription.is_some() || self.take_over(state)? {
             return Ok(());
         }
-        let inherited = state.store.take(NAME).and_then(|(mut descriptors, held)| Some((descriptors.pop()?, held)));
-        let (events, parked) = match inherited {
-            Some((socket, held)) => (ProcessEvents::inherit(socket), Some(held)),
-            None => {
-                let events = ProcessEvents::subscribe().map_err(failed())?;
-                let parked = state.store.leave(NAME.to_owned(), &[events.fd()]);
-                let parked = parked
-                    .inspect_err(|error| debug!(error = error.report(), "what ends between two workers will not be seen"));
-                (events, parked.ok())
-            }
-        };
+        let events = ProcessEvents::subscribe().map_err(Error::failed(SUBSCRIBE))?;
+        let parked = state.store.leave(NAME.to_owned(), &[events.fd()]);
+        let parked =
+            parked.inspect_err(|error| debug!(error = error.report(), "what ends between two workers will not be seen"));
+        self.read(state, events, parked.ok())
+    }
+
+    /// Takes over the subscription that is parked; false when there is none.
+    fn take_over(&self, state: &mut State) -> Result<bool> {
+        let parked = state.store.take(NAME).and_then(|(mut descriptors, held)| Some((descriptors.pop()?, held)));
+        let Some((socket, held)) = parked else { return Ok(false) };
+        self.read(state, ProcessEvents::inherit(socket), Some(held))?;
+        Ok(true)
+    }
+
+    fn read(&self, state: &mut State, events: ProcessEvents, parked: Option<Held>) -> Result<()> {
         // A descriptor of its own, which the reader closes when it ends.
-        let socket = events.fd().try_clone_to_owned().and_then(|fd| sys::watch(fd, Interest::READABLE)).map_err(failed())?;
-        let reader = tokio::spawn(read(Arc::downgrade(&self.0), socket));
+        let socket = events.fd().try_clone_to_owned().and_then(|fd| sys::watch(fd, Interest::READABLE));
+        let reader = tokio::spawn(read(Arc::downgrade(&self.0), socket.map_err(Error::failed(SUBSCRIBE))?));
         state.subscription = Some(Subscription { events: Arc::new(events), reader, parked, is_handed_off: false });
         Ok(())
     }
@@ -399,7 +417,7 @@ impl Drop for Subscription {
 impl Watch {
     /// Whether the kernel tells statuses by process events only.
     pub(crate) fn is_by_events(&self) -> bool {
-        self.source == Source::Events
+        self.is_by_events
     }
 
     /// Whether exits come.
@@ -444,7 +462,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if self.source == Source::Pidfds {
+        if !self.is_counted {
             return;
         }
         let pid = self.identity.pid;

