@@ -1,5 +1,6 @@
 //! What is known of programs of the node that a sandboxer uses: to ask one what it is and can do takes it tens of milliseconds, and a
-//! daemon that starts again has pods that wait. Known as long as the program is the same file and the kernel the same boot's.
+//! daemon that starts again has pods that wait. Known as long as the program is the same file, this is the same version, and the
+//! kernel the same boot's.
 
 use std::{
     collections::BTreeMap,
@@ -31,6 +32,9 @@ pub struct Programs {
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Record {
     boot: String,
+    /// Our version: another one may ask programs for more.
+    #[serde(default)]
+    ours: String,
     programs: BTreeMap<PathBuf, Entry>,
 }
 
@@ -43,17 +47,18 @@ struct Entry {
 impl Programs {
     /// What a daemon has written in its sandboxer's directory. What cannot be read is found out again.
     #[must_use]
-    pub fn known(root: &Path) -> Self {
+    pub fn load(root: &Path) -> Self {
         let boot = fs::read_to_string(BOOT).unwrap_or_default();
+        let new = Record { boot, ours: env!("CARGO_PKG_VERSION").into(), programs: BTreeMap::new() };
         let read = fs::read(root.join(FILE)).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok());
-        let record = read.filter(|record| record.boot == boot).unwrap_or(Record { boot, programs: BTreeMap::new() });
+        let record = read.filter(|read| (&read.boot, &read.ours) == (&new.boot, &new.ours)).unwrap_or(new);
         Self { record, root: None }
     }
 
     /// The same, and what is found out is written down there for the next daemon.
     #[must_use]
-    pub fn kept(root: &Path) -> Self {
-        Self { root: Some(root.to_owned()), ..Self::known(root) }
+    pub fn load_and_record(root: &Path) -> Self {
+        Self { root: Some(root.to_owned()), ..Self::load(root) }
     }
 
     /// What is known of a program.
@@ -63,8 +68,8 @@ impl Programs {
         (identity(program).ok()? == entry.identity).then(|| serde_json::from_value(entry.facts.clone()).ok())?
     }
 
-    /// Takes note.
-    pub fn put<T: Serialize>(&mut self, program: &Path, facts: &T) {
+    /// Records what was found out.
+    pub fn record<T: Serialize>(&mut self, program: &Path, facts: &T) {
         // Without it the next daemon finds out again.
         if let Err(error) = self.write(program, facts) {
             warn!(error = error.report(), program = %program.display(), "cannot write down what a program can do");
@@ -100,34 +105,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_until_the_program_changes() {
+    fn until_the_program_changes() {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("program");
         fs::write(&program, "1").unwrap();
         let root = dir.path().join("root");
-        Programs::kept(&root).put(&program, &(7, 2));
-        assert_eq!(Programs::known(&root).get::<(u32, u32)>(&program), Some((7, 2)));
+        Programs::load_and_record(&root).record(&program, &(7, 2));
+        assert_eq!(Programs::load(&root).get::<(u32, u32)>(&program), Some((7, 2)));
         // What another version of ours has written.
-        assert_eq!(Programs::known(&root).get::<String>(&program), None);
+        assert_eq!(Programs::load(&root).get::<String>(&program), None);
         fs::write(&program, "22").unwrap();
-        assert_eq!(Programs::known(&root).get::<(u32, u32)>(&program), None);
+        assert_eq!(Programs::load(&root).get::<(u32, u32)>(&program), None);
 
-        let mut read = Programs::known(&root);
-        read.put(&program, &"new");
-        assert_eq!((read.get(&program), Programs::known(&root).get(&program)), (Some("new".to_owned()), None::<String>));
+        let mut read = Programs::load(&root);
+        read.record(&program, &"new");
+        assert_eq!((read.get(&program), Programs::load(&root).get(&program)), (Some("new".to_owned()), None::<String>));
         fs::write(root.join(FILE), "{").unwrap();
-        assert_eq!(Programs::known(&root).get::<(u32, u32)>(&program), None);
+        assert_eq!(Programs::load(&root).get::<(u32, u32)>(&program), None);
     }
 
     #[test]
     fn of_this_boot_only() {
         let dir = tempfile::tempdir().unwrap();
         let program = Path::new("/proc/self/exe");
-        Programs::kept(dir.path()).put(program, &1);
+        Programs::load_and_record(dir.path()).record(program, &1);
         let path = dir.path().join(FILE);
         let mut record: Record = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         record.boot = "another".into();
         fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
-        assert_eq!(Programs::known(dir.path()).get::<u32>(program), None);
+        assert_eq!(Programs::load(dir.path()).get::<u32>(program), None);
     }
 }

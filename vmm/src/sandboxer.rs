@@ -167,7 +167,7 @@ impl VmmSandboxer {
     /// # Errors
     /// [`Error::Unavailable`], naming what is missing or too old and what to do.
     pub async fn open(config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let hypervisor = find_hypervisor(&config, &reaper, Programs::kept(&config.root)).await?;
+        let hypervisor = find_hypervisor(&config, &reaper, Programs::load_and_record(&config.root)).await?;
         Self::with(hypervisor, config, reaper).await
     }
 
@@ -176,7 +176,7 @@ impl VmmSandboxer {
     /// # Errors
     /// See there.
     pub async fn with(hypervisor: Box<dyn Hypervisor>, config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let known = Programs::kept(&config.root);
+        let known = Programs::load_and_record(&config.root);
         let (virtiofsd, vsock) = find_helpers(&*hypervisor, &config, &reaper, Trial::Open, known).await?;
         check_image(&config)?;
         let machines = config.root.join(MACHINES);

@@ -88,20 +88,21 @@ impl Virtiofsd {
             Some(path) => path.to_owned(),
             None => find_program("virtiofsd", "KUASAR_VIRTIOFSD", &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"])?,
         };
-        if let Some(version) = known.get(&program) {
-            return Ok(Self { program, version, refused: None });
-        }
-        let version = version(&program, reaper).await?;
+        let version = match known.get(&program).filter(|version| *version >= OLDEST) {
+            Some(version) => version,
+            None => {
+                let version = version(&program, reaper).await?;
+                known.record(&program, &version);
+                version
+            }
+        };
+        // A sysctl may have changed that any moment.
         let refused = try_namespace(reaper).await?;
         if let Some(why) = &refused {
             tracing::warn!(
                 reason = why,
                 "virtiofsd runs as the host's root, in its own sandbox, for it cannot have a user namespace"
             );
-        }
-        // That it is refused may end any moment, by a sysctl.
-        if refused.is_none() {
-            known.put(&program, &version);
         }
         Ok(Self { program, version, refused })
     }

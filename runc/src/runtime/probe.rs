@@ -118,7 +118,7 @@ impl Runtime {
     /// # Errors
     /// As [`Self::find`].
     pub async fn find_as_known(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
-        Search { reaper, known: Programs::known(root), root: None }.find(choice).await
+        Search { reaper, known: Programs::load(root), root: None }.find(choice).await
     }
 
     /// The same, as the daemon does it: one that is not known yet has to run a container, and what that shows is written down in `root`.
@@ -126,7 +126,7 @@ impl Runtime {
     /// # Errors
     /// As [`Self::find`].
     pub async fn find_and_try(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
-        let found = Search { reaper, known: Programs::kept(root), root: Some(root) }.find(choice).await?;
+        let found = Search { reaper, known: Programs::load_and_record(root), root: Some(root) }.find(choice).await?;
         if let Some(why) = found.obstacle() {
             error!(runtime = %found, program = %found.program().display(), why, "containers will not run with this OCI runtime");
         }
@@ -138,7 +138,7 @@ impl Runtime {
 
     /// The same, for pods whose control groups systemd makes.
     pub(crate) async fn find_for_systemd(choice: &RuntimeChoice, reaper: &Reaper, root: &Path) -> Result<Self> {
-        Search { reaper, known: Programs::kept(root), root: Some(root) }.find_for_systemd(choice).await
+        Search { reaper, known: Programs::load_and_record(root), root: Some(root) }.find_for_systemd(choice).await
     }
 
     /// The runtime that containerd's runtime options name (`BinaryName`): a path, or a name on `PATH`.
@@ -356,7 +356,7 @@ impl Search<'_> {
                 return Ok(found);
             }
         }
-        self.known.put(found.program(), &*found.facts);
+        self.known.record(found.program(), &*found.facts);
         Ok(found)
     }
 }

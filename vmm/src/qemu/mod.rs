@@ -149,11 +149,13 @@ impl Qemu {
                 find_program("qemu-system-x86_64", "KUASAR_QEMU", &["/usr/libexec/qemu-kvm", "/usr/bin/qemu-system-x86_64"])?
             }
         };
-        let facts = match known.get(&program) {
+        let facts = match known.get(&program).filter(|facts: &probe::Facts| facts.version >= OLDEST) {
             Some(facts) => facts,
             None => {
                 let facts = probe::Facts::find_out(&program, reaper).await?;
-                known.put(&program, &facts);
+                if facts.time_stamp_khz.is_some() {
+                    known.record(&program, &facts);
+                }
                 facts
             }
         };
