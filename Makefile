@@ -10,6 +10,8 @@ KERNEL ?= $(if $(KUASAR_GUEST_KERNEL),own,cloud)
 GUEST := $(or $(KUASAR_GUEST_DIR),$(KUASAR_CACHE)/guest)/$(KERNEL)
 # Which sandboxer conformance and bench are about.
 export SANDBOXER ?= kuasar-runc
+# Debian's suite that a node in a virtual machine is of: trixie or bookworm.
+export SUITE ?= trixie
 # Which sandboxers the demo shows beside those that it always does.
 export WITH ?=
 
@@ -32,7 +34,7 @@ SHIMS := kuasar-runc kuasar-crun kuasar-qemu
 CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm install install-built deb deb-test clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node install install-built deb deb-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +86,10 @@ bench: build ## Compare SANDBOXER with the runc shim; BENCH_QUICK=1 for a minute
 bench-vmm: build ## Compare virtual machines with ones booted by hand; BENCH_QUICK=1 for two minutes' worth
 	@scripts/deps.sh run
 	@SANDBOXER=kuasar-qemu $(RELEASE)/kuasar-bench
+
+node: ## Build the image of a Debian node with systemd, SUITE=trixie or bookworm; UPDATE=1 for newer packages
+	@scripts/deps.sh image
+	@scripts/node.sh $(SUITE)
 
 install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit
 	@$(MAKE) --no-print-directory install-built

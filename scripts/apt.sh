@@ -8,6 +8,17 @@ apt_state=$cache/apt
 # Where a package is being fetched to; for the trap of who uses this.
 apt_scratch=
 
+# The address of Debian's archive: the machine's own, where that is Debian's.
+debian_mirror() {
+    local address=
+    # shellcheck source=/dev/null
+    if [ "$(. /etc/os-release && printf %s "${ID:-}")" = debian ]; then
+        address=$(apt-get indextargets --format '$(REPO_URI) $(COMPONENT) $(SIGNED_BY)' 'Created-By: Packages' |
+            awk '$2 == "main" && $1 !~ /security/ { print $1; exit }')
+    fi
+    printf %s "${address:-http://deb.debian.org/debian/}"
+}
+
 # Everything apt prints, for when it fails.
 apt_log() {
     local status=0

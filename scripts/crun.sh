@@ -22,20 +22,9 @@ built=$cache/crun
 digest() { sha256sum | cut -c 1-16; }
 compiler() { gcc --version | head -n 1; ld --version | head -n 1; }
 
-# The archive's address: the machine's own, where that is Debian's.
-mirror() {
-    local address=
-    # shellcheck source=/dev/null
-    if [ "$(. /etc/os-release && printf %s "${ID:-}")" = debian ]; then
-        address=$(apt-get indextargets --format '$(REPO_URI) $(COMPONENT) $(SIGNED_BY)' 'Created-By: Packages' |
-            awk '$2 == "main" && $1 !~ /security/ { print $1; exit }')
-    fi
-    printf %s "${address:-http://deb.debian.org/debian/}"
-}
-
 # Lets apt.sh, with apt_state as the suite's, know its sources, and those alone.
 use_suite() {
-    apt_current || apt_with "deb-src [signed-by=$keyring] $(mirror) $1 main"
+    apt_current || apt_with "deb-src [signed-by=$keyring] $(debian_mirror) $1 main"
 }
 
 # Fetches sources of the suite in use: whole packages with Debian's patches, or, where the archive lacks a part, the original.
@@ -146,7 +135,7 @@ compiler $(compiler | paste -sd ' ')" >"$scratch/out/manifest"
     done
     [ -z "$again" ] || fail "the sources of crun and libseccomp cannot be fetched (above): run it again, or with UPDATE=1 for newer \
 lists, or set KUASAR_GUEST_CRUN to a static crun"
-    fail "no suite of $(mirror) has the sources of crun and libseccomp: run it with UPDATE=1, or set KUASAR_GUEST_CRUN to a static crun"
+    fail "no suite of $(debian_mirror) has the sources of crun and libseccomp: run it with UPDATE=1, or set KUASAR_GUEST_CRUN to a static crun"
 }
 
 main

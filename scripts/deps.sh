@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|check|deb|STEP...]
+# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|check|image|node|deb|STEP...]
 #   build         what compiling and the guest need: Debian packages and Rust
 #   run           and what a node is made of, for the demo, benchmarks and chaos: containerd, runc, CNI plugins, crun, QEMU and its helpers
 #   conformance   and crictl and critest
 #   e2e           and a second containerd
 #   check         build, and what unit tests and audits run
+#   image         what the image of a node in a virtual machine is built and booted with
+#   node          image, and what is put into such a node
 #   deb           what building Debian packages and testing them need
 #   all           everything, the default
 # A STEP is one of the functions below, such as packages_build or install_runc.
@@ -57,6 +59,13 @@ packages_deb() {
 # What pods need on the node.
 packages_node() {
     local wanted=(busybox-static iproute2 iptables)
+    [ -n "${KUASAR_QEMU:-}" ] || have qemu-system-x86_64 || wanted+=(qemu-system-x86)
+    debian_packages "${wanted[@]}"
+}
+
+# What builds the image of a node in a virtual machine, boots it and logs in.
+packages_image() {
+    local wanted=(mmdebstrap debian-archive-keyring e2fsprogs busybox-static kmod cpio xz-utils openssh-client util-linux)
     [ -n "${KUASAR_QEMU:-}" ] || have qemu-system-x86_64 || wanted+=(qemu-system-x86)
     debian_packages "${wanted[@]}"
 }
@@ -258,7 +267,9 @@ run=("${build[@]}" packages_node install_containerd install_runc install_crun in
 conformance=("${run[@]}" install_cri_tools)
 e2e=("${conformance[@]}" install_old_containerd)
 check=("${build[@]}" packages_node install_runc install_crun install_virtiofsd install_vhost_device_vsock install_cargo_deny)
-all=("${e2e[@]}" install_cargo_deny)
+image=(packages_image)
+node=("${image[@]}" "${build[@]}" install_containerd install_runc install_crun install_cni install_cri_tools)
+all=("${e2e[@]}" "${image[@]}" install_cargo_deny)
 deb=(packages_deb)
 
 main() {
@@ -266,7 +277,7 @@ main() {
     local wanted step steps=()
     for wanted in "$@"; do
         case $wanted in
-        build | run | conformance | e2e | check | deb | all)
+        build | run | conformance | e2e | check | image | node | deb | all)
             local -n purpose=$wanted
             steps+=("${purpose[@]}")
             ;;
@@ -274,7 +285,7 @@ main() {
             [ "$(type -t "$wanted")" = function ] || fail "no step $wanted in scripts/deps.sh"
             steps+=("$wanted")
             ;;
-        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, check, deb, or a step of scripts/deps.sh" ;;
+        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, check, image, node, deb, or a step of scripts/deps.sh" ;;
         esac
     done
     prepare_cache
