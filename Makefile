@@ -12,6 +12,8 @@ GUEST := $(or $(KUASAR_GUEST_DIR),$(KUASAR_CACHE)/guest)/$(KERNEL)
 export SANDBOXER ?= kuasar-runc
 # Debian's suite that a node in a virtual machine is of: trixie or bookworm.
 export SUITE ?= trixie
+# What node-shell runs instead of a terminal.
+export NODE_RUN
 # Which sandboxers the demo shows beside those that it always does.
 export WITH ?=
 
@@ -34,7 +36,7 @@ SHIMS := kuasar-runc kuasar-crun kuasar-qemu
 CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node install install-built deb deb-test clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node node-tree node-shell install install-built deb deb-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +92,15 @@ bench-vmm: build ## Compare virtual machines with ones booted by hand; BENCH_QUI
 node: ## Build the image of a Debian node with systemd, SUITE=trixie or bookworm; UPDATE=1 for newer packages
 	@scripts/deps.sh image
 	@scripts/node.sh $(SUITE)
+
+# What is put into the node.
+node-tree: build
+	@scripts/deps.sh node
+	@rm -rf $(TARGET)/node-tree
+	@$(MAKE) -s --no-print-directory install-built DESTDIR=$(TARGET)/node-tree PREFIX=/usr/local
+
+node-shell: node node-tree ## A terminal in such a node, with containerd and kuasard; NODE_RUN='command' for a command instead
+	@$(RELEASE)/kuasar-node --tree $(TARGET)/node-tree $(if $(NODE_RUN),exec "$$NODE_RUN",shell)
 
 install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit
 	@$(MAKE) --no-print-directory install-built

@@ -11,6 +11,7 @@
 //!          ├─ Cri          client: Pod and Container handles, logs, exec streams
 //!          ├─ Registry     in-process, loopback, read-only (only when asked for)
 //!          └─ leak         what a node has on the machine, and what a test left of it
+//!   VmNode                a Debian node in a virtual machine, with systemd: see [`vm_node`]
 //! ```
 //!
 //! # A test
@@ -69,6 +70,7 @@ pub mod signals;
 pub mod skip;
 pub mod systemd;
 pub mod tools;
+pub mod vm_node;
 pub mod wait;
 
 pub use cri::{Container, ContainerSpec, Cri, Pod, PodSpec};

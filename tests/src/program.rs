@@ -7,6 +7,7 @@ use anyhow::Result;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
+use crate::vm_node::VmNode;
 use crate::{Node, hybrid};
 
 /// A whole `main`: [`run`] on a tokio runtime, with [`hybrid::hide_controllers`] before there is a second thread.
@@ -21,9 +22,40 @@ pub fn start(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) -> E
     }
 }
 
+/// What a program runs, and stops in the end.
+pub trait Stop {
+    /// Stops it.
+    fn stop(self) -> impl Future<Output = Result<()>>;
+}
+
+impl Stop for Node {
+    async fn stop(self) -> Result<()> {
+        Self::stop(self).await
+    }
+}
+
+impl Stop for VmNode {
+    async fn stop(self) -> Result<()> {
+        // Its disk is thrown away: nothing to be saved by an orderly end.
+        drop(self);
+        Ok(())
+    }
+}
+
+/// As [`start`], for a node in a virtual machine: nothing of this machine is to be hidden.
+pub fn start_vm(work: impl AsyncFnOnce(&mut Option<VmNode>) -> Result<ExitCode>) -> ExitCode {
+    match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime.block_on(run(work)),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Runs `work`, which puts its node into the slot it is given, until it is done or SIGINT, SIGTERM or SIGHUP arrives; then
 /// stops the node. Errors are printed; the exit code is `work`'s own, 1 after an error, 128 + the signal's number after a signal.
-pub async fn run(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) -> ExitCode {
+pub async fn run<N: Stop>(work: impl AsyncFnOnce(&mut Option<N>) -> Result<ExitCode>) -> ExitCode {
     let mut node = None;
     let result = until_signal(work(&mut node)).await;
     let stopped = match node {

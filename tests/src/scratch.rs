@@ -72,18 +72,7 @@ impl Scratch {
             eprintln!("cannot sweep: {error:#}");
         }
         let (slot, slot_lock) = take_slot(&base)?;
-        // Locked before it gets the name that a sweep looks for, or a sweep would take it for abandoned.
-        let unnamed = tempfile::Builder::new()
-            .prefix(".new-")
-            .tempdir_in(&base)
-            .with_context(|| format!("create a directory in {}", base.display()))?;
-        let lock = Flock::lock(File::create(unnamed.path().join("lock"))?, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, errno)| anyhow!("lock {}: {errno}", unnamed.path().display()))?;
-        let random = tag_of(unnamed.path());
-        let dir = base.join(format!("{PREFIX}{}", random.trim_start_matches(".new-")));
-        fs::rename(unnamed.path(), &dir).with_context(|| format!("rename to {}", dir.display()))?;
-        // Its drop would look for the old name.
-        let _ = unnamed.keep();
+        let (dir, lock) = claim(&base, "")?;
         fs::write(dir.join("slot"), slot.to_string())?;
         let scratch = Self { dir, storage, slot, removed: false, _slot_lock: slot_lock, _lock: lock };
         let run = scratch.run();
@@ -174,8 +163,30 @@ impl Drop for Scratch {
     }
 }
 
-fn base() -> PathBuf {
+/// Where scratch directories go.
+pub(crate) fn base() -> PathBuf {
     std::env::var_os("KUASAR_SCRATCH").map_or_else(|| "/tmp".into(), PathBuf::from)
+}
+
+/// Makes a directory for what shall not outlive this process: once its lock is free, a sweep removes it, and kills what mentions it. The
+/// infix is a part of its name.
+///
+/// # Errors
+/// The base directory is not writable.
+pub(crate) fn claim(base: &Path, infix: &str) -> Result<(PathBuf, Flock<File>)> {
+    // Locked before it gets the name that a sweep looks for, or a sweep would take it for abandoned.
+    let unnamed = tempfile::Builder::new()
+        .prefix(".new-")
+        .tempdir_in(base)
+        .with_context(|| format!("create a directory in {}", base.display()))?;
+    let lock = Flock::lock(File::create(unnamed.path().join("lock"))?, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| anyhow!("lock {}: {errno}", unnamed.path().display()))?;
+    let random = tag_of(unnamed.path());
+    let dir = base.join(format!("{PREFIX}{infix}{}", random.trim_start_matches(".new-")));
+    fs::rename(unnamed.path(), &dir).with_context(|| format!("rename to {}", dir.display()))?;
+    // Its drop would look for the old name.
+    let _ = unnamed.keep();
+    Ok((dir, lock))
 }
 
 fn tag_of(dir: &Path) -> String {

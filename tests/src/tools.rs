@@ -60,6 +60,14 @@ pub enum Missing {
         /// Where it was looked for.
         dir: String,
     },
+    /// No image of a node is built.
+    #[error("no image of a node in {dir}: run `make node SUITE={suite}`")]
+    NodeImage {
+        /// Debian's suite.
+        suite: String,
+        /// Where it was looked for.
+        dir: String,
+    },
 }
 
 /// The directory that `make deps` fills.
@@ -297,6 +305,19 @@ pub fn crictl() -> Result<PathBuf, Missing> {
 /// [`Missing`] when there is none.
 pub fn critest() -> Result<PathBuf, Missing> {
     find("critest", "KUASAR_CRITEST")
+}
+
+/// The directory of a node's image, made by `make node`.
+///
+/// # Errors
+/// [`Missing`] when there is none.
+pub fn node_image(suite: &str) -> Result<PathBuf, Missing> {
+    let dir = cache().join("node").join(suite);
+    if dir.join("manifest").is_file() {
+        // The name is that of another directory after a build.
+        return Ok(dir.canonicalize().unwrap_or(dir));
+    }
+    Err(Missing::NodeImage { suite: suite.to_owned(), dir: dir.display().to_string() })
 }
 
 /// The static busybox the images are made of.

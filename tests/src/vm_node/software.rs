@@ -1,0 +1,115 @@
+//! What makes a container node of it: containerd and kuasard as services, with tools to look at them, and images.
+//!
+//! kuasar comes as `make install DESTDIR=…` leaves it; the rest is what the other tests use, from the cache or PATH.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{Payload, VmNode};
+use crate::image::recipes;
+use crate::tools;
+
+/// containerd's socket in the node.
+pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
+
+/// As containerd's own sources have it.
+const CONTAINERD_UNIT: &str = "[Unit]
+Description=containerd container runtime
+After=network.target dbus.service
+
+[Service]
+ExecStart=/usr/local/bin/containerd
+Type=notify
+Delegate=yes
+KillMode=process
+Restart=always
+RestartSec=5
+LimitNPROC=infinity
+LimitCORE=infinity
+TasksMax=infinity
+OOMScoreAdjust=-999
+
+[Install]
+WantedBy=multi-user.target
+";
+
+/// A second sandboxer beside the configured ones.
+const KUASAR_CRUN: &str = "[sandboxer.kuasar-crun]\nkind = 'runc'\nruntime = 'crun'\n";
+
+/// Starts the services. The drop-in is made before, as an administrator does: containerd asks each shim for its features as it starts.
+const INSTALL: &str = "set -e
+systemctl daemon-reload
+kuasarctl containerd-config >/etc/containerd/conf.d/kuasar.toml
+systemctl enable --quiet --now kuasard containerd
+ctr -n k8s.io images import /opt/node/images.tar >/dev/null
+rm /opt/node/images.tar";
+
+/// All of it, to be there from the boot on: `tree` is what `make install` was given as DESTDIR.
+///
+/// # Errors
+/// A tool is missing, or something cannot be read.
+pub fn payload(tree: &Path) -> Result<Payload> {
+    ensure!(tree.join("usr/local/bin/kuasard").is_file(), "no kuasard in {}: run `make install DESTDIR={0}`", tree.display());
+    let mut payload = Payload::new()?;
+    payload.tree(tree)?;
+    let containerd = tools::Containerd::find()?;
+    let mut programs = vec![containerd.containerd, containerd.ctr, containerd.shim_runc_v2, tools::runc()?, tools::crictl()?];
+    // Without it what needs it is skipped.
+    programs.extend(tools::critest());
+    for program in programs {
+        payload.program(&program, "/usr/local/bin")?;
+    }
+    let plugins = tools::cni_bin_dir()?;
+    for plugin in ["bridge", "host-local", "loopback", "portmap"] {
+        payload.program(&plugins.join(plugin), "/opt/cni/bin")?;
+    }
+    payload.file("/etc/containerd/config.toml", containerd_config()?.as_bytes())?;
+    payload.file("/etc/systemd/system/containerd.service", CONTAINERD_UNIT.as_bytes())?;
+    payload.file("/etc/cni/net.d/10-node.conflist", &serde_json::to_vec_pretty(&network())?)?;
+    payload.file("/etc/crictl.yaml", format!("runtime-endpoint: unix://{CONTAINERD_SOCKET}\ntimeout: 60\n").as_bytes())?;
+    payload.file("/etc/kuasar/conf.d/crun.toml", KUASAR_CRUN.as_bytes())?;
+    // containerd would find no directory of drop-ins.
+    payload.file("/etc/containerd/conf.d/.keep", b"")?;
+    let mut images = Vec::new();
+    recipes::for_tests()?.write_tar(&mut images)?;
+    payload.file("/opt/node/images.tar", &images)?;
+    Ok(payload)
+}
+
+/// Starts what [`payload`] has put there.
+///
+/// # Errors
+/// Something does not start.
+pub async fn start(node: &VmNode) -> Result<()> {
+    node.script(INSTALL).timeout(Duration::from_secs(180)).check().await.context("start containerd and kuasard")?;
+    Ok(())
+}
+
+/// systemd's cgroup driver, which has to be set before the drop-in is made.
+fn containerd_config() -> Result<String> {
+    let config = json!({
+        "version": 3,
+        "imports": ["/etc/containerd/conf.d/*.toml"],
+        "plugins": {
+            "io.containerd.cri.v1.images": { "pinned_images": { "sandbox": recipes::PAUSE } },
+            "io.containerd.cri.v1.runtime": {
+                "containerd": {
+                    "runtimes": { "runc": { "runtime_type": "io.containerd.runc.v2", "options": { "SystemdCgroup": true } } },
+                },
+                "cni": { "bin_dirs": ["/opt/cni/bin"], "conf_dir": "/etc/cni/net.d" },
+            },
+        },
+    });
+    toml::to_string(&config).context("write containerd's configuration")
+}
+
+fn network() -> serde_json::Value {
+    let ipam = json!({ "type": "host-local", "ranges": [[{ "subnet": "10.88.0.0/16" }]], "routes": [{ "dst": "0.0.0.0/0" }] });
+    let bridge =
+        json!({ "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true, "ipam": ipam });
+    let ports = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
+    json!({ "cniVersion": "1.0.0", "name": "node", "plugins": [bridge, ports] })
+}
