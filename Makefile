@@ -36,7 +36,7 @@ SHIMS := kuasar-runc kuasar-crun kuasar-qemu
 CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node node-tree node-shell install install-built deb deb-test clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node node-tree node-shell node-test install install-built deb deb-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,9 +57,9 @@ guest: ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 f
 demo: ## Run a pod in each sandboxer beside the runc shim, building only what that needs; WITH=a,b for more sandboxers
 	@scripts/demo.sh $(KERNEL)
 
-test: build ## check, the guest, end-to-end tests, conformance and some minutes of chaos, with a summary
+test: build ## check, the guest, end-to-end tests, conformance, a minute of chaos and a node with systemd, with a summary
 	@scripts/deps.sh all
-	@scripts/test.sh check guest e2e conformance chaos
+	@scripts/test.sh check guest e2e conformance chaos node
 
 check: ## Format, lints, unit tests, licences and advisories
 	@scripts/deps.sh check
@@ -95,12 +95,15 @@ node: ## Build the image of a Debian node with systemd, SUITE=trixie or bookworm
 
 # What is put into the node.
 node-tree: build
-	@scripts/deps.sh node
 	@rm -rf $(TARGET)/node-tree
 	@$(MAKE) -s --no-print-directory install-built DESTDIR=$(TARGET)/node-tree PREFIX=/usr/local
 
 node-shell: node node-tree ## A terminal in such a node, with containerd and kuasard; NODE_RUN='command' for a command instead
+	@scripts/deps.sh node
 	@$(RELEASE)/kuasar-node --tree $(TARGET)/node-tree $(if $(NODE_RUN),exec "$$NODE_RUN",shell)
+
+node-test: build ## Tests in such a node: systemd, cgroup v2, AppArmor, restarts of services, a reboot
+	@scripts/test.sh node
 
 install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit
 	@$(MAKE) --no-print-directory install-built

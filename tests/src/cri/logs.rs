@@ -27,7 +27,11 @@ pub fn read(path: &Path) -> Result<Vec<Line>> {
     }
 }
 
-fn parse(text: &str) -> Result<Vec<Line>> {
+/// The lines of a log file's text.
+///
+/// # Errors
+/// A line is malformed.
+pub fn parse(text: &str) -> Result<Vec<Line>> {
     let mut lines: Vec<Line> = Vec::new();
     // Per stream: whether the last line is still to be continued.
     let mut open: [Option<usize>; 2] = [None, None];

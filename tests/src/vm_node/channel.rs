@@ -268,7 +268,9 @@ impl<'a> Script<'a> {
                     Stream::Err => (&mut err, &err_buffer),
                 };
                 all.extend_from_slice(&buffer[..length]);
-                if let Some(watch) = watch.as_mut() {
+                if let Some(watch) = watch.as_mut()
+                    && length > 0
+                {
                     watch(stream, &buffer[..length]);
                 }
             }

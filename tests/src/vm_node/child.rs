@@ -1,7 +1,6 @@
 //! A child process that the kernel ends with this one, whatever ends this one.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -24,10 +23,11 @@ pub(super) struct Bound {
 }
 
 impl Bound {
-    /// The command to start `program` with: setpriv(1) asks for the signal and becomes the program.
+    /// The command to start `program` with: setpriv(1) asks for the signal, setsid(1) leaves the terminal, and both become the program.
+    /// ssh serves other processes' terminals, and would be stopped as one in the background of its own.
     pub(super) fn command(program: &Path) -> Command {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+        command.args(["--pdeathsig", "KILL", "--", "setsid"]).arg(program);
         command
     }
 
@@ -35,7 +35,7 @@ impl Bound {
     pub(super) fn spawn(name: &str, mut command: Command, log: &Path) -> Result<Self> {
         let out = std::fs::File::create(log).with_context(|| format!("create {}", log.display()))?;
         let err = out.try_clone()?;
-        command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
+        command.stdin(Stdio::null()).stdout(out).stderr(err);
         let (report, started) = mpsc::sync_channel(1);
         let parent = std::thread::Builder::new().name(format!("parent of {name}")).spawn(move || {
             let mut child = match command.spawn() {

@@ -308,7 +308,9 @@ fn start_vm(
     command.arg("-kernel").arg(image.join("vmlinuz")).arg("-initrd").arg(image.join("initrd"));
     command.args([
         "-append",
-        "console=ttyS0 net.ifnames=0 systemd.unified_cgroup_hierarchy=1 apparmor=1 security=apparmor mitigations=off",
+        // The serial line takes its time; all that the kernel says is in the journal.
+        "console=ttyS0 quiet systemd.show_status=auto net.ifnames=0 systemd.unified_cgroup_hierarchy=1 apparmor=1 \
+         security=apparmor mitigations=off",
     ]);
     // What is written goes to a file that QEMU removes as soon as it has it open.
     let disk = format!("file={},if=none,id=disk,format=raw,snapshot=on,cache=unsafe", image.join("disk").display());

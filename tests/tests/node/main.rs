@@ -1,0 +1,28 @@
+//! In a node of its own kernel: what needs systemd, cgroup v2 and AppArmor, with containerd and kuasard as services.
+//!
+//! ```text
+//!   main ── suite ── one node, booted for the first case ──┬─ vm         the node itself: commands, files, reboot
+//!                                                          ├─ services   units, the drop-in, kuasarctl check
+//!                                                          ├─ pods       slices, limits, user namespaces, AppArmor
+//!                                                          └─ restarts   the daemon's, under containers that print numbers
+//! ```
+//!
+//! Cases run one after the other; after each its pods are removed, and nothing that carries their ids may be left in the node.
+//!
+//! `SUITE` is Debian's (trixie or bookworm), `KUASAR_NODE_TREE` what `make install` was given as DESTDIR; `make node-test` sets both.
+//! `KUASAR_E2E_TIMES=1` shows how long each case took. The arguments are libtest's.
+#![allow(clippy::unwrap_used)] // it is all test code, though not in test functions
+
+mod pods;
+mod restarts;
+mod services;
+mod suite;
+mod vm;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // What reboots the node comes last.
+    let cases = [services::cases(), pods::cases(), restarts::cases(), vm::cases()];
+    suite::run(cases.into_iter().flatten().collect())
+}
