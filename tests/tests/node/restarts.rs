@@ -5,18 +5,20 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use kuasar_tests::cri::SOON;
 use kuasar_tests::cri::k8s_cri::v1::ContainerState;
-use kuasar_tests::{Container, ContainerSpec, Pod, PodSpec, wait};
+use kuasar_tests::{Container, ContainerSpec, Pod, PodSpec, skip, wait};
 
 use crate::suite::{Entry, Site, cases};
 
 pub(crate) fn cases() -> Vec<Entry> {
-    cases![systemctl_restart, the_keeper_is_killed, keeper_and_worker_are_killed]
+    cases![systemctl_restart, stop_and_start, the_keeper_is_killed, keeper_and_worker_are_killed]
 }
 
 /// Prints a number every 20 ms, and ends with 7 of SIGTERM.
 const COUNTS: &str = "count 20 & trap 'exit 7' TERM; wait";
 /// Ends by itself, as a Job that succeeds, when it is let.
 const SUCCEEDS: &str = "while [ ! -e /tmp/end ]; do sleep 0.1; done";
+/// The first systemd with FileDescriptorStorePreserve.
+const PRESERVES: u32 = 254;
 /// How many lines more it takes to say that a container goes on printing.
 const LINES: usize = 50;
 
@@ -111,6 +113,15 @@ async fn disturb(site: &mut Site, script: &str) -> Result<()> {
 
 async fn systemctl_restart(site: &mut Site) -> Result<()> {
     disturb(site, "systemctl restart kuasard").await
+}
+
+async fn stop_and_start(site: &mut Site) -> Result<()> {
+    let version = site.sh("systemctl --version | sed -n '1s/systemd \\([0-9]*\\).*/\\1/p'").await?;
+    if version.parse::<u32>().with_context(|| format!("systemd's version is {version:?}"))? < PRESERVES {
+        skip::record("restarts::stop_and_start", &format!("systemd {version} closes the descriptors it stores at a stop"));
+        return Ok(());
+    }
+    disturb(site, "systemctl stop kuasard && systemctl start kuasard").await
 }
 
 async fn the_keeper_is_killed(site: &mut Site) -> Result<()> {

@@ -55,6 +55,8 @@ pub(crate) struct Site {
     socket: PathBuf,
     /// Slices that a case has started, as kubelet does for a pod.
     slices: Vec<String>,
+    /// What took how long. Printed in the end: the lines in between are libtest's, and are counted.
+    times: Vec<String>,
 }
 
 impl Site {
@@ -67,8 +69,8 @@ impl Site {
         software::start(&node).await?;
         let socket = node.forward(software::CONTAINERD_SOCKET).await?;
         let cri = Cri::connect(&socket).await?;
-        println!("node of {}: booted after {booted} s, containerd and kuasard after {} s", suite(), begun.elapsed().as_secs());
-        Ok(Self { node, cri, socket, slices: Vec::new() })
+        let times = format!("node of {}: booted after {booted} s, services after {} s", suite(), begun.elapsed().as_secs());
+        Ok(Self { node, cri, socket, slices: Vec::new(), times: vec![times] })
     }
 
     /// After a restart of containerd, or a reboot: waits until CRI says that runtime and network are ready.
@@ -198,6 +200,10 @@ pub(crate) fn run(cases: Vec<Entry>) -> ExitCode {
     let site = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     let mut has_failed = conclusion.has_failed();
     if let Some(Ok(site)) = site {
+        let shown = if std::env::var_os("KUASAR_E2E_TIMES").is_some() { site.times.len() } else { 1 };
+        for line in &site.times[..shown] {
+            println!("{line}");
+        }
         if has_failed {
             runtime.block_on(keep_journal(&site));
         }
@@ -253,10 +259,8 @@ async fn case(slot: &Slot, title: &str, body: Body) -> Result<()> {
         Err(_) => Err(anyhow::anyhow!("not done after {} s", LIMIT.as_secs())),
     };
     let cleaned = site.clean_up().await.context("clean up");
+    site.times.push(format!("{title}: {:.1} s", begun.elapsed().as_secs_f32()));
     *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Ok(site));
-    if std::env::var_os("KUASAR_E2E_TIMES").is_some() {
-        eprintln!("{title}: {:.1} s", begun.elapsed().as_secs_f32());
-    }
     match (result, cleaned) {
         (Err(error), Err(cleaning)) => Err(anyhow::anyhow!("{error:#}; then: {cleaning:#}")),
         (result, cleaned) => result.and(cleaned),
