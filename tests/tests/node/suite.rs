@@ -161,7 +161,8 @@ ps -eo args; }} | grep -F \"$ids\" | grep -vF 'grep -F' || true",
     )
 }
 
-fn suite() -> String {
+/// Debian's suite that the node is of.
+pub(crate) fn suite() -> String {
     std::env::var("SUITE").ok().filter(|suite| !suite.is_empty()).unwrap_or_else(|| "trixie".to_owned())
 }
 
