@@ -57,9 +57,9 @@ guest: ## Build what microVMs boot, with KERNEL=cloud or KERNEL=mini; UPDATE=1 f
 demo: ## Run a pod in each sandboxer beside the runc shim, building only what that needs; WITH=a,b for more sandboxers
 	@scripts/demo.sh $(KERNEL)
 
-test: build ## check, the guest, end-to-end tests, conformance, a minute of chaos and a node with systemd, with a summary
+test: build ## check, the guest, packages, end-to-end tests, conformance, chaos and a node with systemd, with a summary
 	@scripts/deps.sh all
-	@scripts/test.sh check guest e2e conformance chaos node
+	@scripts/test.sh check guest deb e2e conformance chaos node
 
 check: ## Format, lints, unit tests, licences and advisories
 	@scripts/deps.sh check

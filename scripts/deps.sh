@@ -269,7 +269,7 @@ e2e=("${conformance[@]}" install_old_containerd)
 check=("${build[@]}" packages_node install_runc install_crun install_virtiofsd install_vhost_device_vsock install_cargo_deny)
 image=(packages_image)
 node=("${image[@]}" "${build[@]}" install_containerd install_runc install_crun install_cni install_cri_tools)
-all=("${e2e[@]}" "${image[@]}" install_cargo_deny)
+all=("${e2e[@]}" "${image[@]}" packages_deb install_cargo_deny)
 deb=(packages_deb)
 
 main() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs groups of stages, then sums up: scripts/test.sh check|guest|e2e|conformance|chaos|node...
+# Runs groups of stages, then sums up: scripts/test.sh check|guest|deb|e2e|conformance|chaos|node...
 # Every stage runs, whatever became of the one before it.
 . "$(dirname "$0")/lib.sh"
 
@@ -122,8 +122,8 @@ export cache target bin
 export -f say unit_tests deny end_to_end missing_containerd machines conformance_of chaos_of node_of
 for group in "$@"; do
     case $group in
-    check | guest | e2e | conformance | chaos | node) $group ;;
-    *) fail "no group $group: check, guest, e2e, conformance, chaos, node" ;;
+    check | guest | deb | e2e | conformance | chaos | node) $group ;;
+    *) fail "no group $group: check, guest, deb, e2e, conformance, chaos, node" ;;
     esac
 done
 scripts/summary.sh "${stages[@]}"
