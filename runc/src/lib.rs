@@ -35,6 +35,8 @@ mod seccomp;
 mod strays;
 mod sys;
 mod sysctl;
+#[cfg(test)]
+mod testing;
 mod unrecorded;
 
 pub use config::{RuncConfig, RuntimeChoice, RuntimeName};
