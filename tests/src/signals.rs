@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::cri::SOON;
+use crate::tools;
 
 /// All there are.
 pub const ALL: std::ops::RangeInclusive<i32> = 1..=64;
@@ -88,7 +89,9 @@ pub fn of_worker(signal: i32) -> OfWorker {
 /// # Errors
 /// It cannot be sent.
 pub fn send(pid: i32, signal: i32) -> Result<bool> {
-    let output = Command::new("kill").args([format!("-{signal}"), pid.to_string()]).output().context("run kill")?;
+    // A Debian has no kill of its own unless somebody has installed one.
+    let mut command = Command::new(tools::busybox()?);
+    let output = command.args(["kill", &format!("-{signal}"), &pid.to_string()]).output().context("run kill")?;
     let said = String::from_utf8_lossy(&output.stderr);
     let is_gone = said.contains("No such process");
     ensure!(output.status.success() || is_gone, "kill -{signal} {pid}: {said}");

@@ -147,16 +147,21 @@ impl Driver {
 
     /// Applies an OCI `linux.resources` object.
     pub(crate) async fn update(&self, id: &str, resources: &Value) -> Result<()> {
-        if self.runtime.only_spec_1_0() && update::lifts_quota(resources) && !update::is_unified() {
-            let why = format!("{} cannot write it on cgroup v1; use crun 1.9 or newer, or runc", self.runtime);
-            return Err(Error::Unsupported { operation: "taking a CPU quota away", why });
-        }
         let document = self.file(update::document(resources)?.to_string().as_bytes())?;
         let mut command = launch::command(self.runtime.program(), None)?;
         let log = self.globals(&mut command)?;
         command.args(["update", "--resources"]).arg(document.path()).arg(id);
         let driver = Self { limit: self.limit.min(UPDATE_LIMIT), ..self.clone() };
-        driver.call("update the container's resources", command, log, None).await
+        let updated = driver.call("update the container's resources", command, log, None).await;
+        match updated {
+            // crun 1.8.1, on cgroup v1.
+            Err(Error::Backend { message, .. }) if update::lifts_quota(resources) && message.contains("cfs_quota_us") => {
+                let why =
+                    format!("{} does not write it as the kernel reads it ({message}); use a newer one, or runc", self.runtime);
+                Err(Error::Unsupported { operation: "taking a CPU quota away", why })
+            }
+            updated => updated,
+        }
     }
 
     /// Asks what the runtime knows of a container; `None` where it knows no such container.

@@ -18,7 +18,8 @@ const LEAST_QUOTA: i64 = 1_000;
 /// [`Error::Invalid`] for what the kernel would refuse.
 pub(super) fn document(resources: &Value) -> Result<Value> {
     let possible = fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
-    check(resources, possible.trim(), is_unified())?;
+    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    check(resources, possible.trim(), unified)?;
     let mut resources = resources.clone();
     if let Some(resources) = resources.as_object_mut() {
         // containerd sends those that the container was made with. They are as they were, and crun would take them all away
@@ -26,11 +27,6 @@ pub(super) fn document(resources: &Value) -> Result<Value> {
         resources.remove("devices");
     }
     Ok(resources)
-}
-
-/// Whether this node has cgroup v2 alone.
-pub(super) fn is_unified() -> bool {
-    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
 /// Whether CPU time is not to be limited any more.

@@ -105,13 +105,15 @@ async fn what_the_daemon_was_started_with(lone: &Lone) -> Result<()> {
     for ((which, shims), ours) in ["first", "exec", "exec with a terminal"].iter().zip(&shims).zip(&ours) {
         // What it was started with is what containers get; containerd of this node was started with another limit, and by a program
         // that leaves a signal of the C library ignored.
-        let apart = ["Max open files", "SigIgn"];
+        // And a shim passes containerd's own nice value on.
+        let apart = ["Max open files", "SigIgn", "priority"];
         let same = |text: &str| {
             let lines = text.lines().filter(|line| !apart.iter().any(|apart| line.starts_with(apart)));
             lines.map(str::to_owned).collect::<Vec<_>>()
         };
         assert_eq!(same(ours), same(shims), "{which}");
         ensure!(ours.contains("Max open files            1500 "), "{which}: {ours}");
+        ensure!(ours.ends_with("priority 20 nice 0 policy 0"), "{which}: {ours}");
         ensure!(ours.contains("SigIgn:\t0000000000000000"), "{which}: {ours}");
     }
     // Files of the pod are for every user to read, and for none to write.
