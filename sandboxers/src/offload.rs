@@ -48,7 +48,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::mpsc,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tracing::{debug, info, warn};
 
@@ -335,7 +335,16 @@ pub(crate) async fn kill(process: &Tracked, what: &str, sandbox: &str) {
         warn!(error = error.report(), what, "cannot kill a helper");
     }
     let mut stuck = None;
-    while !matches!(timeout(DYING, process.ended()).await, Ok(Ok(()))) {
+    loop {
+        match timeout(DYING, process.ended()).await {
+            Ok(Ok(())) => break,
+            // No descriptor to watch it with: it is looked at again.
+            Ok(Err(error)) => {
+                warn!(error = error.report(), what, "cannot wait for a helper");
+                sleep(DYING).await;
+            }
+            Err(_) => {}
+        }
         stuck.get_or_insert_with(|| Stuck::new(process.identity().pid, what, Place::of_one_that_runs(sandbox)));
     }
     if let Some(stuck) = stuck {

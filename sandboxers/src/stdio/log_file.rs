@@ -17,12 +17,13 @@
 //! Where the executable does not call [`offload::serve`] (tests) a thread takes the writer's place.
 
 use std::{
-    ffi::OsStr,
+    ffi::{CStr, OsStr},
     fs::{DirBuilder, File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
+            ffi::OsStrExt,
             fs::{DirBuilderExt, OpenOptionsExt},
             process::CommandExt,
         },
@@ -36,7 +37,7 @@ use std::{
 use nix::{sys::prctl, unistd::setsid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
-use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
+use tokio::{io::AsyncReadExt, net::unix::pipe, runtime::Handle, time::timeout};
 use tracing::{Instrument, warn};
 
 use super::IoContext;
@@ -62,8 +63,8 @@ const REPORT: usize = 16 << 10;
 /// Makes this executable a writer.
 const VARIABLE: &str = "KUASAR_LOG_WRITER";
 
-/// The name that a writer has in lists of processes.
-const NAME: &str = "kuasard-log";
+/// The name that a writer has in lists of processes: not one that `pkill kuasard` finds.
+const NAME: &CStr = c"kuasar-log";
 
 /// The first line of a writer's report: whether the file is open.
 #[derive(Debug, Serialize, Deserialize)]
@@ -73,7 +74,6 @@ struct Opened(Result<(), (Code, String)>);
 #[derive(Debug)]
 pub(crate) struct LogWriter {
     report: Mutex<Option<Report>>,
-    _held: Held,
 }
 
 /// What is known of a writer until it has ended.
@@ -85,6 +85,8 @@ struct Report {
     process: Option<Tracked>,
     pipe: pipe::Receiver,
     bytes: Vec<u8>,
+    /// As long as the writer may be there, the next daemon is to know of it.
+    held: Option<Held>,
 }
 
 impl LogWriter {
@@ -103,7 +105,14 @@ impl LogWriter {
         let pipe = pipe::Receiver::from_owned_fd(watched).map_err(Error::failed("watch a log writer's report"))?;
         let helper = if offload::is_served() {
             let mut command = Command::new("/proc/self/exe");
-            command.arg0(NAME).arg(path).env_clear().env(VARIABLE, "1").stdin(input).stdout(theirs).stderr(Stdio::null());
+            command
+                .arg0(OsStr::from_bytes(NAME.to_bytes()))
+                .arg(path)
+                .env_clear()
+                .env(VARIABLE, "1")
+                .stdin(input)
+                .stdout(theirs)
+                .stderr(Stdio::null());
             let child = context.reaper.spawn(&mut command)?;
             // Unlike other helpers it keeps the daemon's scores: a process whose output goes nowhere would die of SIGPIPE.
             Some(Helper::new(child, place)?)
@@ -113,7 +122,7 @@ impl LogWriter {
             std::thread::Builder::new().name("log".into()).spawn(work).map_err(Error::failed("start a thread for a log"))?;
             None
         };
-        let mut report_of = Report { path: path.to_owned(), sandbox, process: None, pipe, bytes: Vec::new() };
+        let mut report_of = Report { path: path.to_owned(), sandbox, process: None, pipe, bytes: Vec::new(), held: None };
         match (timeout(LOOK, report_of.opened()).await, helper) {
             (Ok(opened), helper) => {
                 opened?;
@@ -129,8 +138,8 @@ impl LogWriter {
         }
         let mut left = vec![report.as_fd()];
         left.extend(report_of.process.as_ref().map(AsFd::as_fd));
-        let held = context.fds.leave(name(field, context), &left)?;
-        Ok((Self { report: Mutex::new(Some(report_of)), _held: held }, output))
+        report_of.held = Some(context.fds.leave(name(field, context), &left)?);
+        Ok((Self { report: Mutex::new(Some(report_of)) }, output))
     }
 
     /// The writer that an earlier daemon has started.
@@ -143,8 +152,9 @@ impl LogWriter {
         let Some(report) = left.next() else { return Ok(None) };
         let process = left.next().map(Tracked::from_pidfd).transpose()?.flatten();
         let pipe = pipe::Receiver::from_owned_fd(report).map_err(Error::failed("watch a log writer's report"))?;
-        let report = Report { path: path.to_owned(), sandbox: sandbox_of(context), process, pipe, bytes: Vec::new() };
-        Ok(Some(Self { report: Mutex::new(Some(report)), _held: held }))
+        let report =
+            Report { path: path.to_owned(), sandbox: sandbox_of(context), process, pipe, bytes: Vec::new(), held: Some(held) };
+        Ok(Some(Self { report: Mutex::new(Some(report)) }))
     }
 
     /// After the process's end: waits, within bounds, until all of its output is in the file. The writing ends must be closed. What takes
@@ -154,6 +164,16 @@ impl LogWriter {
         if timeout(END, report.end()).await.is_err() {
             warn!(log = %report.path.display(), "a log file does not take a process's output, or a left-behind process still writes");
             tokio::spawn(report.give_up().in_current_span());
+        }
+    }
+}
+
+impl Drop for LogWriter {
+    /// Whoever does not wait for the end, as of a start that has failed, leaves no writer that hangs.
+    fn drop(&mut self) {
+        let report = self.report.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let (Some(report), Ok(runtime)) = (report, Handle::try_current()) {
+            runtime.spawn(report.give_up().in_current_span());
         }
     }
 }
@@ -209,7 +229,10 @@ impl Report {
 /// Whether nothing can write to the pipe that a writer reads.
 fn has_ended(pid: u32) -> bool {
     let mut options = OpenOptions::new();
-    let Ok(input) = options.read(true).custom_flags(libc::O_NONBLOCK).open(format!("/proc/{pid}/fd/0")) else { return true };
+    let input = match options.read(true).custom_flags(libc::O_NONBLOCK).open(format!("/proc/{pid}/fd/0")) {
+        Ok(input) => input,
+        Err(error) => return error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH),
+    };
     let mut polled = [PollFd::new(&input, PollFlags::empty())];
     poll(&mut polled, Some(&Timespec::default())).is_ok() && polled[0].revents().contains(PollFlags::HUP)
 }
@@ -237,7 +260,7 @@ pub(crate) fn serve() -> Option<ExitCode> {
     std::env::var_os(VARIABLE)?;
     // What a terminal sends to the daemon's process group is not for the writers.
     let _ = setsid();
-    let _ = prctl::set_name(c"kuasard-log");
+    let _ = prctl::set_name(NAME);
     let own = || {
         Ok::<_, io::Error>((File::from(io::stdin().as_fd().try_clone_to_owned()?), io::stdout().as_fd().try_clone_to_owned()?))
     };

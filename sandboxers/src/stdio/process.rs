@@ -1,8 +1,7 @@
 //! Stdio of a process without a terminal.
 
 use std::{
-    fs::File,
-    io,
+    fs, io,
     os::fd::{AsFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -173,12 +172,13 @@ impl ProcessIo {
     /// # Errors
     /// As [`Self::open`].
     pub async fn pipe_for_file(&self, field: &str, file: &OwnedFd, context: &IoContext) -> Result<Option<OwnedFd>> {
-        let failed = || Error::failed("look at a log file");
-        let is_file = File::from(file.try_clone().map_err(failed())?).metadata().map_err(failed())?.is_file();
-        if !is_file {
+        // By its name: to be asked what it is, a file whose server is away would not return.
+        let path = log_file::path_of(file);
+        let name = fs::read_link(&path).map_err(Error::io("look at", &path))?;
+        if name.as_os_str().as_encoded_bytes().starts_with(b"pipe:") {
             return Ok(None);
         }
-        let (writer, pipe) = LogWriter::start(&log_file::path_of(file), field, context).await?;
+        let (writer, pipe) = LogWriter::start(&path, field, context).await?;
         lock(&self.logs).push(writer);
         Ok(Some(pipe))
     }

@@ -625,7 +625,7 @@ async fn a_hung_log_stops_nobody(case: &Case) -> Result<()> {
                 Ok::<_, anyhow::Error>(())
             });
             futures::future::try_join_all(ends).await?;
-            let writers = || running(Path::new("kuasard-log"), log);
+            let writers = || running(Path::new("kuasar-log"), log);
             ensure!(!writers()?.is_empty(), "no process of its own writes to the log");
             hung.release();
             eventually("the writers' end", || async { Ok(writers()?.is_empty()) }).await
