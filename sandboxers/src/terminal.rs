@@ -110,7 +110,7 @@ impl Terminal {
             Endpoint::Stream(id) => Sink::pipe(streams.open_output("stdout", id, context)?, None)?,
             Endpoint::File(path) => {
                 // That of a daemon before has ended with that one's pipe.
-                let (writer, pipe) = LogWriter::start(path, "stdout", context).await?;
+                let (writer, pipe) = LogWriter::start(path, path, "stdout", context).await?;
                 log = Some(writer);
                 Sink::pipe(pipe, None)?
             }

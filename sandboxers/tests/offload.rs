@@ -4,7 +4,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::Write,
-    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::Path,
     process::ExitCode,
     time::{Duration, Instant},
@@ -101,7 +104,7 @@ async fn a_log_is_written_by_a_process_of_its_own(reaper: &Reaper) {
     let file = OpenOptions::new().append(true).open(&log).unwrap().into();
     let old = log.with_extension("old");
     fs::rename(&log, &old).unwrap();
-    let pipe = second.pipe_for_file("stdout", &file, &io_context(reaper, holder.store())).await.unwrap().unwrap();
+    let pipe = second.pipe_for_file(&stdio, "stdout", &file, &io_context(reaper, holder.store())).await.unwrap().unwrap();
     drop(file);
     File::from(pipe).write_all(b"more\n").unwrap();
     second.finish().await;
@@ -113,6 +116,20 @@ async fn a_log_that_hangs_is_given_up(reaper: &Reaper, mute: &Path) {
     let error = ProcessIo::open(&stdio, &io_context(reaper, FdStore::default())).await.unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded);
     assert!(error.report().starts_with("log file /") && error.report().contains("does not answer"), "{}", error.report());
+}
+
+/// A log file that an earlier version has opened itself, on a filesystem that hangs since.
+async fn an_opened_log_that_hangs_holds_nothing_up(reaper: &Reaper, mute: &Path) {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(mute).unwrap().into();
+    let io = ProcessIo::open(&Stdio::default(), &io_context(reaper, FdStore::default())).await.unwrap();
+    let take = async |stdout: &str| {
+        let stdio = Stdio { stdout: stdout.into(), ..Stdio::default() };
+        io.pipe_for_file(&stdio, "stdout", &file, &io_context(reaper, FdStore::default())).await
+    };
+    assert!(take("").await.unwrap().is_none());
+    let error = take("file:///var/log/well").await.unwrap_err();
+    // The writer has looked at it, and names the log.
+    assert!(error.report().starts_with("failed to open log file /var/log/well: Is a directory"), "{}", error.report());
 }
 
 async fn what_hangs_is_given_up(reaper: &Reaper) {
@@ -145,7 +162,9 @@ async fn what_hangs_is_given_up(reaper: &Reaper) {
         well.run_one("a device", Work::IsBlockDevice("/dev/null".into())).await.unwrap();
         assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     };
-    let (took, (), ()) = tokio::join!(given_up, beside, a_log_that_hangs_is_given_up(reaper, dir.path()));
+    let (log, opened) =
+        (a_log_that_hangs_is_given_up(reaper, dir.path()), an_opened_log_that_hangs_holds_nothing_up(reaper, dir.path()));
+    let (took, (), (), ()) = tokio::join!(given_up, beside, log, opened);
     assert!(took < Duration::from_secs(20), "{took:?}");
     // The device ends the filesystem; then there are places again.
     drop(device);

@@ -35,7 +35,7 @@ use kuasar_guest_protocol::{
 use kuasar_sandboxers::{
     Error, Result,
     fdstore::Held,
-    stdio::{ChildFds, IoContext, ProcessIo, Stdio, reopened, splice_all, write_all},
+    stdio::{ChildFds, IoContext, ProcessIo, Stdio, null_device, reopened, splice_all, write_all},
     watch,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -212,12 +212,20 @@ impl Left {
         Ok(Self { ends, counts, held })
     }
 
-    /// Puts pipes in place of log files, which the version before has opened itself.
-    async fn pipe_files(&mut self, io: &ProcessIo, context: &IoContext) -> Result<()> {
+    /// Puts pipes in place of log files, which the version before has opened itself. Where that fails the output goes nowhere: a log must not
+    /// stop the recovery of its container.
+    async fn pipe_files(&mut self, io: &ProcessIo, stdio: &Stdio, context: &IoContext) -> Result<()> {
         for Ends { kind, ours, guest } in self.ends.iter_mut().filter(|ends| ends.kind != StreamKind::Stdin) {
-            if let Some(pipe) = io.pipe_for_file(kind.name(), ours, context).await? {
-                *ours = pipe;
-                self.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
+            match io.pipe_for_file(stdio, kind.name(), ours, context).await {
+                Ok(Some(pipe)) => {
+                    *ours = pipe;
+                    self.held.push(context.fds.leave(name(context, kind.name()), &[ours.as_fd(), guest.as_fd()])?);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    warn!(error = error.report(), stream = kind.name(), "output is discarded: its log file cannot be written");
+                    *ours = null_device()?;
+                }
             }
         }
         Ok(())
@@ -282,14 +290,14 @@ impl Relay {
                 if left.held.is_empty() {
                     left = Left::new(context)?;
                 }
-                left.pipe_files(&io, context).await?;
+                left.pipe_files(&io, stdio, context).await?;
                 let connections = dial(agent, missing.into_iter()).await?;
                 left.connect(&io, connections, context)?;
                 Self::begin(io, left, process, true)
             }
             _ => {
                 let io = ProcessIo::adopt(stdio, context)?;
-                left.pipe_files(&io, context).await?;
+                left.pipe_files(&io, stdio, context).await?;
                 Self::begin(io, left, process, true)
             }
         }

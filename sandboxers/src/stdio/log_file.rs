@@ -21,7 +21,7 @@ use std::{
     fs::{DirBuilder, File, OpenOptions},
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::{
             ffi::OsStrExt,
             fs::{DirBuilderExt, OpenOptionsExt},
@@ -91,12 +91,13 @@ struct Report {
 
 impl LogWriter {
     /// Starts the writer for a file and waits until that is open; it and its directory are made where missing, as containerd's own shim does.
-    /// Returns the writing end for the process. `field` tells the logs of a process apart.
+    /// Returns the writing end for the process. What is opened is `opened`, which may be another name of the file at `path`. `field` tells the
+    /// logs of a process apart.
     ///
     /// # Errors
     /// [`Code::DeadlineExceeded`] when the filesystem does not respond; [`Error::Unavailable`] when too many helpers of the sandbox are stuck;
     /// otherwise why the file cannot be opened.
-    pub(crate) async fn start(path: &Path, field: &str, context: &IoContext) -> Result<(Self, OwnedFd)> {
+    pub(crate) async fn start(path: &Path, opened: &Path, field: &str, context: &IoContext) -> Result<(Self, OwnedFd)> {
         let sandbox = sandbox_of(context);
         let place = Place::take(&sandbox)?;
         let (input, output) = new_pipe()?;
@@ -107,7 +108,7 @@ impl LogWriter {
             let mut command = Command::new("/proc/self/exe");
             command
                 .arg0(OsStr::from_bytes(NAME.to_bytes()))
-                .arg(path)
+                .args([path, opened])
                 .env_clear()
                 .env(VARIABLE, "1")
                 .stdin(input)
@@ -117,8 +118,8 @@ impl LogWriter {
             // Unlike other helpers it keeps the daemon's scores: a process whose output goes nowhere would die of SIGPIPE.
             Some(Helper::new(child, place)?)
         } else {
-            let path = path.to_owned();
-            let work = move || write_log(&path, &mut File::from(input), &mut File::from(theirs));
+            let (path, opened) = (path.to_owned(), opened.to_owned());
+            let work = move || write_log(&path, &opened, &mut File::from(input), &mut File::from(theirs));
             std::thread::Builder::new().name("log".into()).spawn(work).map_err(Error::failed("start a thread for a log"))?;
             None
         };
@@ -250,11 +251,6 @@ fn new_pipe() -> Result<(OwnedFd, OwnedFd)> {
         .map_err(|errno| Error::failed("make a pipe for a log")(io::Error::from(errno)))
 }
 
-/// The path of a file that is open here, for the writer that is started for it.
-pub(crate) fn path_of(file: &OwnedFd) -> PathBuf {
-    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
-}
-
 /// Does a writer's work, if this process was started as one.
 pub(crate) fn serve() -> Option<ExitCode> {
     std::env::var_os(VARIABLE)?;
@@ -264,10 +260,11 @@ pub(crate) fn serve() -> Option<ExitCode> {
     let own = || {
         Ok::<_, io::Error>((File::from(io::stdin().as_fd().try_clone_to_owned()?), io::stdout().as_fd().try_clone_to_owned()?))
     };
-    let path = std::env::args_os().nth(1).unwrap_or_default();
+    let mut paths = std::env::args_os().skip(1).map(PathBuf::from);
+    let (path, opened) = (paths.next().unwrap_or_default(), paths.next().unwrap_or_default());
     Some(match own() {
         Ok((mut input, report)) => {
-            write_log(Path::new::<OsStr>(&path), &mut input, &mut File::from(report));
+            write_log(&path, &opened, &mut input, &mut File::from(report));
             ExitCode::SUCCESS
         }
         Err(_) => ExitCode::FAILURE,
@@ -275,8 +272,8 @@ pub(crate) fn serve() -> Option<ExitCode> {
 }
 
 /// Appends all that comes to the file. The report's reader may be gone, and is told of everything else.
-fn write_log(path: &Path, input: &mut impl Read, report: &mut impl Write) {
-    let opened = open(path);
+fn write_log(path: &Path, opened: &Path, input: &mut impl Read, report: &mut impl Write) {
+    let opened = open(path, opened);
     let told = Opened(opened.as_ref().map(drop).map_err(|error| (error.code(), error.report())));
     let _ = serde_json::to_writer(&mut *report, &told).map_err(io::Error::from).and_then(|()| report.write_all(b"\n"));
     if let Ok(mut file) = opened
@@ -286,8 +283,8 @@ fn write_log(path: &Path, input: &mut impl Read, report: &mut impl Write) {
     }
 }
 
-fn open(path: &Path) -> Result<File> {
-    if let Some(directory) = path.parent() {
+fn open(path: &Path, opened: &Path) -> Result<File> {
+    if let Some(directory) = opened.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(Error::io("make log directory", directory))?;
     }
     let file = OpenOptions::new()
@@ -295,7 +292,7 @@ fn open(path: &Path) -> Result<File> {
         .create(true)
         .mode(0o644)
         .custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK)
-        .open(path)
+        .open(opened)
         .map_err(Error::io("open log file", path))?;
     let kind = file.metadata().map_err(Error::io("look at log file", path))?;
     if !kind.is_file() {

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -17,8 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, warn};
 
 use super::{
-    Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, StreamHub, log_file, null_device, reopened,
-    unread::OutputFifo,
+    Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, StreamHub, null_device, reopened, unread::OutputFifo,
 };
 use crate::{
     error::{Error, Result},
@@ -166,19 +165,28 @@ impl ProcessIo {
         Ok(Self { child: Mutex::default(), keeper, outputs, unread: Mutex::default(), logger: None, logs, streams })
     }
 
-    /// A pipe in place of a log file itself, which versions before have opened for what stands where the process would; `None` when it is
-    /// none. `field` is `stdout` or `stderr`.
+    /// A pipe to a log writer in place of a log file, which versions before have opened for what stands where the process would; `None` when it
+    /// is none. `field` is `stdout` or `stderr`.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub async fn pipe_for_file(&self, field: &str, file: &OwnedFd, context: &IoContext) -> Result<Option<OwnedFd>> {
-        // By its name: to be asked what it is, a file whose server is away would not return.
-        let path = log_file::path_of(file);
-        let name = fs::read_link(&path).map_err(Error::io("look at", &path))?;
-        if name.as_os_str().as_encoded_bytes().starts_with(b"pipe:") {
+    pub async fn pipe_for_file(
+        &self,
+        stdio: &Stdio,
+        field: &str,
+        file: &OwnedFd,
+        context: &IoContext,
+    ) -> Result<Option<OwnedFd>> {
+        let ends = Endpoints::parse(stdio)?;
+        let Endpoint::File(path) = (if field == "stderr" { &ends.stderr } else { &ends.stdout }) else { return Ok(None) };
+        // Not fstat(2), which does not return on a dead NFS or FUSE server.
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let target = fs::read_link(&link).map_err(Error::io("read", link))?;
+        if target.as_os_str().as_encoded_bytes().starts_with(b"pipe:[") {
             return Ok(None);
         }
-        let (writer, pipe) = LogWriter::start(&path, field, context).await?;
+        let opened = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        let (writer, pipe) = LogWriter::start(path, opened.as_ref(), field, context).await?;
         lock(&self.logs).push(writer);
         Ok(Some(pipe))
     }
@@ -311,7 +319,7 @@ async fn open_output(
             Ok(fifo)
         }
         Endpoint::File(path) => {
-            let (writer, pipe) = LogWriter::start(path, field, context).await?;
+            let (writer, pipe) = LogWriter::start(path, path, field, context).await?;
             logs.push(writer);
             own(pipe, context)
         }
