@@ -81,11 +81,11 @@ impl Programs {
         let identity = identity(program).map_err(Error::io("look at", program))?;
         let facts = serde_json::to_value(facts).map_err(failed())?;
         self.record.programs.insert(program.to_owned(), Entry { identity, facts });
-        let Some(root) = &self.root else { return Ok(()) };
+        // A sandboxer's directory is made when all that it needs has been found. Before that the next daemon asks once more.
+        let Some(root) = self.root.as_ref().filter(|root| root.is_dir()) else { return Ok(()) };
         let (path, new) = (root.join(FILE), root.join(format!("{FILE}.new")));
         let text = serde_json::to_vec(&self.record).map_err(failed())?;
         let write = || {
-            fs::create_dir_all(root)?;
             let mut file = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
             io::Write::write_all(&mut file, &text)?;
             fs::rename(&new, &path)
@@ -110,6 +110,9 @@ mod tests {
         let program = dir.path().join("program");
         fs::write(&program, "1").unwrap();
         let root = dir.path().join("root");
+        Programs::load_and_record(&root).record(&program, &(7, 2));
+        assert!(!root.exists());
+        fs::create_dir(&root).unwrap();
         Programs::load_and_record(&root).record(&program, &(7, 2));
         assert_eq!(Programs::load(&root).get::<(u32, u32)>(&program), Some((7, 2)));
         // What another version of ours has written.
