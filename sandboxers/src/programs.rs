@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::error::{Error, Result};
 
 /// The file's name, in the sandboxer's directory.
-const FILE: &str = ".programs.json";
+pub const FILE: &str = ".programs.json";
 
 /// Where this boot has a name of its own.
 const BOOT: &str = "/proc/sys/kernel/random/boot_id";

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use kuasar_sandboxers::programs;
 
 use census::Owner;
 
@@ -73,7 +74,9 @@ impl Snapshot {
         }
         for dir in &scope.deep {
             walk(dir, &mut |path| {
-                if !scope.kept.iter().any(|kept| path.starts_with(kept)) {
+                // What is known of the node's programs is no pod's.
+                let known = path.file_name().is_some_and(|name| name == programs::FILE);
+                if !known && !scope.kept.iter().any(|kept| path.starts_with(kept)) {
                     snapshot.count("state", path.display().to_string());
                 }
             });
