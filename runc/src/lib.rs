@@ -35,8 +35,6 @@ mod seccomp;
 mod strays;
 mod sys;
 mod sysctl;
-#[cfg(test)]
-mod testing;
 mod unrecorded;
 
 pub use config::{RuncConfig, RuntimeChoice, RuntimeName};

@@ -320,7 +320,7 @@ pub(crate) mod tests {
                 return None;
             }
             let dir = tempfile::tempdir().unwrap();
-            let reaper = crate::testing::reaper();
+            let reaper = kuasar_sandboxers::fake::reaper();
             let program = InitProgram::load(&dir.path().join("empty"), reaper.clone()).await.unwrap();
             Some(Self { dir, reaper, program })
         }

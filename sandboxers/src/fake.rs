@@ -5,20 +5,25 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    thread,
     time::Duration,
 };
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, watch};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::{Semaphore, watch},
+};
 
 use crate::{
     cgroup::Stats,
     contract::{Container, Known, Leftover, Process, Sandbox, SandboxContext, Sandboxer},
     error::{Error, Result},
     id::{ExecId, Namespace, SandboxId},
+    reaper::Reaper,
     stages,
     stdio::Stdio,
     types::{
@@ -26,6 +31,24 @@ use crate::{
         RuntimeOptions, SandboxSpec, WindowSize,
     },
 };
+
+/// The reaper of all tests of this process: two would take each other's children. It runs on threads of its own, since each test's runtime
+/// ends with it.
+///
+/// # Panics
+/// When it cannot be installed.
+#[must_use]
+#[allow(clippy::expect_used)]
+pub fn reaper() -> Reaper {
+    static REAPER: OnceLock<(Reaper, Runtime)> = OnceLock::new();
+    let install = || {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let reaper = runtime.block_on(async { Reaper::install() }).expect("a reaper");
+        (reaper, runtime)
+    };
+    // A test's own thread, which is in a runtime already, must not wait for another.
+    REAPER.get_or_init(|| thread::spawn(install).join().expect("the reaper is installed")).0.clone()
+}
 
 /// What a process does once it is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

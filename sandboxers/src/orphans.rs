@@ -1,7 +1,7 @@
 //! Exit statuses of processes that are neither our children nor the keeper's.
 //!
 //! Processes that an earlier keeper has started become children of the host's init when that keeper dies. Linux 6.15 keeps the status of a
-//! reaped process in its pidfds. Before, nobody but the parent is told, apart from those who subscribe to [process events]: a subscription is
+//! reaped process in its pidfds. Before, only the parent is told, and those that subscribe to [process events]: a subscription is
 //! made before the processes are looked for, and lives as long as there are any.
 //!
 //! ```text
@@ -76,7 +76,7 @@ struct Inner {
 /// The means, chosen once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Source {
-    /// As far as pidfds keep the status; nobody has asked yet whether they do.
+    /// As far as pidfds keep the status, which has not been tried yet.
     #[default]
     Unasked,
     /// The pidfds keep the status.

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tracing::warn;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    store::write_private,
+};
 
 /// The file's name, in the sandboxer's directory.
 pub const FILE: &str = ".programs.json";
@@ -85,12 +88,7 @@ impl Programs {
         let Some(root) = self.root.as_ref().filter(|root| root.is_dir()) else { return Ok(()) };
         let (path, new) = (root.join(FILE), root.join(format!("{FILE}.new")));
         let text = serde_json::to_vec(&self.record).map_err(failed())?;
-        let write = || {
-            let mut file = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            io::Write::write_all(&mut file, &text)?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(Error::io("write", &path))
+        write_private(&new, &text).and_then(|_| fs::rename(&new, &path)).map_err(Error::io("write", &path))
     }
 }
 

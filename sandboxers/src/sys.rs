@@ -148,34 +148,27 @@ impl Drop for NamespaceHolder {
 /// Lets a netlink socket give reasons in words, behind its error numbers.
 pub(crate) fn explain_netlink_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
     let on: libc::c_int = 1;
-    // SAFETY: the option's value is `on`, which lives during the call, and its size is its own.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_NETLINK,
-            libc::NETLINK_EXT_ACK,
-            (&raw const on).cast(),
-            libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    // SAFETY: the option's value is an int.
+    unsafe { set_option(socket, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, &on) }
 }
 
 /// Lets a socket take only the packets that a classic BPF program accepts (SO_ATTACH_FILTER, socket(7)).
 pub(crate) fn attach_filter(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
     let program =
         libc::sock_fprog { len: u16::try_from(program.len()).map_err(io::Error::other)?, filter: program.as_ptr().cast_mut() };
-    // SAFETY: the option's value is `program`, whose size is given. The kernel reads it and the instructions it points to, as many as it
-    // says, during the call, and writes neither.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const program).cast(),
-            libc::socklen_t::try_from(size_of_val(&program)).map_err(io::Error::other)?,
-        )
-    };
+    // SAFETY: the option's value is a program. The kernel reads the instructions it points to, as many as it says, during the call, and does
+    // not write them.
+    unsafe { set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program) }
+}
+
+/// setsockopt(2).
+///
+/// # Safety
+/// The option's value is of this type, and what it points to lives during the call.
+unsafe fn set_option<T>(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
+    let size = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads so much of the value; that it is the option's is the caller's promise.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), size) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -12,13 +12,9 @@ use crate::{Node, hybrid};
 
 /// A whole `main`: [`run`] on a tokio runtime, with [`hybrid::hide_controllers`] before there is a second thread.
 pub fn start(work: impl AsyncFnOnce(&mut Option<Node>) -> Result<ExitCode>) -> ExitCode {
-    let runtime = hybrid::hide_controllers().and_then(|()| Ok(tokio::runtime::Runtime::new()?));
-    match runtime {
-        Ok(runtime) => runtime.block_on(run(work)),
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
+    match hybrid::hide_controllers() {
+        Ok(()) => on_runtime(work),
+        Err(error) => failed(&error),
     }
 }
 
@@ -44,13 +40,19 @@ impl Stop for VmNode {
 
 /// As [`start`], for a node in a virtual machine: nothing of this machine is to be hidden.
 pub fn start_vm(work: impl AsyncFnOnce(&mut Option<VmNode>) -> Result<ExitCode>) -> ExitCode {
+    on_runtime(work)
+}
+
+fn on_runtime<N: Stop>(work: impl AsyncFnOnce(&mut Option<N>) -> Result<ExitCode>) -> ExitCode {
     match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime.block_on(run(work)),
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error.into()),
     }
+}
+
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
 }
 
 /// Runs `work`, which puts its node into the slot it is given, until it is done or SIGINT, SIGTERM or SIGHUP arrives; then

@@ -89,7 +89,7 @@ pub fn of_worker(signal: i32) -> OfWorker {
 /// # Errors
 /// It cannot be sent.
 pub fn send(pid: i32, signal: i32) -> Result<bool> {
-    // A Debian has no kill of its own unless somebody has installed one.
+    // A minimal Debian has no kill program.
     let mut command = Command::new(tools::busybox()?);
     let output = command.args(["kill", &format!("-{signal}"), &pid.to_string()]).output().context("run kill")?;
     let said = String::from_utf8_lossy(&output.stderr);

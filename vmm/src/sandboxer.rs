@@ -167,8 +167,9 @@ impl VmmSandboxer {
     /// # Errors
     /// [`Error::Unavailable`], naming what is missing or too old and what to do.
     pub async fn open(config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let hypervisor = find_hypervisor(&config, &reaper, Programs::load_and_record(&config.root)).await?;
-        Self::with(hypervisor, config, reaper).await
+        let mut known = Programs::load_and_record(&config.root);
+        let hypervisor = find_hypervisor(&config, &reaper, &mut known).await?;
+        Self::assemble(hypervisor, config, reaper, &mut known).await
     }
 
     /// As [`Self::open`], for a hypervisor that is found already.
@@ -176,7 +177,16 @@ impl VmmSandboxer {
     /// # Errors
     /// See there.
     pub async fn with(hypervisor: Box<dyn Hypervisor>, config: VmmConfig, reaper: Reaper) -> Result<Self> {
-        let known = Programs::load_and_record(&config.root);
+        let mut known = Programs::load_and_record(&config.root);
+        Self::assemble(hypervisor, config, reaper, &mut known).await
+    }
+
+    async fn assemble(
+        hypervisor: Box<dyn Hypervisor>,
+        config: VmmConfig,
+        reaper: Reaper,
+        known: &mut Programs,
+    ) -> Result<Self> {
         let (virtiofsd, vsock) = find_helpers(&*hypervisor, &config, &reaper, Trial::Open, known).await?;
         check_image(&config)?;
         let machines = config.root.join(MACHINES);
@@ -204,8 +214,9 @@ impl VmmSandboxer {
     /// As [`Self::open`].
     pub async fn check(config: &VmmConfig, reaper: &Reaper) -> Result<String> {
         // Found out anew: that is what is asked for.
-        let hypervisor = find_hypervisor(config, reaper, Programs::default()).await?;
-        let (virtiofsd, vsock) = find_helpers(&*hypervisor, config, reaper, Trial::Look, Programs::default()).await?;
+        let mut known = Programs::default();
+        let hypervisor = find_hypervisor(config, reaper, &mut known).await?;
+        let (virtiofsd, vsock) = find_helpers(&*hypervisor, config, reaper, Trial::Look, &mut known).await?;
         check_image(config)?;
         let found = hypervisor.capabilities();
         Ok(format!(
@@ -222,9 +233,9 @@ impl VmmSandboxer {
     }
 }
 
-async fn find_hypervisor(config: &VmmConfig, reaper: &Reaper, mut known: Programs) -> Result<Box<dyn Hypervisor>> {
+async fn find_hypervisor(config: &VmmConfig, reaper: &Reaper, known: &mut Programs) -> Result<Box<dyn Hypervisor>> {
     Ok(match &config.hypervisor {
-        HypervisorConfig::Qemu(qemu) => Box::new(Qemu::open(qemu.clone(), reaper, &mut known).await?),
+        HypervisorConfig::Qemu(qemu) => Box::new(Qemu::open(qemu.clone(), reaper, known).await?),
     })
 }
 
@@ -233,9 +244,9 @@ async fn find_helpers(
     config: &VmmConfig,
     reaper: &Reaper,
     trial: Trial,
-    mut known: Programs,
+    known: &mut Programs,
 ) -> Result<(Virtiofsd, VsockWay)> {
-    let virtiofsd = Virtiofsd::open(config.virtiofsd.as_deref(), reaper, &mut known).await?;
+    let virtiofsd = Virtiofsd::open(config.virtiofsd.as_deref(), reaper, known).await?;
     let vsock = VsockWay::find(hypervisor.capabilities(), config.vsock_device.as_deref(), trial)?;
     Ok((virtiofsd, vsock))
 }

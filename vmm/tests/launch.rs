@@ -4,7 +4,7 @@
 
 use std::{ffi::OsStr, fs, path::Path, time::Duration};
 
-use kuasar_sandboxers::{cgroup::Cgroup, reaper::Reaper};
+use kuasar_sandboxers::{cgroup::Cgroup, fake::reaper};
 use kuasar_vmm::launch::{LAST_WORDS, Launch, LaunchRecord, Launched, Privileges, find_program};
 use nix::fcntl::OFlag;
 
@@ -18,18 +18,6 @@ async fn run_program(program: &str, prepare: impl FnOnce(&mut Launch)) -> (Launc
     let mut launch = Launch::new("test", Path::new(program));
     prepare(&mut launch);
     (launch.start(dir.path(), &reaper).await.unwrap(), dir)
-}
-
-/// One for all tests of this process, for there must be only one.
-fn reaper() -> Reaper {
-    static RUNTIME: std::sync::OnceLock<(tokio::runtime::Runtime, Reaper)> = std::sync::OnceLock::new();
-    let start = || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let reaper = runtime.block_on(async { Reaper::install().unwrap() });
-        (runtime, reaper)
-    };
-    // Not on the test's own thread, which is in a runtime already.
-    RUNTIME.get_or_init(|| std::thread::spawn(start).join().unwrap()).1.clone()
 }
 
 fn has_cloexec(info: &str) -> bool {

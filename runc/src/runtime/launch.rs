@@ -85,7 +85,7 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_of_the_daemon_crosses() {
-        let reaper = crate::testing::reaper();
+        let reaper = kuasar_sandboxers::fake::reaper();
         // Of this thread, which starts the program.
         let mut first = CpuSet::new();
         first.set(0).unwrap();

@@ -245,7 +245,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_does_not_end_is_killed_with_what_it_has_started() {
-        let reaper = crate::testing::reaper();
+        let reaper = kuasar_sandboxers::fake::reaper();
         let dir = tempfile::tempdir().unwrap();
         let pids = dir.path().join("pids");
         let script = |first: &str| {

@@ -170,7 +170,7 @@ impl LogWriter {
 }
 
 impl Drop for LogWriter {
-    /// Whoever does not wait for the end, as of a start that has failed, leaves no writer that hangs.
+    /// Where the end is not waited for, as of a start that has failed, no writer that hangs is left.
     fn drop(&mut self) {
         let report = self.report.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let (Some(report), Ok(runtime)) = (report, Handle::try_current()) {

@@ -59,7 +59,7 @@ impl Ran {
     }
 }
 
-/// How ssh, scp and whoever debugs get into the node.
+/// How ssh, scp and people who debug get into the node.
 #[derive(Debug)]
 pub(super) struct Channel {
     dir: PathBuf,
@@ -151,7 +151,7 @@ impl Channel {
     /// A terminal, or a command in one, with this process's own streams.
     pub(super) async fn terminal(&self, command: Option<&str>) -> Result<ExitStatus> {
         let mut ssh = self.ssh();
-        // A second -t would force one on whoever has none.
+        // A second -t would force one where there is none.
         ssh.arg("-t").args(["-o", "RequestTTY=auto", "node"]).args(command);
         ssh.status().await.context("run ssh")
     }

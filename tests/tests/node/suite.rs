@@ -233,7 +233,7 @@ async fn case(slot: &Slot, title: &str, body: Body) -> Result<()> {
             return Ok(());
         }
     }
-    // One case at a time: nobody waits for it.
+    // One case at a time: no other waits for it.
     let taken = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     let mut site = match taken {
         Some(Ok(site)) => site,

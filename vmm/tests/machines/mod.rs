@@ -6,11 +6,11 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use kuasar_sandboxers::{busybox, process::Tracked, programs::Programs, reaper::Reaper};
+pub(crate) use kuasar_sandboxers::fake::reaper;
+use kuasar_sandboxers::{busybox, process::Tracked, programs::Programs};
 use kuasar_vmm::{
     hypervisor::Place,
     launch::Launched,
@@ -31,17 +31,6 @@ say() { echo \"TEST: $*\" > /dev/console; }
 say end of the script
 while :; do sleep 1000; done
 ";
-
-/// One for all tests of this process, for there must be only one.
-pub(crate) fn reaper() -> Reaper {
-    static RUNTIME: OnceLock<(tokio::runtime::Runtime, Reaper)> = OnceLock::new();
-    let start = || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let reaper = runtime.block_on(async { Reaper::install().unwrap() });
-        (runtime, reaper)
-    };
-    RUNTIME.get_or_init(|| std::thread::spawn(start).join().unwrap()).1.clone()
-}
 
 /// A directory for one machine, and the right to run it: only so many at a time, for the clock runs on while they share processors.
 pub(crate) struct Bench {

@@ -148,20 +148,7 @@ impl World {
         // The sender is in `self`.
         let _ = containerd.wait_for(|up| *up).await;
         let begun = Instant::now();
-        match timeout(limit, work).await {
-            Ok(Ok(value)) => {
-                self.ledger.ok(call);
-                Ok(value)
-            }
-            Ok(Err(status)) => {
-                self.ledger.failed(call, begun, about, &status);
-                Err(status)
-            }
-            Err(_) => {
-                self.ledger.hung(call, about);
-                Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs())))
-            }
-        }
+        self.noted(limit, call, about, work, |status| self.ledger.failed(call, begun, about, status)).await
     }
 
     /// Makes a call about what is disturbed itself: it may fail, and wait for as long as the daemon waits for a guest.
@@ -172,18 +159,30 @@ impl World {
         about: &str,
         work: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, Status> {
-        match timeout(PATIENT, work).await {
+        self.noted(PATIENT, call, about, work, |status| self.ledger.failed_by(what, call, about, status)).await
+    }
+
+    /// Puts on the ledger what becomes of a call; `failed` does for a failure.
+    async fn noted<T>(
+        &self,
+        limit: Duration,
+        call: Call,
+        about: &str,
+        work: impl Future<Output = Result<T, Status>>,
+        failed: impl FnOnce(&Status),
+    ) -> Result<T, Status> {
+        match timeout(limit, work).await {
             Ok(Ok(value)) => {
                 self.ledger.ok(call);
                 Ok(value)
             }
             Ok(Err(status)) => {
-                self.ledger.failed_by(what, call, about, &status);
+                failed(&status);
                 Err(status)
             }
             Err(_) => {
                 self.ledger.hung(call, about);
-                Err(Status::deadline_exceeded(format!("no answer within {} s", PATIENT.as_secs())))
+                Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs())))
             }
         }
     }
