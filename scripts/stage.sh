@@ -3,6 +3,7 @@
 #
 # What the command prints goes to the terminal and to target/results/NAME.log. Its result goes to target/results/NAME.txt:
 #   PASSED n         FAIL name: why         SKIP name: what was missing         SECONDS n
+#   WHY line         for the summary, of what the log says of failures
 # The command may write PASSED, FAIL and SKIP lines itself, into $KUASAR_RESULTS; otherwise libtest's closing lines are
 # counted, and where there are none, the stage as such.
 . "$(dirname "$0")/lib.sh"
@@ -49,6 +50,17 @@ if [ "$status" -ne 0 ] && ! grep -q '^FAIL ' "$result"; then
     124 | 137) say "FAIL $name: not done after ${STAGE_TIMEOUT:-1500} s, see $log" ;;
     *) say "FAIL $name: exit status $status, see $log" ;;
     esac >>"$result"
+fi
+if grep -q '^FAIL ' "$result"; then
+    # What libtest prints of each failure, or else the end.
+    awk '
+        /^---- .* ----$/ { left = 12 }
+        /^failures:$/ { left = 0 }
+        left > 0 && NF { print; left--; found = 1 }
+        END { exit !found }
+    ' "$log" >"$result.why" || tail -n 12 "$log" >"$result.why"
+    cut -c 1-400 "$result.why" | sed 's/^/WHY /' >>"$result"
+    rm "$result.why"
 fi
 say "SECONDS $seconds" >>"$result"
 rm -f "$KUASAR_RESULTS" "$KUASAR_SKIP_LOG"

@@ -19,6 +19,7 @@ awk '
         reasons[reason]++
         example[reason] = colon ? substr(what, 1, colon - 1) : what
     }
+    /^WHY / { why[++n_why] = file ": " substr($0, 5) }
     /^SECONDS / { seconds[file] = $2 }
     END {
         for (i = 1; i <= files; i++) {
@@ -31,6 +32,8 @@ awk '
             if (reasons[reason] > 1) printf "  %s (%d of them)\n", reason, reasons[reason]
             else printf "  %s [%s]\n", reason, example[reason]
         }
+        if (n_why) print "What the logs say of failures"
+        for (i = 1; i <= n_why; i++) print "  " why[i]
         if (n_failures) print "Failed"
         for (i = 1; i <= n_failures; i++) print "  " failures[i]
         printf "%d passed, %d failed, %d skipped\n", all_passed, all_failed, all_skipped
