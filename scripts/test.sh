@@ -25,11 +25,15 @@ stage() {
     fi
 }
 
+# Always of the whole workspace: of some packages cargo would choose other features of what they share, and build that again.
 unit_tests() {
     cargo test --quiet --locked --workspace --no-run
-    cargo test --locked --workspace --exclude kuasar-tests
-    cargo test --locked -p kuasar-tests --lib --bins --test architecture
-    cargo test --locked -p kuasar-tests --doc
+    cargo test --locked --workspace
+}
+
+clippy() {
+    cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+    cargo clippy --quiet --locked --workspace --test demo --test e2e --test harness --test node -- -D warnings
 }
 
 deny() {
@@ -43,8 +47,8 @@ deny() {
 }
 
 end_to_end() {
-    cargo test --quiet --locked -p kuasar-tests --no-run --test harness --test e2e --test demo
-    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked -p kuasar-tests --test harness --test e2e --test demo --no-fail-fast
+    cargo test --quiet --locked --workspace --no-run --test harness --test e2e --test demo
+    KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1 cargo test --locked --workspace --test harness --test e2e --test demo --no-fail-fast
 }
 
 missing_containerd() {
@@ -70,10 +74,10 @@ e2e() {
 machines() {
     local without=(--skip streaming --skip daemon:: --skip upgrade:: --skip gc:: --skip bad:: --skip soak::)
     export KUASAR_E2E_HANDLERS=kuasar-qemu KUASAR_BIN_DIR=$bin KUASAR_CONTAINERD=$1
-    cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- --test-threads 3 "${without[@]}"
-    cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- kuasar-qemu/daemon::the_worker_is_killed
+    cargo test --locked --workspace --test e2e --no-fail-fast -- --test-threads 3 "${without[@]}"
+    cargo test --locked --workspace --test e2e --no-fail-fast -- kuasar-qemu/daemon::the_worker_is_killed
     [ ! -e "$cache/guest/mini/vmlinuz" ] || export KUASAR_E2E_MACHINES=20
-    cargo test --locked -p kuasar-tests --test e2e --no-fail-fast -- kuasar-qemu/soak::pods_at_once
+    cargo test --locked --workspace --test e2e --no-fail-fast -- kuasar-qemu/soak::pods_at_once
 }
 
 conformance() {
@@ -104,13 +108,13 @@ node_of() {
     scripts/deps.sh node
     scripts/node.sh "$1"
     make --silent --no-print-directory --old-file=build node-tree
-    cargo test --quiet --locked -p kuasar-tests --no-run --test node
-    SUITE=$1 KUASAR_NODE_TREE=$(realpath "$target")/node-tree cargo test --locked -p kuasar-tests --test node
+    cargo test --quiet --locked --workspace --no-run --test node
+    SUITE=$1 KUASAR_NODE_TREE=$(realpath "$target")/node-tree cargo test --locked --workspace --test node
 }
 
 check() {
     stage fmt cargo fmt --all --check -- --color never
-    stage clippy cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+    stage clippy clippy
     stage unit unit_tests
     stage deny deny
 }
@@ -119,7 +123,7 @@ guest() { stage guest scripts/guest-test.sh; }
 deb() { stage deb scripts/deb-test.sh; }
 
 export cache target bin
-export -f say unit_tests deny end_to_end missing_containerd machines conformance_of chaos_of node_of
+export -f say clippy unit_tests deny end_to_end missing_containerd machines conformance_of chaos_of node_of
 for group in "$@"; do
     case $group in
     check | guest | deb | e2e | conformance | chaos | node) $group ;;
