@@ -190,7 +190,12 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
     stages::enter("write the bundle");
     let config = bundle.join("config.json");
     fs::write(&config, oci.as_value().to_string()).map_err(Error::io("write", &config))?;
-    let created = create_process(&pod, &driver, &id, &bundle, &stdio, &oci, undo).await?;
+    let own_pids = rewrite::has_own_pids(&oci);
+    // As without a daemon that is spared.
+    let oom_score = oci.as_value()["process"]["oomScoreAdj"].is_null().then_some(0);
+    // A document takes some hundred kilobytes, and the runtime most of the time that this takes.
+    drop(oci);
+    let created = create_process(&pod, &driver, &id, &bundle, &stdio, oom_score, undo).await?;
     let cgroup = match Cgroup::of_process(created.process.identity().pid) {
         Ok(cgroup) => Some(cgroup),
         Err(error) => {
@@ -203,7 +208,7 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         identity: created.process.identity(),
         process: Some(created.process),
         cgroup,
-        own_pids: rewrite::has_own_pids(&oci),
+        own_pids,
         mounted,
         paused: AtomicBool::new(false),
         oom_kills: AtomicU64::new(0),
@@ -230,7 +235,7 @@ async fn create_process(
     id: &ContainerId,
     bundle: &Path,
     stdio: &Stdio,
-    oci: &OciSpec,
+    oom_score: Option<i64>,
     undo: &mut Undo,
 ) -> Result<Born> {
     stages::enter("open its input and output");
@@ -245,8 +250,7 @@ async fn create_process(
         console: io.console(),
         no_pivot: options.no_pivot_root,
         no_new_keyring: options.no_new_keyring,
-        // As without a daemon that is spared.
-        oom_score: oci.as_value()["process"]["oomScoreAdj"].is_null().then_some(0),
+        oom_score,
     };
     let (taken_back, named) = (driver.clone(), id.clone());
     undo.push("remove what the OCI runtime made", async move {

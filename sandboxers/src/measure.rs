@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use futures::FutureExt;
 use tokio::{spawn, time::timeout};
 
 use crate::error::{Error, Result};
@@ -43,7 +44,7 @@ impl<T: Clone + Send + 'static> Meter<T> {
         if self.measured().stuck > 0 {
             return self.last(|| slow(of));
         }
-        let mut work = spawn(work);
+        let mut work = spawn(work.boxed());
         let Ok(done) = timeout(LIMIT, &mut work).await else {
             self.measured().stuck += 1;
             let meter = self.clone();

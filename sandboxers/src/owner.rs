@@ -432,7 +432,7 @@ impl Owner {
         job: impl Future<Output = Result<T>> + Send + 'static,
         then: impl FnOnce(&mut Self, Result<T>) + Send + 'static,
     ) {
-        self.jobs.spawn(called(job, then));
+        self.jobs.spawn(called(job.boxed(), then).boxed());
     }
 
     pub(crate) fn container(&mut self, id: &ContainerId) -> Result<&mut ContainerEntry> {
@@ -511,7 +511,7 @@ impl Owner {
         exit: impl Future<Output = Result<Exit>> + Send + 'static,
         then: impl FnOnce(&mut Self, Result<Exit>) + Send + 'static,
     ) {
-        self.watches.spawn(called(exit, then));
+        self.watches.spawn(called(exit.boxed(), then).boxed());
     }
 
     /// Watches for the end of a process that exists.
@@ -600,7 +600,8 @@ impl Owner {
     }
 }
 
-/// A job whose end comes back as a call, with an error in place of a panic.
+/// A job whose end comes back as a call, with an error in place of a panic. What is spawned is boxed: the text of a task, some kilobytes, is
+/// there once then and not for each kind of job.
 fn called<T: Send + 'static>(
     job: impl Future<Output = Result<T>> + Send + 'static,
     then: impl FnOnce(&mut Owner, Result<T>) + Send + 'static,

@@ -165,7 +165,8 @@ impl Calls {
             drop(entry);
             result
         };
-        let task = self.0.tracker.spawn_on(work.instrument(span), &self.0.workers);
+        // The text of a task, some kilobytes, is there for each type of work that is spawned.
+        let task = self.0.tracker.spawn_on(work.boxed().instrument(span), &self.0.workers);
         let result = task.await.unwrap_or_else(|broken| {
             // The panic hook has logged where.
             error!(name, subject, %broken, "a call panicked");

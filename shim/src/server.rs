@@ -75,6 +75,8 @@ const OF_CONNECTION: u64 = 2;
 const DYING: Duration = Duration::from_secs(3);
 /// How often memory is given back at most, while there are calls.
 const TIDY: Duration = Duration::from_secs(2);
+/// How often to let go of the program's pages at most. What is in use comes back within a millisecond.
+const FORGET: Duration = Duration::from_secs(20);
 /// How long answers that are ready may take to leave at a shutdown.
 const FLUSH: Duration = Duration::from_secs(2);
 /// How long Task requests may take to finish before another worker takes over; those that do not are begun again there.
@@ -402,12 +404,17 @@ async fn settle() {
     }
 }
 
-/// Gives back what calls have left free.
+/// Gives back what calls have left free, and now and then what they, or the start, have needed of the program.
 async fn tidy(calls: Calls) {
     loop {
-        calls.begun().await;
+        let forgotten = Instant::now();
         sleep(TIDY).await;
-        sys::give_memory_back();
+        sys::forget_program();
+        while forgotten.elapsed() < FORGET {
+            calls.begun().await;
+            sleep(TIDY).await;
+            sys::give_memory_back();
+        }
     }
 }
 

@@ -316,13 +316,16 @@ async fn create(pod: Arc<Pod>, spec: ContainerSpec, undo: &mut Undo) -> Result<A
         disks.push(disk);
     }
 
+    let spec = storage::document(&oci)?;
+    // As a tree it takes some hundred kilobytes, and the guest most of the time that this takes.
+    drop(oci);
     stages::enter("open its input and output");
     let context = IoContext::of(&pod.spec, &pod.context, &id, None);
     let io = ProcessIo::open(&stdio, &context).await?;
     stages::enter("create the container in the guest");
     let asked = CreateContainerRequest {
         id: id.to_string(),
-        spec: storage::document(&oci)?,
+        spec,
         storages,
         streams: Some(relay::streams(&stdio)).into(),
         ..CreateContainerRequest::default()
