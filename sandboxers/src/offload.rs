@@ -2,7 +2,7 @@
 //!
 //! A system call on a dead NFS or FUSE server does not return. The thread in it cannot be killed, nor can the process that the thread
 //! belongs to. So the daemon does not look at volumes and the layers of lazy snapshotters itself: a short-lived helper does, which is this
-//! executable again ([`serve`]). Log files have writers of their own ([`stdio`]), which begin and, if need be, end as helpers do.
+//! executable again ([`serve`]). Log files have writers of their own ([`stdio`]), which bound their own lives.
 //!
 //! ```text
 //!   daemon ── steps (JSON in a memfd, as standard input) ──▶ helper
@@ -48,7 +48,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::mpsc,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tracing::{debug, info, warn};
 
@@ -279,31 +279,25 @@ fn done(reply: Reply, descriptor: Option<OwnedFd>) -> Result<Done> {
 }
 
 /// A helper that runs, and one of its sandbox's places as long as it does.
-pub(crate) struct Helper {
+struct Helper {
     pid: u32,
     process: Option<Tracked>,
     exit: Option<(ExitFuture, Place)>,
 }
 
 impl Helper {
-    pub(crate) fn new(child: Child, place: Place) -> Result<Self> {
+    fn new(child: Child, place: Place) -> Result<Self> {
         Ok(Self { pid: child.pid, process: Tracked::open(child.pid)?, exit: Some((child.exit, place)) })
     }
 
-    /// Lets it live on by itself, without a place; `None` when it has ended.
-    pub(crate) fn release(mut self) -> Option<Tracked> {
-        self.exit = None;
-        self.process.take()
-    }
-
     /// Ends it, without waiting for longer than [`DYING`].
-    pub(crate) async fn kill(mut self, what: &str) {
+    async fn kill(mut self, what: &str) {
         self.signal();
         let Some((mut exit, place)) = self.exit.take() else { return };
         if timeout(DYING, &mut exit).await.is_ok() {
             return;
         }
-        let stuck = Stuck::new(self.pid, what, place);
+        let stuck = Stuck::new(what.to_owned(), place);
         tokio::spawn(async move {
             exit.await;
             stuck.has_ended();
@@ -329,45 +323,27 @@ impl Drop for Helper {
     }
 }
 
-/// Ends a process that has become a helper only now, and waits for that: while the kernel does not let it go, it counts as one.
-pub(crate) async fn kill(process: &Tracked, what: &str, sandbox: &str) {
-    if let Err(error) = process.signal(libc::SIGKILL) {
-        warn!(error = error.report(), what, "cannot kill a helper");
-    }
-    let mut stuck = None;
-    loop {
-        match timeout(DYING, process.ended()).await {
-            Ok(Ok(())) => break,
-            // No descriptor to watch it with: it is looked at again.
-            Ok(Err(error)) => {
-                warn!(error = error.report(), what, "cannot wait for a helper");
-                sleep(DYING).await;
-            }
-            Err(_) => {}
-        }
-        stuck.get_or_insert_with(|| Stuck::new(process.identity().pid, what, Place::of_one_that_runs(sandbox)));
-    }
-    if let Some(stuck) = stuck {
-        stuck.has_ended();
-    }
-}
-
-/// A helper that cannot be killed.
-struct Stuck {
-    pid: u32,
+/// A helper or log writer that waits for a filesystem and cannot be ended.
+pub(crate) struct Stuck {
     what: String,
     _place: Place,
 }
 
 impl Stuck {
-    fn new(pid: u32, what: &str, place: Place) -> Self {
-        warn!(pid, what, "a filesystem does not answer: its helper cannot be killed and stays until it does");
+    fn new(what: String, place: Place) -> Self {
+        warn!(what, "a filesystem does not respond: the process that waits for it stays until it does");
         STUCK_NOW.fetch_add(1, Ordering::Relaxed);
-        Self { pid, what: what.to_owned(), _place: place }
+        Self { what, _place: place }
     }
 
-    fn has_ended(self) {
-        info!(pid = self.pid, what = self.what, "the filesystem answered: the helper is gone");
+    /// Counts one of a sandbox that has become stuck without a place of its own.
+    pub(crate) fn count(what: String, sandbox: &str) -> Self {
+        *helpers().entry(sandbox.to_owned()).or_default() += 1;
+        Self::new(what, Place(sandbox.to_owned()))
+    }
+
+    pub(crate) fn has_ended(self) {
+        info!(what = self.what, "the process that waited for a filesystem has ended");
     }
 }
 
@@ -404,12 +380,6 @@ impl Place {
         }
         *count += 1;
         Ok(Self(sandbox.to_owned()))
-    }
-
-    /// Of one that is there, whether there was a place for it or not.
-    fn of_one_that_runs(sandbox: &str) -> Self {
-        *helpers().entry(sandbox.to_owned()).or_default() += 1;
-        Self(sandbox.to_owned())
     }
 }
 

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -182,16 +182,6 @@ impl Tracked {
         let Some(stat) = Stat::read(pid)? else { return Ok(None) };
         let identity = Identity { pid, start: stat.start };
         Ok(Some(Self { identity, pidfd: Arc::new(pidfd), parent: stat.parent }))
-    }
-
-    /// Takes hold of the process of a pidfd; `None` when it has ended and was reaped.
-    pub fn from_pidfd(pidfd: OwnedFd) -> Result<Option<Self>> {
-        let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
-        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        // -1 once it was reaped.
-        let Some(pid) = text.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok()) else { return Ok(None) };
-        let Some(stat) = Stat::read(pid)? else { return Ok(None) };
-        Ok(Some(Self { identity: Identity { pid, start: stat.start }, pidfd: Arc::new(pidfd), parent: stat.parent }))
     }
 
     /// Takes hold of a process again; `None` when it is gone, whoever has its pid now, or dead.

@@ -23,6 +23,7 @@ use kuasar_sandboxers::{
     types::Mount,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tokio::time::timeout;
 
 fn main() -> ExitCode {
     if let Some(ended) = offload::serve() {
@@ -67,6 +68,7 @@ async fn results_and_errors_come_back(offload: &Offload) {
 fn io_context(reaper: &Reaper, fds: FdStore) -> IoContext {
     IoContext {
         namespace: "k8s.io".parse().unwrap(),
+        sandbox: "logging".parse().unwrap(),
         container: "c1".parse().unwrap(),
         streams: StreamHub::default(),
         reaper: reaper.clone(),
@@ -118,6 +120,37 @@ async fn a_log_that_hangs_is_given_up(reaper: &Reaper, mute: &Path) {
     assert!(error.report().starts_with("log file /") && error.report().contains("does not answer"), "{}", error.report());
 }
 
+/// Without any daemon that would end it.
+async fn a_writer_whose_log_hangs_ends_by_itself(mute: &Path) {
+    let log = mute.join("log");
+    let mut writer = tokio::process::Command::new("/proc/self/exe");
+    writer.args([&log, &log]).env_clear().env("KUASAR_LOG_WRITER", "1").kill_on_drop(true);
+    writer.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let writer = writer.spawn().unwrap();
+    // Closes its input, then waits for the end of it and of its report.
+    let ended = timeout(Duration::from_secs(45), writer.wait_with_output()).await.expect("the writer stays").unwrap();
+    let report = String::from_utf8(ended.stdout).unwrap();
+    assert!(report.starts_with("behind\nthe filesystem did not respond within"), "{report}");
+}
+
+/// As of containers that are created and deleted, each of which leaves a writer behind.
+async fn writers_of_hung_logs_are_bounded(reaper: &Reaper, mute: &Path) {
+    let stdio = Stdio { stdout: format!("file://{}", mute.join("log").display()), ..Stdio::default() };
+    let context = IoContext { sandbox: "bounded".parse().unwrap(), ..io_context(reaper, FdStore::default()) };
+    let open = || ProcessIo::open(&stdio, &context);
+    for hung in join_all((0..MOST).map(|_| open())).await {
+        assert_eq!(hung.unwrap_err().code(), Code::DeadlineExceeded);
+    }
+    // They are still there.
+    let error = open().await.unwrap_err();
+    assert_eq!(error.code(), Code::ResourceExhausted, "{}", error.report());
+    let report = error.report();
+    assert!(
+        report.contains(&stdio.stdout["file://".len()..]) && report.contains("check their NFS or FUSE servers"),
+        "{report}"
+    );
+}
+
 /// A log file that an earlier version has opened itself, on a filesystem that hangs since.
 async fn an_opened_log_that_hangs_holds_nothing_up(reaper: &Reaper, mute: &Path) {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(mute).unwrap().into();
@@ -164,7 +197,9 @@ async fn what_hangs_is_given_up(reaper: &Reaper) {
     };
     let (log, opened) =
         (a_log_that_hangs_is_given_up(reaper, dir.path()), an_opened_log_that_hangs_holds_nothing_up(reaper, dir.path()));
-    let (took, (), (), ()) = tokio::join!(given_up, beside, log, opened);
+    let (ends, bounded) =
+        (a_writer_whose_log_hangs_ends_by_itself(dir.path()), writers_of_hung_logs_are_bounded(reaper, dir.path()));
+    let (took, (), (), (), (), ()) = tokio::join!(given_up, beside, log, opened, ends, bounded);
     assert!(took < Duration::from_secs(20), "{took:?}");
     // The device ends the filesystem; then there are places again.
     drop(device);

@@ -44,6 +44,7 @@ fn context() -> IoContext {
     static REAPER: OnceLock<Reaper> = OnceLock::new();
     IoContext {
         namespace: "k8s.io".parse().unwrap(),
+        sandbox: "pod".parse().unwrap(),
         container: "c1".parse().unwrap(),
         streams: StreamHub::default(),
         reaper: REAPER.get_or_init(|| Reaper::install().unwrap()).clone(),

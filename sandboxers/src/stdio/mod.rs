@@ -66,6 +66,8 @@ pub struct Stdio {
 pub struct IoContext {
     /// containerd's namespace; told to log programs.
     pub namespace: Namespace,
+    /// The sandbox, whose log writers are counted.
+    pub sandbox: SandboxId,
     /// The container; told to log programs.
     pub container: ContainerId,
     /// Streams that containerd opened.
@@ -110,6 +112,7 @@ impl IoContext {
         };
         Self {
             namespace: spec.namespace.clone(),
+            sandbox: sandbox.clone(),
             container: container.clone(),
             streams: context.streams.clone(),
             reaper: context.reaper.clone(),
