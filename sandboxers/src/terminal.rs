@@ -34,6 +34,7 @@ use tracing::{debug, warn};
 use crate::{
     error::{Error, Result},
     fdstore::Held,
+    id::ContainerId,
     stdio::{Endpoint, Endpoints, Fifo, IoContext, LogWriter, Logger, Stdio, Streams, own, splice_all, until_empty, write_all},
     sys,
     types::WindowSize,
@@ -44,6 +45,9 @@ const CHUNK: usize = 4 << 10;
 
 /// How long the rest of the output may take after the process has ended: a process it left behind may hold the terminal open.
 const DRAIN: Duration = Duration::from_secs(2);
+
+/// Names the parked descriptor that output is written to.
+const OUTPUT: &str = "output";
 
 type Master = Arc<AsyncFd<OwnedFd>>;
 
@@ -104,20 +108,26 @@ impl Terminal {
             Endpoint::None => Sink::Nowhere,
             Endpoint::Stream(_) if adopted => Sink::Nowhere,
             Endpoint::Fifo(path) => {
-                let (fifo, held) = fifo("stdout", "output", path, context)?;
-                Sink::pipe(fifo, Some(held))?
+                let (fifo, held) = fifo("stdout", OUTPUT, path, context)?;
+                Sink::pipe(fifo, Some(held), true)?
             }
-            Endpoint::Stream(id) => Sink::pipe(streams.open_output("stdout", id, context)?, None)?,
-            Endpoint::File(path) => {
-                // That of a daemon before has ended with that one's pipe.
-                let (writer, pipe) = LogWriter::start(path, path, "stdout", context).await?;
-                log = Some(writer);
-                Sink::pipe(pipe, None)?
-            }
+            Endpoint::Stream(id) => Sink::pipe(streams.open_output("stdout", id, context)?, None, false)?,
+            Endpoint::File(path) => match log_pipe(path, context, adopted).await {
+                Ok((writer, pipe, held)) => {
+                    log = Some(writer);
+                    Sink::pipe(pipe, Some(held), false)?
+                }
+                // A log must not stop the recovery of its container.
+                Err(error) if adopted => {
+                    warn!(container = %context.container, error = error.report(), "output is discarded: its log file cannot be written");
+                    Sink::Nowhere
+                }
+                Err(error) => return Err(error),
+            },
             Endpoint::Program(program) => {
                 let (started, stdout, _) = Logger::start(program, context).await?;
                 logger = Some(started);
-                Sink::pipe(own(stdout, context)?, None)?
+                Sink::pipe(own(stdout, context)?, None, false)?
             }
         };
         let source = source.map(pipe::Receiver::from_owned_fd).transpose().map_err(Error::failed("watch stdin"))?;
@@ -133,13 +143,13 @@ impl Terminal {
             let master = master.clone();
             async move {
                 let mut sink = sink;
-                if let Err(error) = copy_output(&master, &mut sink).await {
+                if let Err(error) = copy_output(&master, &mut sink, &container).await {
                     warn!(%container, %error, "terminal output was cut off");
                 }
                 // Nobody waits any more: fine.
                 let _ = done.send(true);
                 // What is in a FIFO is lost when the last that has it open goes, and containerd may be away.
-                if let Sink::Pipe { pipe, _held: Some(_), .. } = &sink {
+                if let Sink::Pipe { pipe, is_fifo: true, .. } = &sink {
                     until_empty(pipe.get_ref()).await;
                 }
             }
@@ -219,23 +229,41 @@ fn fifo(field: &'static str, name: &str, path: &Path, context: &IoContext) -> Re
     Ok((fifo, held))
 }
 
+/// The pipe to a log's writer, parked so that the writer outlives the daemon.
+async fn log_pipe(path: &Path, context: &IoContext, adopted: bool) -> Result<(LogWriter, OwnedFd, Held)> {
+    const FIELD: &str = "stdout";
+    let name = context.held(OUTPUT);
+    // The version before has not parked the pipe, so that its writer has ended.
+    if adopted
+        && let Some((mut parked, held)) = context.fds.take_of_namespace(&name)
+        && let (Some(pipe), Some(writer)) = (parked.pop(), LogWriter::adopt(path, FIELD, context)?)
+    {
+        return Ok((writer, pipe, held));
+    }
+    let (writer, pipe) = LogWriter::start(path, path, FIELD, context).await?;
+    let held = context.fds.leave(name, &[pipe.as_fd()])?;
+    Ok((writer, pipe, held))
+}
+
 enum Sink {
     Nowhere,
     Pipe {
         pipe: AsyncFd<OwnedFd>,
         /// Whether the kernel can move bytes from a terminal to a pipe.
         splices: bool,
+        /// Its content is lost when the last that has it open goes.
+        is_fifo: bool,
         _held: Option<Held>,
     },
 }
 
 impl Sink {
-    fn pipe(fd: OwnedFd, held: Option<Held>) -> Result<Self> {
+    fn pipe(fd: OwnedFd, held: Option<Held>, is_fifo: bool) -> Result<Self> {
         fcntl(&fd, FcntlArg::F_GETFL)
             .and_then(|flags| fcntl(&fd, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK)))
             .map_err(Error::failed("make stdout non-blocking"))?;
         let pipe = sys::watch(fd, Interest::WRITABLE).map_err(Error::failed("watch stdout"))?;
-        Ok(Self::Pipe { pipe, splices: true, _held: held })
+        Ok(Self::Pipe { pipe, splices: true, is_fifo, _held: held })
     }
 
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -246,14 +274,18 @@ impl Sink {
     }
 }
 
-/// Copies until the last process has closed the terminal.
-async fn copy_output(master: &AsyncFd<OwnedFd>, sink: &mut Sink) -> io::Result<()> {
-    let mut result = Ok(());
+/// Copies until the last process has closed the terminal. When the sink fails, what follows is discarded: the process must not block.
+async fn copy_output(master: &AsyncFd<OwnedFd>, sink: &mut Sink, container: &ContainerId) -> io::Result<()> {
+    let discard = |sink: &mut Sink, error: io::Error| {
+        warn!(%container, %error, "terminal output is discarded: its destination cannot be written");
+        *sink = Sink::Nowhere;
+    };
     loop {
         if let Sink::Pipe { pipe, splices: splices @ true, .. } = sink {
             // Nothing that has left the terminal is in our memory, where it would be lost with us.
             match splice_output(master, pipe).await {
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => *splices = false,
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => discard(sink, error),
                 ended => return ended,
             }
         }
@@ -261,19 +293,15 @@ async fn copy_output(master: &AsyncFd<OwnedFd>, sink: &mut Sink) -> io::Result<(
         let mut buffer = vec![0; CHUNK];
         loop {
             let length = match ready.try_io(|master| Ok(rustix::io::read(master.get_ref(), &mut buffer[..])?)) {
-                Ok(Ok(0)) => return result,
+                Ok(Ok(0)) => return Ok(()),
                 Ok(Ok(length)) => length,
-                Ok(Err(error)) if is_hangup(&error) => return result,
+                Ok(Err(error)) if is_hangup(&error) => return Ok(()),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Ok(Err(error)) => return Err(error),
                 Err(_) => break,
             };
-            if result.is_ok() {
-                // A full disk must not stop the process: what follows is thrown away, and told at the end.
-                result = sink.write(&buffer[..length]).await;
-                if result.is_err() {
-                    *sink = Sink::Nowhere;
-                }
+            if let Err(error) = sink.write(&buffer[..length]).await {
+                discard(sink, error);
             }
         }
     }
@@ -333,4 +361,35 @@ fn read_now(source: &pipe::Receiver, buffer: &mut Vec<u8>) -> io::Result<usize> 
     let length = rustix::io::read(source, &mut buffer[..])?;
     buffer.truncate(length);
     Ok(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As after the death of a log's writer.
+    #[tokio::test]
+    async fn output_goes_on_when_nothing_reads_it_any_more() {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        fcntl(&pty.master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK)).unwrap();
+        let master = sys::watch(pty.master, Interest::READABLE | Interest::WRITABLE).unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        for splices in [true, false] {
+            let mut sink = Sink::pipe(writer.try_clone().unwrap().into(), None, false).unwrap();
+            if let Sink::Pipe { splices: by_kernel, .. } = &mut sink {
+                *by_kernel = splices;
+            }
+            let container = "c1".parse().unwrap();
+            let slave = pty.slave.try_clone().unwrap();
+            // More than the terminal holds.
+            let write =
+                tokio::task::spawn_blocking(move || io::Write::write_all(&mut std::fs::File::from(slave), &[b'x'; 100_000]));
+            select! {
+                written = write => written.unwrap().unwrap(),
+                ended = copy_output(&master, &mut sink, &container) => panic!("copying ended: {ended:?}"),
+                () = tokio::time::sleep(Duration::from_secs(10)) => panic!("the process is blocked"),
+            }
+        }
+    }
 }

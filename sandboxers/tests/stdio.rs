@@ -347,6 +347,43 @@ fn a_log_file_outlives_a_daemon() {
     });
 }
 
+/// The next daemon goes on with the writer; where that is not there, and its file cannot be opened, the output goes nowhere.
+#[test]
+fn a_terminals_log_outlives_a_daemon() {
+    run(async {
+        let pipes = Pipes::new();
+        let (holder, context, next) = contexts();
+        let log = pipes.path("log");
+        let stdio = Stdio { stdout: format!("file://{}", log.display()), terminal: true, ..Stdio::default() };
+        let Tty { terminal, slave } = Tty::new(&stdio, &context).await;
+        File::from(slave.try_clone().unwrap()).write_all(b"first ").unwrap();
+        while fs::metadata(&log).unwrap().len() < 6 {
+            tokio::task::yield_now().await;
+        }
+        // Nobody opens it again.
+        let moved = pipes.path("moved");
+        fs::rename(&log, &moved).unwrap();
+        fs::create_dir(&log).unwrap();
+        let (second, third) = (next(&holder), next(&holder));
+        let second = Terminal::adopt(&stdio, &second).await.unwrap().unwrap();
+        drop(terminal);
+        File::from(slave.try_clone().unwrap()).write_all(b"second").unwrap();
+        while fs::metadata(&moved).unwrap().len() < 12 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(fs::read_to_string(&moved).unwrap(), "first second");
+        drop(second);
+
+        // The version before has not parked the pipe.
+        drop(third.fds.take(&third.held("output")).unwrap());
+        let third = Terminal::adopt(&stdio, &third).await.unwrap().unwrap();
+        let mut slave = File::from(slave);
+        tokio::task::spawn_blocking(move || slave.write_all(&[b'x'; 100_000]).unwrap()).await.unwrap();
+        third.finish().await;
+        drop(third);
+    });
+}
+
 #[test]
 fn a_log_that_cannot_be_opened_is_named() {
     run(async {

@@ -335,7 +335,7 @@ impl Relay {
                 outputs.push(output.clone());
                 tokio::spawn(
                     async move {
-                        if let Err(error) = connection.carry_output(ours, &output).await {
+                        if let Err(error) = connection.carry_output(ours, &output, &process).await {
                             warn!(process, stream = kind.name(), %error, "output was cut off");
                         }
                         output.ended.store(true, Ordering::Release);
@@ -542,19 +542,26 @@ impl Stream {
         result
     }
 
-    async fn carry_output(&self, sink: OwnedFd, output: &Output) -> io::Result<()> {
+    /// Where nothing reads at the sink any more, what follows is discarded: the process in the guest must not block.
+    async fn carry_output(&self, sink: OwnedFd, output: &Output, process: &str) -> io::Result<()> {
         let guest = watched(&self.guest)?;
         self.open(&guest).await?;
-        let moved = |length: u64| {
+        let mut moved = |length: u64| {
             let all = output.moved.fetch_add(length, Ordering::AcqRel) + length;
             self.counts.set(self.kind, all | Counts::OPENED)?;
             output.changed.notify_waiters();
             Ok(())
         };
         match End::of(sink)? {
-            End::Pipe(sink) => move_all(&guest, &sink, moved).await,
-            End::Nowhere => discard(&guest, moved).await,
+            End::Pipe(sink) => match move_all(&guest, &sink, &mut moved).await {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    warn!(process, stream = self.kind.name(), %error, "output is discarded: its destination cannot be written");
+                }
+                ended => return ended,
+            },
+            End::Nowhere => {}
         }
+        discard(&guest, moved).await
     }
 }
 
@@ -604,8 +611,10 @@ async fn copy_all(
     mut moved: impl FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
     while let Some(bytes) = read_some(source).await? {
-        write_all(sink, &bytes).await?;
+        let written = write_all(sink, &bytes).await;
+        // What was read is not in the connection any more, written or not.
         moved(bytes.len() as u64)?;
+        written?;
     }
     Ok(())
 }
@@ -632,6 +641,65 @@ async fn read_some(source: &AsyncFd<OwnedFd>) -> io::Result<Option<Vec<u8>>> {
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
             Ok(Err(error)) => return Err(error),
             Err(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    /// As after the death of a log's writer: all is counted, so that the end of the process is not waited for in vain.
+    #[tokio::test]
+    async fn output_that_nothing_reads_any_more_is_counted_and_discarded() {
+        for by_kernel in [true, false] {
+            let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            let guest = Arc::new(OwnedFd::from(ours));
+            let (mut reader, sink) = io::pipe().unwrap();
+            let output = Output {
+                kind: StreamKind::Stdout,
+                moved: AtomicU64::new(0),
+                changed: Notify::new(),
+                ended: AtomicBool::new(false),
+            };
+            let counts = Arc::new(Counts::new().unwrap());
+            let stream =
+                Stream { guest: guest.clone(), header: Vec::new(), opened: true, counts: counts.clone(), kind: output.kind };
+            let writing = tokio::task::spawn_blocking(move || {
+                theirs.write_all(b"first").unwrap();
+                let mut first = [0; 5];
+                reader.read_exact(&mut first).unwrap();
+                assert_eq!(&first, b"first");
+                drop(reader);
+                theirs.write_all(&[b'x'; 1 << 20]).unwrap();
+            });
+            if by_kernel {
+                stream.carry_output(sink.into(), &output, "c e").await.unwrap();
+            } else {
+                let (source, End::Pipe(sink)) = (watched(&guest).unwrap(), End::of(sink.into()).unwrap()) else {
+                    panic!("it is no pipe")
+                };
+                let mut count = 0;
+                let moved = |length| {
+                    count += length;
+                    Ok(())
+                };
+                let error = copy_all(&source, &sink, moved).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+                assert!(count > 5, "what was read is not counted");
+                discard(&source, |_| Ok(())).await.unwrap();
+            }
+            writing.await.unwrap();
+            if by_kernel {
+                let all = 5 + (1 << 20);
+                assert_eq!(
+                    (output.moved.load(Ordering::Acquire), counts.get(output.kind).unwrap()),
+                    (all, all | Counts::OPENED)
+                );
+            }
         }
     }
 }
