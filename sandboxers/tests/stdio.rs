@@ -384,6 +384,35 @@ fn a_terminals_log_outlives_a_daemon() {
     });
 }
 
+/// A daemon may die when it has connected some of a process's streams in a virtual machine.
+#[test]
+fn only_what_is_missing_is_opened() {
+    run(async {
+        let pipes = Pipes::new();
+        let (holder, context, next) = contexts();
+        let uri = |name: &str| format!("file://{}", pipes.path(name).display());
+        let stdio = Stdio { stdout: uri("out.log"), stderr: uri("err.log"), ..Stdio::default() };
+        let parked = |which: &str| {
+            let (parked, held) = holder.store().take(&context.held(which)).unwrap();
+            held.keep();
+            File::from(parked.into_iter().next().unwrap()).metadata().unwrap().ino()
+        };
+        let first = ProcessIo::open(&stdio, &context).await.unwrap();
+        let mut stdout = File::from(first.child_fds().unwrap().stdout);
+        let before = (parked("log-out"), parked("log-err"));
+        let second = ProcessIo::open_missing(&stdio, &next(&holder), &["stderr"]).await.unwrap();
+        assert!(parked("log-out") == before.0 && parked("log-err") != before.1);
+        let mut stderr = File::from(second.child_fds().unwrap().stderr);
+        stdout.write_all(b"out").unwrap();
+        stderr.write_all(b"err").unwrap();
+        drop((first, stdout, stderr));
+        // Waits for both writers.
+        second.finish().await;
+        let text = |name: &str| fs::read_to_string(pipes.path(name)).unwrap();
+        assert_eq!((text("out.log").as_str(), text("err.log").as_str()), ("out", "err"));
+    });
+}
+
 #[test]
 fn a_log_that_cannot_be_opened_is_named() {
     run(async {

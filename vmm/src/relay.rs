@@ -286,7 +286,8 @@ impl Relay {
         let missing: Vec<_> = KINDS.into_iter().filter(missing).collect();
         match agent {
             Some(agent) if !missing.is_empty() => {
-                let io = ProcessIo::open(stdio, context).await?;
+                let fields: Vec<_> = missing.iter().map(|kind| kind.name()).collect();
+                let io = ProcessIo::open_missing(stdio, context, &fields).await?;
                 if left.held.is_empty() {
                     left = Left::new(context)?;
                 }

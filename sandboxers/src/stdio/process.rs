@@ -28,6 +28,9 @@ use crate::{
 /// behind may hold the stream open for ever.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// What the streams are called, by descriptor.
+const FIELDS: [&str; 3] = ["stdin", "stdout", "stderr"];
+
 /// The descriptors a process is started with; each can be turned into a `std::process::Stdio`.
 #[derive(Debug)]
 pub struct ChildFds {
@@ -72,37 +75,59 @@ impl ProcessIo {
     /// [`Error::Invalid`] for a field that cannot be understood, or a FIFO that is not there; [`Error::TimedOut`] or
     /// [`Error::Backend`] for a log program that does not get ready; [`Error::Io`] for the rest.
     pub async fn open(stdio: &Stdio, context: &IoContext) -> Result<Self> {
+        Self::open_missing(stdio, context, &FIELDS).await
+    }
+
+    /// Opens those of `stdin`, `stdout` and `stderr` that are `missing`, and adopts the others from an earlier daemon. The descriptors for the
+    /// process are null devices for the others.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_missing(stdio: &Stdio, context: &IoContext, missing: &[&str]) -> Result<Self> {
         let ends = Endpoints::parse(stdio)?;
-        let mut streams = Streams::new(context);
-        let (stdin, keeper) = match &ends.stdin {
+        let select = |wanted: bool| {
+            let of = |field: &str, end: &Endpoint| {
+                if missing.contains(&field) == wanted { end.clone() } else { Endpoint::None }
+            };
+            let [stdin, stdout, stderr] = FIELDS;
+            Endpoints { stdin: of(stdin, &ends.stdin), stdout: of(stdout, &ends.stdout), stderr: of(stderr, &ends.stderr) }
+        };
+        let mut io = Self::adopted(&select(false), context)?;
+        io.add(&select(true), context).await?;
+        Ok(io)
+    }
+
+    async fn add(&mut self, ends: &Endpoints, context: &IoContext) -> Result<()> {
+        // Those of a daemon that has not got as far as connecting them.
+        let mut logs = adopt_logs(ends, context)?;
+        let mut outputs = Vec::new();
+        let streams = &mut self.streams;
+        let stdin = match &ends.stdin {
             Endpoint::Fifo(path) => {
                 let (reader, keeper) = Fifo::find("stdin", path)?.reader_and_keeper()?;
                 // When nobody has it open for writing, the process takes that for the end of its input.
                 let held = context.fds.leave(context.held("stdin"), &[keeper.as_fd()])?;
-                (own(reader, context)?, Some((keeper, held)))
+                *lock(&self.keeper) = Some((keeper, held));
+                own(reader, context)?
             }
-            Endpoint::Stream(id) => (own(streams.open_input(id, context)?, context)?, None),
-            _ => (null_device()?, None),
+            Endpoint::Stream(id) => own(streams.open_input(id, context)?, context)?,
+            _ => null_device()?,
         };
-        // Of a daemon that had come less far.
-        let mut logs = adopt_logs(&ends, context)?;
-        let mut outputs = Vec::new();
-        let mut logger = None;
         let mut logger_stderr = None;
         let stdout = match (&ends.stdout, &ends.stderr) {
             (Endpoint::Program(program), _) => {
                 let (started, stdout, stderr) = Logger::start(program, context).await?;
-                logger = Some(started);
+                self.logger = Some(started);
                 logger_stderr = Some(own(stderr, context)?);
                 own(stdout, context)?
             }
             (end, Endpoint::Program(program)) => {
                 let (started, _, stderr) = Logger::start(program, context).await?;
-                logger = Some(started);
+                self.logger = Some(started);
                 logger_stderr = Some(own(stderr, context)?);
-                open_output("stdout", end, &mut streams, &mut outputs, &mut logs, context).await?
+                open_output("stdout", end, streams, &mut outputs, &mut logs, context).await?
             }
-            (end, _) => open_output("stdout", end, &mut streams, &mut outputs, &mut logs, context).await?,
+            (end, _) => open_output("stdout", end, streams, &mut outputs, &mut logs, context).await?,
         };
         let stderr = match (&ends.stderr, logger_stderr) {
             // One log program takes both, whatever the second URI says.
@@ -111,18 +136,12 @@ impl ProcessIo {
             (Endpoint::File(_), _) if ends.stderr == ends.stdout => {
                 stdout.try_clone().map_err(Error::failed("copy a descriptor"))?
             }
-            (end, _) => open_output("stderr", end, &mut streams, &mut outputs, &mut logs, context).await?,
+            (end, _) => open_output("stderr", end, streams, &mut outputs, &mut logs, context).await?,
         };
-        let child = Some(ChildFds { stdin, stdout, stderr });
-        Ok(Self {
-            child: Mutex::new(child),
-            keeper: Mutex::new(keeper),
-            outputs: Mutex::new(outputs),
-            unread: Mutex::default(),
-            logger,
-            logs: Mutex::new(logs),
-            streams,
-        })
+        lock(&self.outputs).append(&mut outputs);
+        lock(&self.logs).append(&mut logs);
+        *lock(&self.child) = Some(ChildFds { stdin, stdout, stderr });
+        Ok(())
     }
 
     /// Takes the stdio of a running process over from an earlier daemon: what that has left of it. The process still has FIFOs, files
@@ -131,7 +150,10 @@ impl ProcessIo {
     /// # Errors
     /// [`Error::Invalid`] for a field that cannot be understood; [`Error::Io`] when descriptors have run out.
     pub fn adopt(stdio: &Stdio, context: &IoContext) -> Result<Self> {
-        let ends = Endpoints::parse(stdio)?;
+        Self::adopted(&Endpoints::parse(stdio)?, context)
+    }
+
+    fn adopted(ends: &Endpoints, context: &IoContext) -> Result<Self> {
         let mut streams = Streams::new(context);
         let mut keeper = None;
         match &ends.stdin {
@@ -160,7 +182,7 @@ impl ProcessIo {
                 _ => {}
             }
         }
-        let logs = Mutex::new(adopt_logs(&ends, context)?);
+        let logs = Mutex::new(adopt_logs(ends, context)?);
         let (keeper, outputs) = (Mutex::new(keeper), Mutex::new(outputs));
         Ok(Self { child: Mutex::default(), keeper, outputs, unread: Mutex::default(), logger: None, logs, streams })
     }
