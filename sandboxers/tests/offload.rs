@@ -5,7 +5,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Write,
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
@@ -94,6 +94,12 @@ async fn a_log_is_written_by_a_process_of_its_own(reaper: &Reaper) {
     let ChildFds { stdout, stderr, .. } = first.child_fds().unwrap();
     let (mut stdout, mut stderr) = (File::from(stdout), File::from(stderr));
     stdout.write_all(b"a ").unwrap();
+    // As the version before has parked it: with a pidfd.
+    let (earlier, name) = (holder.store(), "@k8s.io/logging/c1/log-out");
+    let (parked, held) = earlier.take(name).unwrap();
+    assert_eq!(parked.len(), 1);
+    let pidfd = File::open("/proc/self").unwrap();
+    std::mem::forget((earlier.leave(name.into(), &[parked[0].as_fd(), pidfd.as_fd()]).unwrap(), held));
     // The daemon dies, and the next one waits for its writer.
     let second = ProcessIo::adopt(&stdio, &io_context(reaper, holder.store())).unwrap();
     std::mem::forget(first);

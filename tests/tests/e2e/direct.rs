@@ -627,8 +627,23 @@ async fn a_hung_log_stops_nobody(case: &Case) -> Result<()> {
             futures::future::try_join_all(ends).await?;
             let writers = || running(Path::new("kuasar-log"), log);
             ensure!(!writers()?.is_empty(), "no process of its own writes to the log");
+            // They are bounded: the pod gets no further writers.
+            let (id, file) = (direct.id("refused"), direct.case.dir().join("refused"));
+            let mut wanted = direct.container(&pod, &id, "echo well")?;
+            wanted.stdout = format!("file://{}", file.display());
+            wanted.stderr.clone_from(&wanted.stdout);
+            let (code, text) = direct.create_refused(&wanted).await?;
+            assert_eq!(code, ttrpc::Code::RESOURCE_EXHAUSTED, "{text}");
+            assert!(text.contains(&*file.to_string_lossy()) && text.contains("check their NFS or FUSE servers"), "{text}");
             hung.release();
-            eventually("the writers' end", || async { Ok(writers()?.is_empty()) }).await
+            eventually("the writers' end", || async { Ok(writers()?.is_empty()) }).await?;
+            eventually("the end of the refusals", || async { Ok(direct.task.create(context(), &wanted).await.is_ok()) })
+                .await?;
+            direct.start_container(&id).await?;
+            assert_eq!(direct.wait(&id).await?.exit_status, 0);
+            direct.delete(&id).await?;
+            assert_eq!(fs::read_to_string(&file)?, "well\n");
+            Ok(())
         }
         .boxed()
     })
