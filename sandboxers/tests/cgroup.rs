@@ -89,6 +89,20 @@ async fn groups_below_go_too_and_frozen_processes_die() {
 }
 
 #[tokio::test]
+async fn groups_above_go_with_the_last_below_them_where_we_made_them() {
+    // Another's, as kubelet's.
+    let Some(others) = group("others") else { return };
+    let first = Cgroup::create(&others.path().join("a/b/first")).unwrap();
+    let second = Cgroup::create(&others.path().join("a/second")).unwrap();
+    let above = |below: &Cgroup| Cgroup::at(below.path().parent().unwrap()).unwrap();
+    first.remove().await.unwrap();
+    assert!(!above(&first).exists() && above(&second).exists() && second.exists());
+    second.remove().await.unwrap();
+    assert!(!above(&second).exists() && others.exists());
+    others.remove().await.unwrap();
+}
+
+#[tokio::test]
 async fn removal_waits_for_the_last_process_and_says_which_it_was() {
     let Some(group) = group("busy") else { return };
     let mut child = waiting(&group);

@@ -1,11 +1,12 @@
 //! Which cgroup trees are mounted where.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::{Mutex, OnceLock, PoisonError},
 };
 
+use rustix::fs::{XattrFlags, getxattr, setxattr};
 use tracing::debug;
 
 use crate::{
@@ -41,6 +42,12 @@ pub struct Tree {
     /// Which directory of the tree is mounted there: within a container often not the root.
     root: PathBuf,
 }
+
+/// The attribute of groups that were made on the way to another. Processes in a container cannot set it.
+const MARK: &str = "trusted.kuasar";
+
+/// How often a group is begun to be made, while the ends of others remove those above it.
+const CREATE_TRIES: u32 = 20;
 
 /// Options of a v1 mount that are not controllers.
 const OPTIONS: [&str; 10] =
@@ -180,8 +187,21 @@ impl Tree {
         Some(Path::new("/").join(rest))
     }
 
-    /// Makes a group and those above it.
+    /// Makes a group and those above it. The latter are marked, so that [`Self::remove_made_above`] knows them.
     pub(super) fn create(&self, path: &Path) -> Result<()> {
+        let mut tries = CREATE_TRIES;
+        loop {
+            tries -= 1;
+            match self.try_create(path) {
+                // The end of another group has removed one that both were in.
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && tries > 0 => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn try_create(&self, path: &Path) -> Result<()> {
+        let group = self.dir(path);
         let mut dir = self.point.clone();
         for part in path.strip_prefix("/").unwrap_or(path) {
             if self.is_unified() {
@@ -189,7 +209,8 @@ impl Tree {
             }
             dir.push(part);
             match fs::create_dir(&dir) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                Ok(()) if dir != group => mark(&dir),
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(Error::io("make control group", dir)(error));
                 }
                 _ => {}
@@ -200,6 +221,28 @@ impl Tree {
         }
         Ok(())
     }
+
+    /// Removes the groups above one, as far as they are empty and [`Self::create`] has made them. Others' are theirs to remove, as
+    /// kubelet's and systemd's, which are there before any of ours.
+    pub(super) fn remove_made_above(&self, dir: &Path) {
+        let above = dir.ancestors().skip(1).take_while(|above| above.starts_with(&self.point) && **above != self.point);
+        for dir in above {
+            if !is_marked(dir) || fs::remove_dir(dir).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Says that a group is ours to remove. Without the mark it stays.
+fn mark(dir: &Path) {
+    if let Err(error) = setxattr(dir, MARK, b"1", XattrFlags::empty()) {
+        debug!(path = %dir.display(), %error, "control group cannot be marked, and will stay");
+    }
+}
+
+fn is_marked(dir: &Path) -> bool {
+    getxattr(dir, MARK, &mut [0_u8; 8]).is_ok()
 }
 
 /// A v2 group has the controllers its parent hands down. Those that cannot be, stay away: a group that has processes of its

@@ -361,8 +361,8 @@ impl Cgroup {
         }
     }
 
-    /// Removes it and the groups below it. Waits for a group that is still becoming empty; kill its processes before.
-    /// Missing is fine.
+    /// Removes it and the groups below it, and those above it that [`Self::create`] has made and that are empty. Waits for a group that
+    /// is still becoming empty; kill its processes before. Missing is fine.
     ///
     /// # Errors
     /// [`Error::TimedOut`] when it does not become empty, naming the processes in it.
@@ -372,8 +372,13 @@ impl Cgroup {
         let mut pause = Duration::from_millis(1);
         loop {
             let mut busy = false;
-            for dir in self.dirs(hierarchy) {
-                busy |= !files::remove(&dir)?;
+            for tree in hierarchy.trees() {
+                let Some(dir) = self.dir_in(tree) else { continue };
+                if files::remove(&dir)? {
+                    tree.remove_made_above(&dir);
+                } else {
+                    busy = true;
+                }
             }
             if !busy {
                 return Ok(());
