@@ -214,6 +214,12 @@ impl Setup {
         set(CRI).or_else(|| set(CRI_1)).unwrap_or(false)
     }
 
+    /// Whether containerd's own handler runc has `SystemdCgroup` set, and to what.
+    pub(super) fn runc_has_systemd_driver(&self) -> Option<bool> {
+        let set = |plugin| self.get(&["plugins", plugin, "containerd", "runtimes", "runc", "options", "SystemdCgroup"]);
+        set(CRI).or_else(|| set(CRI_1)).and_then(Value::as_bool)
+    }
+
     /// Directories of CNI plugins.
     pub(super) fn cni_bin_dirs(&self) -> Vec<String> {
         let list = |plugin| self.get(&["plugins", plugin, "cni", "bin_dirs"]).and_then(Value::as_array);

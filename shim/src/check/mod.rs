@@ -7,6 +7,7 @@
 
 pub mod containerd;
 pub mod daemon;
+pub mod driver;
 mod host;
 mod kernel;
 mod network;
@@ -114,6 +115,7 @@ pub async fn all(
     let containerd = containerd::Setup::read(host);
     let mut findings = Vec::new();
     findings.extend(kernel::all(host, &containerd));
+    findings.push(driver::finding(host, &containerd));
     findings.extend(systemd::all(host, reaper).await);
     findings.push(daemon::running(daemon, socket));
     match daemon.settings() {

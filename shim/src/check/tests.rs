@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{
     Finding, Host, Status, containerd,
     daemon::{self, Daemon, Serving, Settings},
-    kernel, network, runtime, state, systemd,
+    driver, kernel, network, runtime, state, systemd,
 };
 use crate::config::Config;
 
@@ -311,6 +311,42 @@ fn runtime_types_name_shims_as_containerd_does() {
     assert_eq!(containerd::shim_program("io.containerd.kuasar-runc.v1").as_deref(), Some("containerd-shim-kuasar-runc-v1"));
     assert_eq!(containerd::shim_program("kuasar"), None);
     assert_eq!(containerd::shim_program(".v1"), None);
+}
+
+#[test]
+fn the_cgroup_driver_is_containerds_then_kubelets_then_the_hosts() {
+    let runc = |set: &str| {
+        let tables = "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]";
+        Fake::new().with("etc/containerd/config.toml", &format!("version = 3\n{tables}\nSystemdCgroup = {set}\n"))
+    };
+    let by_systemd = |fake: Fake| fake.with("run/systemd/system/x", "").with("sys/fs/cgroup/cgroup.controllers", "cpu");
+    let kubelet = |fake: Fake, driver: &str| {
+        fake.with(
+            "var/lib/kubelet/config.yaml",
+            &format!("kind: KubeletConfiguration\ncgroupDriver: {driver}\nx:\n  cgroupDriver: y\n"),
+        )
+    };
+    let find = |fake: &Fake| driver::finding(&fake.host(), &containerd::Setup::read(&fake.host()));
+    told(&find(&Fake::new()), Status::Ok, false, "cgroupfs, by what runs this node");
+    told(&find(&by_systemd(Fake::new())), Status::Ok, false, "systemd, by what runs this node");
+    told(&find(&kubelet(Fake::new(), "systemd")), Status::Ok, false, "systemd, by cgroupDriver in /var/lib/kubelet");
+    told(&find(&kubelet(by_systemd(Fake::new()), "'cgroupfs' # old")), Status::Ok, false, "cgroupfs, by cgroupDriver");
+    told(&find(&kubelet(Fake::new(), "neither")), Status::Ok, false, "cgroupfs, by what runs this node");
+    told(&find(&by_systemd(runc("true"))), Status::Ok, false, "systemd, by containerd's runtime handler runc");
+    told(&find(&kubelet(runc("true"), "systemd")), Status::Ok, false, "systemd, by containerd's");
+    told(&find(&kubelet(runc("false"), "systemd")), Status::Warn, false, "handler runc has cgroupfs, kubelet systemd");
+    told(&find(&by_systemd(runc("false"))), Status::Warn, false, "but systemd is usual");
+}
+
+#[test]
+fn a_full_store_of_descriptors_is_told() {
+    let told_of = |stored: u32, most: u32| {
+        systemd::stored_descriptors(&format!("FileDescriptorStoreMax={most}\nNFileDescriptorStore={stored}\n"))
+    };
+    told(&told_of(17, 65536).unwrap(), Status::Ok, false, "17 of 65536");
+    told(&told_of(90, 100).unwrap(), Status::Warn, false, "nearly all");
+    told(&told_of(100, 100).unwrap(), Status::Warn, false, "reported as exited");
+    assert_eq!((told_of(0, 0), systemd::stored_descriptors("")), (None, None));
 }
 
 #[test]

@@ -6,7 +6,10 @@
 use std::{fmt::Write, path::Path};
 
 use kuasar_shim::{
-    check::containerd::{CONFIG, DROP_INS, Version},
+    check::{
+        containerd::{CONFIG, DROP_INS, Version},
+        driver::{Driver, Source},
+    },
     config::{Config, SandboxerConfig},
 };
 
@@ -23,6 +26,8 @@ pub(crate) struct Target<'a> {
     pub(crate) pause_image: Option<&'a str>,
     /// Whether containerd and the daemon lack `CAP_SYS_RESOURCE`.
     pub(crate) restrict_oom_score: bool,
+    /// The node's cgroup driver, and what says so.
+    pub(crate) driver: (Driver, Source),
 }
 
 /// First version with the Sandbox API for other sandboxers.
@@ -69,6 +74,13 @@ pub(crate) fn write(config: &Config, target: &Target<'_>) -> Result<String, Stri
     if !since(TRIED) {
         comment(text, "", "containerd 2.0 has what this needs, but was never tried: 2.1 or later is better.");
     }
+    let (driver, source) = target.driver;
+    comment(
+        text,
+        "",
+        &format!("The cgroup driver of this node is {driver}, by {source}. Pods of kuasar have kubelet's, whichever"),
+    );
+    comment(text, "", "that is, and nothing has to be set for it here.");
     text.push_str("version = 3\n");
     node_settings(text, target);
     for (name, config) in &config.sandboxers {
@@ -185,6 +197,7 @@ mod tests {
             programs: Path::new("/usr/local/bin"),
             pause_image: None,
             restrict_oom_score: false,
+            driver: (Driver::Systemd, Source::Kubelet),
         }
     }
 
@@ -214,6 +227,7 @@ mod tests {
             }
             assert!(!table["plugins"].as_table().unwrap().contains_key("io.containerd.cri.v1.images"));
             assert!(text.contains(r#"imports = ["/etc/containerd/conf.d/*.toml"]"#));
+            assert!(text.contains("# The cgroup driver of this node is systemd, by cgroupDriver in"), "{text}");
         }
     }
 

@@ -25,6 +25,7 @@ use kuasar_shim::{
     check::{
         self, Host,
         containerd::{self, Version},
+        driver,
     },
     config::{Config, DEFAULT_PATH, DEFAULT_STATE, PATH_VARIABLE},
     server::CONTROL_SOCKET,
@@ -383,6 +384,7 @@ fn containerd_config(global: &Global, version: Option<Version>, programs: &Path,
         programs,
         pause_image,
         restrict_oom_score: !containerd::may_lower_oom_score(&host),
+        driver: driver::detect(&host, &containerd::Setup::read(&host)),
     };
     drop_in::write(&config, &target).map_err(|problem| anyhow!(problem))
 }
