@@ -36,6 +36,9 @@ const AGAIN: Duration = Duration::from_millis(50);
 /// How long systemd may take to take the rest when the keeper ends.
 const REST: Duration = Duration::from_secs(2);
 
+/// How often all is stored once more while systemd has too little room: others may have gone, or the unit may have been given more.
+const STORE_AGAIN: Duration = Duration::from_secs(60);
+
 /// What is parked, by name.
 pub(super) type Parked = BTreeMap<String, Vec<OwnedFd>>;
 
@@ -57,6 +60,10 @@ pub(super) struct Notifier {
     names: BTreeMap<String, usize>,
     /// When to go on.
     again: Option<Instant>,
+    /// How many descriptors systemd stores (`FileDescriptorStoreMax=`), as far as it says so, which it does from version 254 on.
+    room: Option<usize>,
+    /// More are parked than it stores: when to store all once more.
+    overflow: Option<Instant>,
     /// It was logged that systemd cannot be reached.
     is_lost: bool,
 }
@@ -71,7 +78,8 @@ impl Notifier {
                 None
             }
         });
-        Self { address, names, ..Self::default() }
+        let room = env::var("FDSTORE").ok().filter(|_| address.is_some()).and_then(|room| room.parse().ok());
+        Self { address, names, room, ..Self::default() }
     }
 
     /// What is parked under a name has changed; before, there were so many descriptors.
@@ -111,11 +119,12 @@ impl Notifier {
 
     /// When to call [`Self::send`] again.
     pub(super) fn again(&self) -> Option<Instant> {
-        self.again
+        [self.again, self.overflow].into_iter().flatten().min()
     }
 
     /// Sends what systemd takes.
     pub(super) fn send(&mut self, parked: &Parked) {
+        self.look_at_room(parked);
         if self.words.is_empty() && self.names.is_empty() || self.again.is_some_and(|at| at > Instant::now()) {
             return;
         }
@@ -134,6 +143,36 @@ impl Notifier {
                 Some(Instant::now() + if is_full { AGAIN } else { 20 * AGAIN })
             }
         };
+    }
+
+    /// systemd closes what it has no room for and says nothing of it. What it has it takes for the same, so all can be stored once more.
+    fn look_at_room(&mut self, parked: &Parked) {
+        let Some(room) = self.room else { return };
+        let mut count = parked.values().map(Vec::len).sum::<usize>();
+        if count > room || self.overflow.is_some() {
+            let stored = |(name, descriptors): (&String, &Vec<OwnedFd>)| {
+                (0..descriptors.len()).filter(|number| name_of(name, *number).is_some()).count()
+            };
+            count = parked.iter().map(stored).sum();
+        }
+        let now = Instant::now();
+        match self.overflow {
+            None if count <= room => {}
+            None => {
+                eprintln!(
+                    "kuasard: systemd stores {room} descriptors of {count}: containers of the others are reported as exited when this \
+                     process ends; raise FileDescriptorStoreMax= of the service"
+                );
+                self.overflow = Some(now + STORE_AGAIN);
+            }
+            Some(at) if count > room && at > now => {}
+            Some(_) => {
+                for name in parked.keys() {
+                    self.changed(name, 0);
+                }
+                self.overflow = (count > room).then(|| now + STORE_AGAIN);
+            }
+        }
     }
 
     /// Sends the rest, as far as systemd takes it in time.
@@ -250,6 +289,42 @@ mod tests {
             all.push(String::from_utf8_lossy(&bytes[..length]).replace('\n', " "));
         }
         all
+    }
+
+    #[test]
+    fn what_systemd_had_no_room_for_is_stored_once_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let systemd = UnixDatagram::bind(&path).unwrap();
+        systemd.set_nonblocking(true).unwrap();
+        let address = Some(address(path.as_os_str().as_bytes()).unwrap());
+        let mut notifier = Notifier { address, room: Some(2), ..Notifier::default() };
+        let mut parked = Parked::new();
+        let mut park = |notifier: &mut Notifier, name: &str| {
+            parked.insert(name.to_owned(), vec![File::open("/dev/null").unwrap().into()]);
+            notifier.changed(name, 0);
+            notifier.send(&parked);
+        };
+        park(&mut notifier, "a");
+        park(&mut notifier, "b");
+        // It is not stored.
+        park(&mut notifier, "c/stdout");
+        assert_eq!(notifier.again(), None);
+        park(&mut notifier, "d");
+        assert!(notifier.again().is_some());
+        assert_eq!(arrived(&systemd), ["FDSTORE=1 FDNAME=a#0", "FDSTORE=1 FDNAME=b#0", "FDSTORE=1 FDNAME=d#0"]);
+        notifier.send(&parked);
+        assert!(arrived(&systemd).is_empty());
+        // The unit may have been given more.
+        notifier.overflow = Some(Instant::now());
+        notifier.send(&parked);
+        assert_eq!(arrived(&systemd), ["FDSTORE=1 FDNAME=a#0", "FDSTORE=1 FDNAME=b#0", "FDSTORE=1 FDNAME=d#0"]);
+        assert!(notifier.again().is_some());
+        parked.remove("a");
+        notifier.changed("a", 1);
+        notifier.send(&parked);
+        assert_eq!(arrived(&systemd), ["FDSTOREREMOVE=1 FDNAME=a#0", "FDSTORE=1 FDNAME=b#0", "FDSTORE=1 FDNAME=d#0"]);
+        assert_eq!(notifier.again(), None);
     }
 
     #[test]
