@@ -36,7 +36,7 @@ SHIMS := kuasar-runc kuasar-crun kuasar-qemu
 CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node node-tree node-shell node-test install install-built deb deb-test clean
+.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node node-debs node-shell node-test install install-built deb deb-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,7 +59,7 @@ demo: ## Run a pod in each sandboxer beside the runc shim, building only what th
 
 test: build ## check, the guest, packages, end-to-end tests, conformance, chaos and a node with systemd, with a summary
 	@scripts/deps.sh all
-	@scripts/test.sh check guest deb e2e conformance chaos node
+	@NODE_PART=$${NODE_PART-fast} scripts/test.sh check guest deb e2e conformance chaos node
 
 check: ## Format, lints, unit tests, licences and advisories
 	@scripts/deps.sh check
@@ -93,16 +93,16 @@ node: ## Build the image of a Debian node with systemd, SUITE=trixie or bookworm
 	@scripts/deps.sh image
 	@scripts/node.sh $(SUITE)
 
-# What is put into the node.
-node-tree: build
-	@rm -rf $(TARGET)/node-tree
-	@$(MAKE) -s --no-print-directory install-built DESTDIR=$(TARGET)/node-tree PREFIX=/usr/local
+# What is put into the node: the packages, kuasar in a newer version, and in one that does not work.
+node-debs: build
+	@scripts/deps.sh deb
+	@scripts/deb-versions.sh $(TARGET)/node-debs $(KERNEL)
 
-node-shell: node node-tree ## A terminal in such a node, with containerd and kuasard; NODE_RUN='command' for a command instead
+node-shell: node node-debs ## A terminal in such a node, with containerd and kuasard; NODE_RUN='command' for a command instead
 	@scripts/deps.sh node
-	@$(RELEASE)/kuasar-node --tree $(TARGET)/node-tree $(if $(NODE_RUN),exec "$$NODE_RUN",shell)
+	@$(RELEASE)/kuasar-node --packages $(TARGET)/node-debs $(if $(NODE_RUN),exec "$$NODE_RUN",shell)
 
-node-test: build ## Tests in such a node: systemd, cgroup v2, AppArmor, restarts of services, a reboot
+node-test: build ## Tests in such a node: packages, systemd, cgroup v2, AppArmor, KVM; NODE_PART=fast for those of make test
 	@scripts/test.sh node
 
 install: build ## Install into DESTDIR and PREFIX: programs, crun, shim names, guest, configuration, systemd unit

@@ -119,25 +119,6 @@ SYSTEMCTL
 HELPERS
 )
 
-# The packages of this commit, and the same as a newer version, with a changed configuration; and one whose daemon does not start.
-make_packages() {
-    local name tree version newer
-    mkdir -p "$scratch/packages/1" "$scratch/packages/2" "$scratch/packages/broken"
-    DEB_COMPRESSION=none DEB_OUT=$scratch/packages/1 scripts/deb.sh >"$scratch/log"
-    for name in 2 broken; do
-        tree=$scratch/tree-$name
-        dpkg-deb -R "$scratch"/packages/1/kuasar_*.deb "$tree"
-        version=$(sed -n 's/^Version: //p' "$tree/DEBIAN/control")
-        newer=${version%-*}.$([ "$name" = 2 ] && say next || say then)-1
-        sed -i "s/^Version: .*/Version: $newer/" "$tree/DEBIAN/control"
-        say '# new' >>"$tree/etc/kuasar/config.toml"
-        [ "$name" = 2 ] || { printf '#!/bin/sh\necho broken >&2\nexit 1\n' >"$tree/usr/bin/kuasard"; }
-        dpkg-deb --root-owner-group -Znone --build "$tree" "$scratch/packages/$name" >"$scratch/log"
-        rm -rf "$tree"
-    done
-    cat "$scratch/log"
-}
-
 versions() {
     local repository=$scratch/versions of=() n
     mkdir -p "$repository"
@@ -409,7 +390,7 @@ told_to_systemd() {
 [ "$(id -u)" -eq 0 ] || fail "this needs root: it makes namespaces and installs packages in them"
 have mmdebstrap || fail "no mmdebstrap: scripts/deps.sh deb installs it"
 make_base
-make_packages
+scripts/deb-versions.sh "$scratch/packages"
 tests=(versions same_bytes no_errors_of_lintian contents manual_pages completions licences installed configuration names_of_sandboxers under_a_pod
     removed_without_a_daemon purged purged_beside_mounts beside_one_made_by_hand told_to_systemd)
 [ $# -eq 0 ] || tests=("$@")

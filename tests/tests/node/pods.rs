@@ -11,9 +11,10 @@ pub(crate) fn cases() -> Vec<Entry> {
 }
 
 /// Prints `ready`, ends with 7 of SIGTERM.
-const WAITS: &str = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+pub(crate) const WAITS: &str = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done";
 
-fn scope_of(container: &Container) -> String {
+/// The unit that the OCI runtime has made for a container.
+pub(crate) fn scope_of(container: &Container) -> String {
     format!("cri-containerd-{}.scope", container.id)
 }
 
@@ -60,7 +61,8 @@ async fn limits_reach_the_kernel_and_systemd(site: &mut Site) -> Result<()> {
     Ok(())
 }
 
-async fn group(site: &Site, container: &Container) -> Result<String> {
+/// Its control group.
+pub(crate) async fn group(site: &Site, container: &Container) -> Result<String> {
     let group = site.show(&scope_of(container), "ControlGroup").await?;
     ensure!(!group.is_empty(), "the scope has no control group");
     Ok(group)

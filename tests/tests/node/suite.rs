@@ -18,12 +18,12 @@ use tokio::runtime::Runtime;
 
 /// The handler of most cases.
 pub(crate) const HANDLER: &str = "kuasar-runc";
-/// How long a case may take, in an emulated machine beside others' work.
-const LIMIT: Duration = Duration::from_secs(240);
+/// How long a case may take, in an emulated machine beside others' work; one of the fast part, and one of the others.
+const LIMITS: (Duration, Duration) = (Duration::from_secs(240), Duration::from_secs(1200));
 /// How long what a case has removed may take to be gone.
 const SETTLE: Duration = Duration::from_secs(30);
-/// In MiB: without pods in virtual machines.
-const MEMORY: u32 = 2560;
+/// In MiB: without pods in virtual machines, which the fast part has none of, and with them.
+const MEMORY: (u32, u32) = (2560, 6144);
 
 pub(crate) type Outcome<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
 
@@ -36,12 +36,24 @@ pub(crate) struct Entry {
     pub(crate) name: (&'static str, &'static str),
     /// What it does.
     pub(crate) body: Body,
+    /// Whether it belongs to the fast part.
+    pub(crate) is_fast: bool,
 }
 
-/// A list of [`Entry`]s out of functions.
+/// A list of [`Entry`]s out of functions: those of the fast part, then, after `slow:`, the others.
 macro_rules! cases {
-    ($($name:ident),+ $(,)?) => {
-        vec![$($crate::suite::Entry { name: (module_path!(), stringify!($name)), body: |site| Box::pin($name(site)) }),+]
+    ($($fast:ident),* $(,)? $(; slow: $($slow:ident),+ $(,)?)?) => {
+        vec![
+            $($crate::suite::cases!(@ $fast, true),)*
+            $($($crate::suite::cases!(@ $slow, false),)+)?
+        ]
+    };
+    (@ $name:ident, $is_fast:literal) => {
+        $crate::suite::Entry {
+            name: (module_path!(), stringify!($name)),
+            body: |site| Box::pin($name(site)),
+            is_fast: $is_fast,
+        }
     };
 }
 pub(crate) use cases;
@@ -61,10 +73,12 @@ pub(crate) struct Site {
 
 impl Site {
     async fn start() -> Result<Self> {
-        let tree = std::env::var_os("KUASAR_NODE_TREE").context("KUASAR_NODE_TREE is not set: `make node-test` sets it")?;
+        let packages =
+            std::env::var_os("KUASAR_NODE_PACKAGES").context("KUASAR_NODE_PACKAGES is not set: `make node-test` sets it")?;
         let begun = Instant::now();
-        let payload = Some(software::payload(&PathBuf::from(tree))?);
-        let mut node = VmNode::boot(Options { suite: suite(), memory_mib: MEMORY, payload, logs: logs_dir() }).await?;
+        let payload = Some(software::payload(&PathBuf::from(packages))?);
+        let memory_mib = if is_fast_part() { MEMORY.0 } else { MEMORY.1 };
+        let mut node = VmNode::boot(Options { suite: suite(), memory_mib, payload, logs: logs_dir() }).await?;
         let booted = begun.elapsed().as_secs();
         software::start(&node).await?;
         let socket = node.forward(software::CONTAINERD_SOCKET).await?;
@@ -91,7 +105,12 @@ impl Site {
 
     /// A pod below a slice of its own with these properties, which is there before it, as with kubelet.
     pub(crate) async fn pod(&mut self, spec: PodSpec, properties: &[(&str, u64)]) -> Result<Pod> {
-        let mut spec = spec.handler(HANDLER);
+        self.pod_of(spec, properties, HANDLER).await
+    }
+
+    /// The same, with another handler.
+    pub(crate) async fn pod_of(&mut self, spec: PodSpec, properties: &[(&str, u64)], handler: &str) -> Result<Pod> {
+        let mut spec = spec.handler(handler);
         let uid = spec.config.metadata.as_ref().map_or_else(String::new, |metadata| metadata.uid.clone());
         // kubelet's names: a hyphen would be another level.
         let slice = format!("kubepods-burstable-pod{}.slice", uid.replace('-', "_"));
@@ -119,6 +138,19 @@ impl Site {
     /// What of a unit `systemctl show` says.
     pub(crate) async fn show(&self, unit: &str, property: &str) -> Result<String> {
         self.sh(&format!("systemctl show --value -p {property} {}", quote(unit))).await
+    }
+
+    /// The pids of keeper and worker.
+    pub(crate) async fn daemons(&self) -> Result<(String, String)> {
+        let keeper = self.show("kuasard", "MainPID").await?;
+        let worker = self.sh(&format!("pgrep -x -P {keeper} kuasard")).await?;
+        Ok((keeper, worker))
+    }
+
+    /// Whether systemd is older than this version.
+    pub(crate) async fn is_before_systemd(&self, version: u32) -> Result<bool> {
+        let found = self.sh("systemctl --version | sed -n '1s/systemd \\([0-9]*\\).*/\\1/p'").await?;
+        Ok(found.parse::<u32>().with_context(|| format!("systemd's version is {found:?}"))? < version)
     }
 
     /// Removes what is left of a case's pods, and fails when something in the node still carries their ids.
@@ -166,6 +198,11 @@ pub(crate) fn suite() -> String {
     std::env::var("SUITE").ok().filter(|suite| !suite.is_empty()).unwrap_or_else(|| "trixie".to_owned())
 }
 
+/// Whether only the fast part is wanted.
+fn is_fast_part() -> bool {
+    std::env::var_os("NODE_PART").is_some_and(|part| part == "fast")
+}
+
 /// Where logs go that stay.
 fn logs_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
@@ -189,12 +226,14 @@ pub(crate) fn run(cases: Vec<Entry>) -> ExitCode {
         }
     };
     let slot = Slot::default();
-    let trials = cases.into_iter().map(|Entry { name: (module, name), body }| {
+    let wanted = cases.into_iter().filter(|entry| entry.is_fast || !is_fast_part());
+    let trials = wanted.map(|Entry { name: (module, name), body, is_fast }| {
         let module = module.rsplit("::").next().unwrap_or(module);
         let full = format!("{}/{module}::{name}", suite());
         let (slot, runtime, title) = (Arc::clone(&slot), Arc::clone(&runtime), full.clone());
         Trial::test(full, move || {
-            runtime.block_on(case(&slot, &title, body)).map_err(|error| Failed::from(format!("{error:#}")))
+            let limit = if is_fast { LIMITS.0 } else { LIMITS.1 };
+            runtime.block_on(case(&slot, &title, body, limit)).map_err(|error| Failed::from(format!("{error:#}")))
         })
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
@@ -225,7 +264,7 @@ async fn keep_journal(site: &Site) {
     }
 }
 
-async fn case(slot: &Slot, title: &str, body: Body) -> Result<()> {
+async fn case(slot: &Slot, title: &str, body: Body, limit: Duration) -> Result<()> {
     match tools::node_image(&suite()) {
         Ok(_) => {}
         Err(missing) => {
@@ -251,13 +290,13 @@ async fn case(slot: &Slot, title: &str, body: Body) -> Result<()> {
         },
     };
     let begun = Instant::now();
-    let result = match tokio::time::timeout(LIMIT, AssertUnwindSafe(body(&mut site)).catch_unwind()).await {
+    let result = match tokio::time::timeout(limit, AssertUnwindSafe(body(&mut site)).catch_unwind()).await {
         Ok(Ok(result)) => result,
         Ok(Err(panic)) => {
             let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
             Err(anyhow::anyhow!("{}", text.unwrap_or("panicked")))
         }
-        Err(_) => Err(anyhow::anyhow!("not done after {} s", LIMIT.as_secs())),
+        Err(_) => Err(anyhow::anyhow!("not done after {} s", limit.as_secs())),
     };
     let cleaned = site.clean_up().await.context("clean up");
     site.times.push(format!("{title}: {:.1} s", begun.elapsed().as_secs_f32()));

@@ -1,5 +1,5 @@
-//! A node in a virtual machine, for a terminal or a command: with containerd and kuasard where it is given what `make install` has
-//! installed, else bare. What is done in it is gone afterwards.
+//! A node in a virtual machine, for a terminal or a command: with containerd and kuasard where it is given packages, else bare. What is done
+//! in it is gone afterwards.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,9 +20,9 @@ struct Arguments {
     /// Memory, in MiB. Pods in virtual machines need 6144.
     #[arg(long, env = "KUASAR_NODE_MEMORY", default_value_t = 2560)]
     memory: u32,
-    /// What `make install` was given as DESTDIR: containerd and kuasard run then.
+    /// Directory with kuasar's packages, as `make node-debs` makes it: containerd and kuasard run then.
     #[arg(long)]
-    tree: Option<PathBuf>,
+    packages: Option<PathBuf>,
     /// Directory for the console's log.
     #[arg(long, default_value = "target/results")]
     logs: PathBuf,
@@ -52,10 +52,10 @@ async fn run(arguments: Arguments, slot: &mut Option<VmNode>) -> Result<ExitCode
     tools::node_image(&arguments.suite)?;
     let begun = Instant::now();
     eprintln!("booting a node of {}: about a minute where it is emulated", arguments.suite);
-    let payload = arguments.tree.as_deref().map(software::payload).transpose()?;
+    let payload = arguments.packages.as_deref().map(software::payload).transpose()?;
     let options = Options { suite: arguments.suite, memory_mib: arguments.memory, payload, logs: arguments.logs };
     let node = slot.insert(VmNode::boot(options).await?);
-    if arguments.tree.is_some() {
+    if arguments.packages.is_some() {
         software::start(node).await?;
     }
     let seconds = begun.elapsed().as_secs();
