@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use kuasar_tests::{skip, wait};
 
 use crate::running::{Running, probed, probed_seeing};
-use crate::suite::{Entry, Site, cases};
+use crate::suite::{Entry, SOON, Site, cases};
 
 pub(crate) fn cases() -> Vec<Entry> {
     cases![
@@ -40,7 +40,7 @@ async fn disturb(site: &mut Site, script: &str) -> Result<()> {
 async fn replace(site: &Site, script: &str) -> Result<()> {
     let before = site.show("kuasard", "MainPID").await?;
     site.sh(script).await?;
-    wait::until("another daemon", Duration::from_secs(60), || async {
+    wait::until("another daemon", SOON, || async {
         let main = site.show("kuasard", "MainPID").await?;
         let state = site.show("kuasard", "ActiveState").await?;
         Ok((main != before && main != "0" && state == "active").then_some(()))
@@ -169,7 +169,7 @@ async fn under_load(site: &mut Site, times: usize) -> Result<()> {
             format!("echo {round} >/tmp/begun; while [ ! -e /tmp/end-{round} ]; do sleep 0.1; done; echo {round}; exit 5");
         let held = async { Ok(running.job().sh(&exec).await?) };
         let disturbed = async {
-            wait::until("the exec to begin", Duration::from_secs(60), || async {
+            wait::until("the exec to begin", SOON, || async {
                 let begun = site.node.script(&format!("cat {root}/begun")).run().await?;
                 Ok((begun.stdout() == round.to_string()).then_some(()))
             })
@@ -212,7 +212,7 @@ async fn more_descriptors_than_systemd_stores(site: &mut Site) -> Result<()> {
         // It does not tell the service how much it stores.
         return running.examine(site).await;
     }
-    wait::until("all to be stored", Duration::from_secs(150), || async {
+    wait::until("all to be stored", 2 * SOON, || async {
         Ok((site.show("kuasard", "NFileDescriptorStore").await?.parse::<u32>()? > FEW).then_some(()))
     })
     .await?;

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kuasar_tests::cri::SOON;
 use kuasar_tests::cri::k8s_cri::v1::ContainerState;
 use kuasar_tests::{Container, ContainerSpec, Pod, PodSpec, wait};
 
-use crate::suite::Site;
+use crate::suite::{SOON, Site};
 
 /// Prints a number every 20 ms, and ends with 7 of SIGTERM.
 const COUNTS: &str = "count 20 & trap 'exit 7' TERM; wait";

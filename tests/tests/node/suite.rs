@@ -1,6 +1,7 @@
 //! How cases are run: the node, the clean-up and the search for what they left.
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -20,6 +21,8 @@ use tokio::runtime::Runtime;
 pub(crate) const HANDLER: &str = "kuasar-runc";
 /// How long a case may take, in an emulated machine beside others' work; one of the fast part, and one of the others.
 const LIMITS: (Duration, Duration) = (Duration::from_secs(240), Duration::from_secs(1200));
+/// How long a case waits for what should happen at once, in an emulated machine beside others' work.
+pub(crate) const SOON: Duration = Duration::from_secs(120);
 /// How long what a case has removed may take to be gone.
 const SETTLE: Duration = Duration::from_secs(30);
 /// In MiB: without pods in virtual machines, which the fast part has none of, and with them.
@@ -73,6 +76,10 @@ pub(crate) struct Site {
 
 impl Site {
     async fn start() -> Result<Self> {
+        let failures = logs_dir().join(format!("node-{}-failures.log", suite()));
+        if failures.exists() {
+            std::fs::remove_file(&failures).with_context(|| format!("remove {}", failures.display()))?;
+        }
         let packages =
             std::env::var_os("KUASAR_NODE_PACKAGES").context("KUASAR_NODE_PACKAGES is not set: `make node-test` sets it")?;
         let begun = Instant::now();
@@ -132,7 +139,8 @@ impl Site {
     /// The lines of a container's log.
     pub(crate) async fn log(&self, container: &Container) -> Result<Vec<logs::Line>> {
         let path = container.log.as_ref().context("the container has no log")?;
-        logs::parse(&(self.sh(&format!("cat {}", quote(&path.to_string_lossy()))).await? + "\n"))
+        let text = self.sh(&format!("cat {}", quote(&path.to_string_lossy()))).await?;
+        if text.is_empty() { Ok(Vec::new()) } else { logs::parse(&(text + "\n")) }
     }
 
     /// What of a unit `systemctl show` says.
@@ -179,7 +187,7 @@ impl Site {
     }
 }
 
-/// Lists what carries one of the ids: control groups, units, mounts, files of the daemon, processes.
+/// Lists what carries one of the ids: control groups, units, mounts, files of the daemon but for reports, processes.
 fn trace_script(ids: &BTreeSet<String>) -> String {
     let ids = ids.iter().map(String::as_str).collect::<Vec<_>>().join("\n");
     format!(
@@ -187,7 +195,8 @@ fn trace_script(ids: &BTreeSet<String>) -> String {
 {{ find /sys/fs/cgroup -type d
 systemctl list-units --all --plain --no-legend
 cat /proc/self/mountinfo
-find /run/kuasar /run/netns /run/containerd/io.containerd.runtime.v2.task 2>/dev/null
+find /run/kuasar -path /run/kuasar/failures -prune -o -print
+find /run/netns /run/containerd/io.containerd.runtime.v2.task 2>/dev/null
 ps -eo args; }} | grep -F \"$ids\" | grep -vF 'grep -F' || true",
         quote(&ids)
     )
@@ -301,8 +310,19 @@ async fn case(slot: &Slot, title: &str, body: Body, limit: Duration) -> Result<(
     let cleaned = site.clean_up().await.context("clean up");
     site.times.push(format!("{title}: {:.1} s", begun.elapsed().as_secs_f32()));
     *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Ok(site));
-    match (result, cleaned) {
+    let result = match (result, cleaned) {
         (Err(error), Err(cleaning)) => Err(anyhow::anyhow!("{error:#}; then: {cleaning:#}")),
         (result, cleaned) => result.and(cleaned),
+    };
+    if let Err(error) = &result {
+        note_failure(title, error)?;
     }
+    result
+}
+
+/// For those who watch: the harness tells it in the end.
+fn note_failure(title: &str, error: &anyhow::Error) -> Result<()> {
+    let path = logs_dir().join(format!("node-{}-failures.log", suite()));
+    let mut file = std::fs::File::options().create(true).append(true).open(&path)?;
+    writeln!(file, "{title}: {error:#}").with_context(|| format!("write {}", path.display()))
 }
