@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|check|image|node|deb|STEP...]
+# Installs what a purpose needs, and only what is missing: scripts/deps.sh [all|build|run|conformance|e2e|kubernetes|check|image|node|deb|STEP...]
 #   build         what compiling and the guest need: Debian packages and Rust
 #   run           and what a node is made of, for the demo, benchmarks and chaos: containerd, runc, CNI plugins, crun, QEMU and its helpers
 #   conformance   and crictl and critest
 #   e2e           and a second containerd
+#   kubernetes    run, and a Kubernetes: a quarter of an hour and more, so not part of all
 #   check         build, and what unit tests and audits run
 #   image         what the image of a node in a virtual machine is built and booted with
 #   node          image, and what is put into such a node
@@ -13,7 +14,7 @@
 #
 #   Debian packages   with apt-get
 #   Rust              not by itself: says how
-#   containerd, runc, CNI plugins, a second containerd, cargo-deny, crictl, critest, virtiofsd, vhost-device-vsock
+#   containerd, runc, CNI plugins, a second containerd, cargo-deny, crictl, critest, virtiofsd, vhost-device-vsock, Kubernetes
 #                     at pinned versions into a cache outside the checkout ($KUASAR_CACHE, /var/cache/kuasar-tools)
 #
 # Go modules come through the module proxy; the go command checks each against the checksum database (sum.golang.org) and
@@ -25,9 +26,11 @@ containerd=2.4.2
 runc=1.3.5
 cni=1.9.1
 cri_tools=1.37.0
+etcd=3.7.3
 cargo_deny=0.20.2
 virtiofsd=1.14.0
 vhost_device_vsock=0.3.0
+kubernetes_programs=(kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl)
 go_hint="install Go 1.26 or newer (https://go.dev/dl/) and run make deps again"
 
 root=()
@@ -258,6 +261,35 @@ install_cri_tools() {
     fi
 }
 
+# In both modules replace lines name directories of a whole checkout. The modules of the same release are what goes there; their sums
+# come from the checksum database.
+build_etcd() {
+    local module
+    for module in api client/pkg client pkg; do go mod edit -dropreplace "go.etcd.io/etcd/$module/v3"; done
+    GOFLAGS="$GOFLAGS -mod=mod" CGO_ENABLED=0 go build -ldflags '-s -w' -o "$GOBIN/etcd" .
+}
+
+build_kubernetes() {
+    local version=k8s.io/component-base/version number=${kubernetes_version#*.}
+    # With version 1.37.2 go k8s.io/api 0.37.2 and the others.
+    sed -i -E "s#=> \./staging/src/(k8s\.io/[a-z0-9-]+)#=> \1 v0.$number#" go.mod
+    rm -rf vendor staging
+    # A program that is not told its version is 0.0.0 to its clients.
+    GOFLAGS="$GOFLAGS -mod=mod" GOWORK=off CGO_ENABLED=0 go build -o "$GOBIN/" \
+        -ldflags "-s -w -X $version.gitVersion=v$kubernetes_version -X $version.gitMajor=1 -X $version.gitMinor=${number%.*}" \
+        "${kubernetes_programs[@]/#/./cmd/}"
+}
+
+install_kubernetes() {
+    local dir=$cache/kubernetes-$kubernetes_version program missing=()
+    for program in etcd "${kubernetes_programs[@]}"; do [ -x "$dir/$program" ] || missing+=("$program"); done
+    [ ${#missing[@]} -ne 0 ] || return 0
+    have go || fail "no Kubernetes $kubernetes_version in $cache and no Go to build it: $go_hint"
+    [ -x "$dir/etcd" ] || timed "building etcd $etcd" -- into "$dir" go_build_module go.etcd.io/etcd/server/v3 "$etcd" build_etcd
+    [ "${missing[*]}" = etcd ] || timed "building Kubernetes $kubernetes_version (a quarter of an hour or more)" -- \
+        into "$dir" go_build_module k8s.io/kubernetes "$kubernetes_version" build_kubernetes
+}
+
 install_crun() { scripts/crun.sh; }
 install_virtiofsd() { cargo_tool KUASAR_VIRTIOFSD virtiofsd "$virtiofsd"; }
 install_vhost_device_vsock() { cargo_tool KUASAR_VHOST_DEVICE_VSOCK vhost-device-vsock "$vhost_device_vsock"; }
@@ -266,6 +298,7 @@ build=(packages_build rust)
 run=("${build[@]}" packages_node install_containerd install_runc install_crun install_cni install_virtiofsd install_vhost_device_vsock)
 conformance=("${run[@]}" install_cri_tools)
 e2e=("${conformance[@]}" install_old_containerd)
+kubernetes=("${run[@]}" install_kubernetes)
 check=("${build[@]}" packages_node install_runc install_crun install_virtiofsd install_vhost_device_vsock install_cargo_deny)
 image=(packages_image)
 node=("${image[@]}" "${build[@]}" install_containerd install_runc install_crun install_cni install_cri_tools)
@@ -277,7 +310,7 @@ main() {
     local wanted step steps=()
     for wanted in "$@"; do
         case $wanted in
-        build | run | conformance | e2e | check | image | node | deb | all)
+        build | run | conformance | e2e | kubernetes | check | image | node | deb | all)
             local -n purpose=$wanted
             steps+=("${purpose[@]}")
             ;;
@@ -285,7 +318,7 @@ main() {
             [ "$(type -t "$wanted")" = function ] || fail "no step $wanted in scripts/deps.sh"
             steps+=("$wanted")
             ;;
-        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, check, image, node, deb, or a step of scripts/deps.sh" ;;
+        *) fail "nothing is called $wanted here: all, build, run, conformance, e2e, kubernetes, check, image, node, deb, or a step of scripts/deps.sh" ;;
         esac
     done
     prepare_cache

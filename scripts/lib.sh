@@ -8,6 +8,8 @@ target=${CARGO_TARGET_DIR:-target}
 
 # The second containerd that end-to-end tests run on; the first is what deps.sh installs or the machine has.
 containerd_old=2.1.9
+# What `make e2e-kubernetes` runs; in the cache under its version.
+kubernetes_version=1.37.2
 
 say() { printf '%s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
