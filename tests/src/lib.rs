@@ -11,6 +11,7 @@
 //!          ├─ Cri          client: Pod and Container handles, logs, exec streams
 //!          ├─ Registry     in-process, loopback, read-only (only when asked for)
 //!          └─ leak         what a node has on the machine, and what a test left of it
+//!   Cluster               a Kubernetes around a Node: see [`kubernetes`]
 //!   VmNode                a Debian node in a virtual machine, with systemd: see [`vm_node`]
 //! ```
 //!
@@ -45,7 +46,7 @@
 //! # Environment
 //!
 //! `KUASAR_CONTAINERD`, `KUASAR_RUNC`, `KUASAR_CRUN`, `KUASAR_CRICTL`, `KUASAR_CRITEST`, `KUASAR_CNI_BIN` name a tool to use;
-//! `KUASAR_CACHE` the directory `make deps` fills; `KUASAR_BIN_DIR` our own executables; `KUASAR_SCRATCH` where scratch
+//! `KUASAR_KUBERNETES` the directory of its programs; `KUASAR_CACHE` the directory `make deps` fills; `KUASAR_BIN_DIR` our own executables; `KUASAR_SCRATCH` where scratch
 //! directories go (default `/tmp`); `KUASAR_SKIP_LOG` the file that collects skipped tests.
 //!
 //! # Non-goals
@@ -59,6 +60,7 @@ pub mod hung;
 pub mod hybrid;
 pub mod image;
 pub mod kuasard;
+pub mod kubernetes;
 pub mod leak;
 pub mod node;
 pub mod process;

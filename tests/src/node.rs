@@ -1,6 +1,8 @@
 //! The main entry: a node of one's own, [`Node::start`].
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -16,7 +18,7 @@ use crate::leak::census::{self, Owner};
 use crate::leak::{Scope, Snapshot};
 use crate::registry::Registry;
 use crate::scratch::{Scratch, Storage};
-use crate::tools;
+use crate::{process, tools};
 
 /// What kuasard notes in its state when containerd has first listed its sandboxes.
 const LISTED: &str = "listed.json";
@@ -299,6 +301,25 @@ impl Node {
     #[must_use]
     pub fn cgroup_parent(&self) -> String {
         format!("/{}", self.owner.tag)
+    }
+
+    /// Makes the bridge of the pods' network with the address that the CNI plugin gives it for the first pod, and returns that: one of the
+    /// node's that is no loopback's. The bridge goes with the node, as the plugin's does.
+    ///
+    /// # Errors
+    /// `ip` fails.
+    pub fn make_gateway(&self) -> Result<Ipv4Addr> {
+        let address = self.scratch.as_ref().context("the node is stopped")?.gateway();
+        let bridge = self.bridge.as_str();
+        let with_length = format!("{address}/24");
+        for args in [
+            &["link", "add", bridge, "type", "bridge"][..],
+            &["address", "add", &with_length, "dev", bridge],
+            &["link", "set", bridge, "up"],
+        ] {
+            process::run(Command::new("ip").args(args))?;
+        }
+        Ok(address)
     }
 
     /// RunPodSandbox, with cgroup parent and log directory filled in where the spec has none.

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -131,7 +132,18 @@ impl Scratch {
     /// The node's pod subnet.
     #[must_use]
     pub fn subnet(&self) -> String {
-        format!("10.{}.{}.0/24", 80 + self.slot / 256, self.slot % 256)
+        format!("{}/24", self.address(0))
+    }
+
+    /// The bridge's address in it, by which pods reach the node.
+    #[must_use]
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.address(1)
+    }
+
+    fn address(&self, last: u8) -> Ipv4Addr {
+        let [high, low] = self.slot.to_be_bytes();
+        Ipv4Addr::new(10, 80 + high, low, last)
     }
 
     /// Kills, unmounts and removes everything that belongs to the directory, and itself.

@@ -320,6 +320,35 @@ pub fn node_image(suite: &str) -> Result<PathBuf, Missing> {
     Err(Missing::NodeImage { suite: suite.to_owned(), dir: dir.display().to_string() })
 }
 
+/// The programs of a Kubernetes.
+#[derive(Clone, Debug)]
+pub struct Kubernetes {
+    /// Where they are.
+    pub dir: PathBuf,
+}
+
+/// The Kubernetes to test with: `KUASAR_KUBERNETES`, else the newest in the cache.
+///
+/// # Errors
+/// [`Missing`] when a program of it is not there.
+pub fn kubernetes() -> Result<Kubernetes, Missing> {
+    let variable = "KUASAR_KUBERNETES";
+    let dir = match env::var_os(variable).filter(|value| !value.is_empty()) {
+        Some(value) => PathBuf::from(value),
+        None => {
+            let names = std::fs::read_dir(cache()).into_iter().flatten().flatten().map(|entry| entry.file_name());
+            let versions = names.filter_map(|name| parse_version(name.to_str()?.strip_prefix("kubernetes-")?));
+            let newest = versions.max().ok_or_else(|| Missing::Tool { name: "Kubernetes".to_owned(), variable })?;
+            cache().join(format!("kubernetes-{}.{}.{}", newest.0, newest.1, newest.2))
+        }
+    };
+    let programs = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl"];
+    match programs.iter().map(|name| dir.join(name)).find(|program| !is_executable(program)) {
+        Some(missing) => Err(Missing::Variable { variable, path: missing.display().to_string() }),
+        None => Ok(Kubernetes { dir }),
+    }
+}
+
 /// The static busybox the images are made of.
 ///
 /// # Errors

@@ -165,7 +165,7 @@ pub fn programs(named: &str, program: &OsStr) -> Result<Vec<i32>> {
 fn is_runtime_program(command: &str) -> bool {
     let program = command.split(' ').next().unwrap_or_default();
     let name = program.rsplit('/').next().unwrap_or_default();
-    ["containerd", "kuasar", "runc", "crun", "youki", "ctr"].iter().any(|prefix| name.starts_with(prefix))
+    ["containerd", "kuasar", "runc", "crun", "youki", "ctr", "etcd", "kube"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn pids() -> Result<Vec<i32>> {
