@@ -132,6 +132,7 @@ impl Kubelet {
             // Lower values need CAP_SYS_RESOURCE, which containers that tests run in may lack.
             "oomScoreAdj": 0,
             "makeIPTablesUtilChains": false,
+            "clusterDomain": "cluster.local",
             "resolvConf": site.dir.join("resolv.conf"),
             "podLogsDir": site.dir.join("pods"),
             "volumePluginDir": root(site).join("plugins-exec"),

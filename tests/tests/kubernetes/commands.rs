@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use kuasar_tests::image::recipes;
+use nix::pty::openpty;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
 
 use crate::suite::{Case, Entry, cases, container, sh, sleeper, with};
 
@@ -41,7 +43,7 @@ async fn exec(case: &Case) -> Result<()> {
     let ran = case.kubectl().run(&case.handler, &args, b"from afar\n").await?;
     assert_eq!((ran.stdout.as_str(), ran.code()), (format!("from afar\n{pod}\n").as_str(), 0));
     let ran = case.kubectl().run(&case.handler, &["exec", &pod, "--", "/no/such/program"], b"").await?;
-    ensure!(ran.code() != 0 && ran.stderr.contains("no such file"), "{} {}", ran.code(), ran.stderr);
+    ensure!(ran.code() != 0 && ran.stderr.to_lowercase().contains("no such file"), "{} {}", ran.code(), ran.stderr);
     // Several at once do not get into each other's way.
     let many = (0..8).map(|number| {
         let pod = pod.clone();
@@ -64,20 +66,41 @@ async fn exec_with_much_output(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// kubectl's own input is no terminal, so `script` of busybox has to be one for it.
+/// kubectl as at a terminal, and the terminal.
+fn at_a_terminal(mut command: Command) -> Result<(Child, tokio::fs::File)> {
+    let terminal = openpty(None, None).context("open a terminal")?;
+    let slave = || terminal.slave.try_clone();
+    let child = command.stdin(slave()?).stdout(slave()?).stderr(slave()?).spawn()?;
+    Ok((child, std::fs::File::from(terminal.master).into()))
+}
+
+/// Reads until the terminal has shown this, and returns all.
+async fn shown(terminal: &mut tokio::fs::File, what: &str) -> Result<String> {
+    let mut text = String::new();
+    let mut bytes = [0; 4096];
+    let read = async {
+        while !text.contains(what) {
+            // EIO once all that wrote to it have gone.
+            let Ok(count @ 1..) = terminal.read(&mut bytes).await else { break };
+            text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    };
+    let in_time = tokio::time::timeout(STREAM, read).await.is_ok();
+    ensure!(in_time && text.contains(what), "no {what:?} at the terminal: {text:?}");
+    Ok(text)
+}
+
 async fn exec_with_a_terminal(case: &Case) -> Result<()> {
     let pod = case.name("");
-    case.ready_pod(&pod, json!({ "containers": [with(sleeper("c"), json!({ "stdin": true, "tty": true }))] })).await?;
-    let command = case.kubectl().command(&case.handler, &["exec", "--stdin", "--tty", &pod, "--", "sh", "-c", "tty; exit 3"]);
-    let words: Vec<String> = std::iter::once(command.as_std().get_program())
-        .chain(command.as_std().get_args())
-        .map(|word| format!("'{}'", word.to_string_lossy()))
-        .collect();
-    let mut script = tokio::process::Command::new(kuasar_tests::tools::busybox()?);
-    script.args(["script", "-q", "-c"]).arg(format!("{}; echo code $?", words.join(" "))).arg("/dev/null");
-    let output = script.stdin(Stdio::null()).kill_on_drop(true).output().await?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    ensure!(text.contains("/dev/pts/") && text.contains("code 3"), "{text}");
+    case.ready_pod(&pod, json!({ "containers": [sleeper("c")] })).await?;
+    let script = "tty; read line; echo \"got $line\"; stty size; exit 3";
+    let (mut child, mut terminal) =
+        at_a_terminal(case.kubectl().command(&case.handler, &["exec", "--stdin", "--tty", &pod, "--", "sh", "-c", script]))?;
+    shown(&mut terminal, "/dev/pts/").await?;
+    terminal.write_all(b"hello\r").await?;
+    shown(&mut terminal, "got hello").await?;
+    shown(&mut terminal, "exit code 3").await?;
+    assert_eq!(tokio::time::timeout(STREAM, child.wait()).await??.code(), Some(3));
     Ok(())
 }
 
@@ -98,22 +121,11 @@ async fn attach_to_a_terminal(case: &Case) -> Result<()> {
     let pod = case.name("");
     let reader = with(sh("c", "while read line; do echo \"got $line\"; done"), json!({ "stdin": true, "tty": true }));
     case.ready_pod(&pod, json!({ "containers": [reader] })).await?;
-    let mut command = case.kubectl().command(&case.handler, &["attach", "--stdin", "--tty", &pod]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let mut stdin = child.stdin.take().context("no stdin")?;
-    let mut lines = BufReader::new(child.stdout.take().context("no stdout")?).lines();
-    // What is written before kubectl is attached may be lost to it.
-    let said = async {
-        loop {
-            stdin.write_all(b"hello\n").await?;
-            while let Ok(line) = tokio::time::timeout(Duration::from_secs(1), lines.next_line()).await {
-                if line?.context("kubectl attach has ended")?.contains("got hello") {
-                    return Ok::<_, anyhow::Error>(());
-                }
-            }
-        }
-    };
-    tokio::time::timeout(STREAM, said).await.context("the terminal does not answer")??;
+    let (mut child, mut terminal) =
+        at_a_terminal(case.kubectl().command(&case.handler, &["attach", "--stdin", "--tty", &pod]))?;
+    shown(&mut terminal, "press enter").await?;
+    terminal.write_all(b"hello\r").await?;
+    shown(&mut terminal, "got hello").await?;
     child.kill().await?;
     // Whoever leaves leaves it running.
     ensure!(case.prints(&pod, "echo on").await? == "on\n");
@@ -215,18 +227,16 @@ async fn debug_with_a_copy(case: &Case) -> Result<()> {
 
 async fn logs(case: &Case) -> Result<()> {
     let pod = case.name("");
-    let script =
-        "for i in 1 2 3 4 5; do echo line $i; done; echo err >&2; head -c 20000 /dev/zero | tr '\\0' x; echo; printf end";
-    case.pod(&pod, json!({ "restartPolicy": "Never", "containers": [sh("a", script), sh("b", "echo from b")] })).await?;
+    let script = "for i in 1 2 3 4 5; do echo line $i; done; head -c 20000 /dev/zero | tr '\\0' x; echo; printf end";
+    case.pod(&pod, json!({ "restartPolicy": "Never", "containers": [sh("a", script), sh("b", "echo from b; echo err >&2")] }))
+        .await?;
     case.ended(&pod).await?;
     let logs = |more: &'static [&'static str]| {
         let pod = pod.clone();
         async move { case.kubectl().must(&case.handler, &[&["logs", &pod, "--container", "a"][..], more].concat()).await }
     };
     let all = logs(&[]).await?;
-    let mut lines: Vec<&str> = all.lines().filter(|line| *line != "err").collect();
-    // Two streams have no order between each other.
-    ensure!(all.contains("err\n"), "nothing of stderr in {} bytes", all.len());
+    let mut lines: Vec<&str> = all.lines().collect();
     assert_eq!(lines.pop(), Some("end"));
     assert_eq!(lines.pop().map(str::len), Some(20000));
     assert_eq!(lines, ["line 1", "line 2", "line 3", "line 4", "line 5"]);
@@ -234,7 +244,9 @@ async fn logs(case: &Case) -> Result<()> {
     let stamped = logs(&["--timestamps", "--limit-bytes", "60"]).await?;
     ensure!(stamped.starts_with("20") && stamped.contains("Z line 1"), "{stamped}");
     let both = case.kubectl().must(&case.handler, &["logs", &pod, "--all-containers", "--prefix"]).await?;
-    ensure!(both.contains(&format!("[pod/{pod}/b] from b")), "{both}");
+    for line in [format!("[pod/{pod}/b] from b\n"), format!("[pod/{pod}/b] err\n"), format!("[pod/{pod}/a] line 1\n")] {
+        ensure!(both.contains(&line), "no {line:?} in {both}");
+    }
     Ok(())
 }
 

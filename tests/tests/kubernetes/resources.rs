@@ -88,7 +88,8 @@ async fn one_process_of_several_is_killed(case: &Case) -> Result<()> {
     if is_v2() {
         assert_eq!((&ended["exitCode"], &ended["reason"]), (&json!(137), &json!("OOMKilled")));
     } else {
-        assert_eq!(case.kubectl().must(&case.handler, &["logs", &pod]).await?, "child 137\n");
+        let log = case.kubectl().must(&case.handler, &["logs", &pod]).await?;
+        ensure!(log.contains("child 137\n"), "{log}");
         assert_eq!(ended["exitCode"], 0);
     }
     Ok(())
@@ -247,7 +248,8 @@ async fn summary_of(case: &Case, pod: &str) -> Result<Value> {
 async fn until_summary(case: &Case, pod: &str, paths: &[&str]) -> Result<()> {
     let end = std::time::Instant::now() + std::time::Duration::from_secs(90);
     loop {
-        let found = summary_of(case, pod).await?;
+        // kubelet may be about to start.
+        let found = summary_of(case, pod).await.unwrap_or_default();
         // 0 is no measurement.
         let missing: Vec<&&str> =
             paths.iter().filter(|path| found.pointer(path).and_then(Value::as_u64).unwrap_or(0) == 0).collect();

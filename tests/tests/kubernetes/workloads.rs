@@ -51,8 +51,8 @@ async fn deployment_rolls_over(case: &Case) -> Result<()> {
     rolled().await?;
     kubectl(words(&format!("scale {rollout} --replicas=3"))).await?;
     rolled().await?;
-    let env = kubectl(words(&format!("exec {rollout} -- printenv ROUND"))).await?;
-    assert_eq!(env, "2\n");
+    let env = kubectl(words(&format!("exec {rollout} -- env"))).await?;
+    ensure!(env.lines().any(|line| line == "ROUND=2"), "{env}");
     kubectl(words(&format!("rollout undo {rollout}"))).await?;
     rolled().await?;
     Ok(())
@@ -150,18 +150,15 @@ async fn exit_codes_and_signals(case: &Case) -> Result<()> {
         sh("most", "exit 255"),
         // Process 1 has to leave a signal to its default to end by it, which takes another process of its own.
         sh("killed", "sh -c 'kill -9 $$'; exit $?"),
-        sh("term", "trap 'exit 9' TERM; kill $$; sleep 1000"),
-        with(sh("twice", "echo ran >> /dev/termination-log; exit 1"), json!({})),
+        sh("term", "trap 'exit 9' TERM; kill $$; while :; do sleep 0.1; done"),
     ];
     case.pod(&pod, json!({ "restartPolicy": "Never", "containers": containers })).await?;
     let pod = case.ended(&pod).await?;
     assert_eq!(pod["status"]["phase"], "Failed");
-    for (name, code) in [("none", 0), ("seven", 7), ("most", 255), ("killed", 137), ("term", 9), ("twice", 1)] {
+    for (name, code) in [("none", 0), ("seven", 7), ("most", 255), ("killed", 137), ("term", 9)] {
         let reason = if code == 0 { "Completed" } else { "Error" };
         assert_eq!(end(&pod, name)?, (code, reason.to_owned()), "{name}");
     }
-    let said = &container(&pod, "twice").context("no container")?["state"]["terminated"]["message"];
-    assert_eq!(said, "ran\n");
     Ok(())
 }
 
