@@ -12,6 +12,7 @@ GUEST := $(or $(KUASAR_GUEST_DIR),$(KUASAR_CACHE)/guest)/$(KERNEL)
 export SANDBOXER ?= kuasar-runc
 # Debian's suite that a node in a virtual machine is of: trixie or bookworm.
 export SUITE ?= trixie
+export KUBERNETES_LONG
 # What node-shell runs instead of a terminal.
 export NODE_RUN
 # Which sandboxers the demo shows beside those that it always does.
@@ -36,10 +37,10 @@ SHIMS := kuasar-runc kuasar-crun kuasar-qemu
 CONFIGURED = $(RELEASE)/kuasarctl --config $(DESTDIR)$(SYSCONFDIR)/kuasar/config.toml config | sed -n 's/^\[sandboxer\.\([a-z0-9-]*\)\]$$/\1/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest demo test check e2e conformance chaos fuzz bench bench-vmm node node-debs node-shell node-test install install-built deb deb-test clean
+.PHONY: help deps build guest demo test check e2e e2e-kubernetes conformance chaos fuzz bench bench-vmm node node-debs node-shell node-test install install-built deb deb-test clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install what building and testing need, only what is missing
 	@scripts/deps.sh all
@@ -68,6 +69,10 @@ check: ## Format, lints, unit tests, licences and advisories
 e2e: build ## End-to-end tests on each containerd there is
 	@scripts/deps.sh e2e
 	@scripts/test.sh e2e
+
+e2e-kubernetes: build ## Pods of a Kubernetes on this machine, with each handler beside the runc shim; KUBERNETES_LONG=1 for the long forms
+	@scripts/deps.sh kubernetes
+	@scripts/test.sh kubernetes
 
 conformance: build ## critest with SANDBOXER=kuasar-runc or kuasar-qemu, compared with the runc shim
 	@scripts/deps.sh conformance

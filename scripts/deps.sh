@@ -73,6 +73,9 @@ packages_image() {
     debian_packages "${wanted[@]}"
 }
 
+# What makes the key and the certificate of an API server's client, and loop devices.
+packages_kubernetes() { debian_packages openssl mount util-linux; }
+
 # debian_packages NAME...: those that are not installed
 debian_packages() {
     if ! have dpkg-query; then
@@ -298,7 +301,7 @@ build=(packages_build rust)
 run=("${build[@]}" packages_node install_containerd install_runc install_crun install_cni install_virtiofsd install_vhost_device_vsock)
 conformance=("${run[@]}" install_cri_tools)
 e2e=("${conformance[@]}" install_old_containerd)
-kubernetes=("${run[@]}" install_kubernetes)
+kubernetes=("${run[@]}" packages_kubernetes install_kubernetes)
 check=("${build[@]}" packages_node install_runc install_crun install_virtiofsd install_vhost_device_vsock install_cargo_deny)
 image=(packages_image)
 node=("${image[@]}" "${build[@]}" install_containerd install_runc install_crun install_cni install_cri_tools)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs groups of stages, then sums up: scripts/test.sh check|guest|deb|e2e|conformance|chaos|node...
+# Runs groups of stages, then sums up: scripts/test.sh check|guest|deb|e2e|kubernetes|conformance|chaos|node...
 # Every stage runs, whatever became of the one before it.
 . "$(dirname "$0")/lib.sh"
 
@@ -33,7 +33,7 @@ unit_tests() {
 
 clippy() {
     cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
-    cargo clippy --quiet --locked --workspace --test demo --test e2e --test harness --test node -- -D warnings
+    cargo clippy --quiet --locked --workspace --test demo --test e2e --test harness --test kubernetes --test node -- -D warnings
 }
 
 deny() {
@@ -78,6 +78,18 @@ machines() {
     cargo test --locked --workspace --test e2e --no-fail-fast -- kuasar-qemu/daemon::the_worker_is_killed
     [ ! -e "$cache/guest/mini/vmlinuz" ] || export KUASAR_E2E_MACHINES=20
     cargo test --locked --workspace --test e2e --no-fail-fast -- kuasar-qemu/soak::pods_at_once
+}
+
+# Longer than all of the others together, so not part of them.
+kubernetes() {
+    local -x STAGE_TIMEOUT=${STAGE_TIMEOUT:-7200}
+    stage kubernetes kubernetes_of
+}
+
+kubernetes_of() {
+    cargo test --quiet --locked --workspace --no-run --test kubernetes
+    KUASAR_BIN_DIR=$bin KUASAR_KUBERNETES=$cache/kubernetes-$kubernetes_version KUASAR_KUBERNETES_OUT=$(realpath "$target")/kubernetes \
+        KUASAR_KUBERNETES_LONG=${KUBERNETES_LONG:-} cargo test --locked --workspace --test kubernetes
 }
 
 conformance() {
@@ -126,12 +138,12 @@ check() {
 guest() { stage guest scripts/guest-test.sh; }
 deb() { stage deb scripts/deb-test.sh; }
 
-export cache target bin
-export -f say clippy unit_tests deny end_to_end missing_containerd machines conformance_of chaos_of node_of
+export cache target bin kubernetes_version
+export -f say clippy unit_tests deny end_to_end missing_containerd machines kubernetes_of conformance_of chaos_of node_of
 for group in "$@"; do
     case $group in
-    check | guest | deb | e2e | conformance | chaos | node) $group ;;
-    *) fail "no group $group: check, guest, deb, e2e, conformance, chaos, node" ;;
+    check | guest | deb | e2e | kubernetes | conformance | chaos | node) $group ;;
+    *) fail "no group $group: check, guest, deb, e2e, kubernetes, conformance, chaos, node" ;;
     esac
 done
 scripts/summary.sh "${stages[@]}"

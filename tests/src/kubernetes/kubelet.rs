@@ -9,6 +9,7 @@
 //! | six files below `/proc/sys` | files with the values that kubelet wants | sets them on the host: `kernel.panic_on_oops`, `vm.overcommit_memory`, … |
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -225,6 +226,27 @@ pub(super) fn make_cgroups(cgroup: &str) -> Result<()> {
             }
         }
         enable_all(&root, &path)?;
+    }
+    Ok(())
+}
+
+/// Removes what kubelet has made below it, but for pods' groups: those are to be seen.
+pub(super) fn remove_cgroups(cgroup: &str) -> Result<()> {
+    for root in census::cgroup_roots()? {
+        let pods = root.join(cgroup.trim_start_matches('/')).join("kubepods");
+        for path in [pods.join("besteffort"), pods.join("burstable"), pods] {
+            match fs::remove_dir(&path) {
+                Err(error)
+                    if !matches!(
+                        error.kind(),
+                        ErrorKind::NotFound | ErrorKind::ResourceBusy | ErrorKind::DirectoryNotEmpty
+                    ) =>
+                {
+                    return Err(error).with_context(|| format!("remove {}", path.display()));
+                }
+                _ => {}
+            }
+        }
     }
     Ok(())
 }

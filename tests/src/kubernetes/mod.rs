@@ -20,13 +20,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::image::{Store, recipes};
+use crate::leak::Snapshot;
 use crate::process;
 use crate::systemd::Supervisor;
-use crate::{Node, NodeOptions, tools, wait};
+use crate::{ContainerSpec, Node, NodeOptions, PodSpec, tools, wait};
 
 use control_plane::ControlPlane;
 use kubectl::Kubectl;
@@ -37,6 +38,8 @@ use watch::PodWatch;
 pub const NODE: &str = "node";
 /// How long the whole may take to be ready, on a busy machine.
 const START: Duration = Duration::from_secs(180);
+/// kubelet looks once a minute for sandboxes of pods that are gone.
+const EMPTIED: Duration = Duration::from_secs(150);
 /// Pods that the node takes: those of a scale, and others beside them.
 const MAX_PODS: u32 = 250;
 
@@ -108,6 +111,7 @@ pub struct Cluster {
     pub node: tokio::sync::RwLock<Node>,
     kubectl: Kubectl,
     site: Site,
+    before: Snapshot,
 }
 
 impl Cluster {
@@ -124,26 +128,33 @@ impl Cluster {
             options = options.sandboxer(handler, runtime);
         }
         let mut node = Node::start(options).await?;
-        if let Some(kuasard) = &mut node.kuasard {
+        let cgroup = node.cgroup_parent();
+        kubelet::make_cgroups(&cgroup)?;
+        let address = node.make_gateway()?;
+        if let (Some(kuasard), Some(last)) = (&mut node.kuasard, handlers.last()) {
             let supervisor = Supervisor::new(node.containerd.paths().config.parent().context("no directory")?)?;
             kuasard.stop()?;
             kuasard.supervised_by(supervisor);
             kuasard.start().await?;
+            wait::until("containerd to have kuasard again", START, || async { Ok(first_pod(&node, last).await.ok()) }).await?;
         }
+        for handler in handlers {
+            first_pod(&node, handler).await?;
+        }
+        let before = node.snapshot()?;
         let site = Site {
             programs,
             dir: node.dir().join("kubernetes"),
             run: node.dir().join("run/kubelet"),
             containerd: node.containerd.paths().socket.clone(),
-            cgroup: node.cgroup_parent(),
-            address: node.make_gateway()?,
+            cgroup,
+            address,
             api_port: free_port(Ipv4Addr::LOCALHOST)?,
             kubelet_port: free_port(Ipv4Addr::LOCALHOST)?,
         };
         for dir in [&site.dir, &site.run] {
             std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         }
-        kubelet::make_cgroups(&site.cgroup)?;
         let control_plane = ControlPlane::start(&site).await?;
         let kubectl = Kubectl::new(&site, &control_plane.admin)?;
         let kubelet = Kubelet::start(&site, &control_plane)?;
@@ -155,6 +166,7 @@ impl Cluster {
             node: tokio::sync::RwLock::new(node),
             kubectl,
             site,
+            before,
         };
         cluster.node_is_ready().await?;
         for handler in handlers {
@@ -235,20 +247,43 @@ impl Cluster {
         Ok(())
     }
 
-    /// Stops everything: pods first.
+    /// Waits until kubelet has removed what is left of pods that are gone, stops everything, and fails when more is on the machine than was
+    /// before the first pod of the cluster.
     ///
     /// # Errors
     /// All that went wrong on the way.
     pub async fn stop(self) -> Result<()> {
+        let node = self.node.into_inner();
+        let cri = &node.cri;
+        let emptied = wait::until("kubelet to remove the last pods", EMPTIED, || async {
+            Ok(cri.pods().await?.is_empty().then_some(()))
+        })
+        .await;
         self.watch.stop();
-        let mut faults = Vec::new();
-        for result in [self.kubelet.into_inner().stop(), self.control_plane.stop(), self.node.into_inner().stop().await] {
-            if let Err(error) = result {
-                faults.push(format!("{error:#}"));
-            }
-        }
+        let stopped = self.kubelet.into_inner().stop();
+        let ended = self.control_plane.stop();
+        let cleared = kubelet::remove_cgroups(&self.site.cgroup);
+        // What is there because of a failure is named by that.
+        let left = if emptied.is_ok() { node.assert_no_leak(&self.before).await } else { Ok(()) };
+        let faults: Vec<String> = [emptied, stopped, ended, cleared, left, node.stop().await]
+            .into_iter()
+            .filter_map(|result| Some(format!("{:#}", result.err()?)))
+            .collect();
         if faults.is_empty() { Ok(()) } else { bail!("stop the cluster: {}", faults.join("; ")) }
     }
+}
+
+/// What is made when it is first needed is there after it, and no pod's.
+async fn first_pod(node: &Node, handler: &str) -> Result<()> {
+    let pod = node.run_pod(PodSpec::new("first").handler(handler)).await?;
+    let run = async {
+        let container = pod.run(ContainerSpec::new("c").sleep()).await?;
+        ensure!(container.exec(["true"]).await?.exit_code == 0, "the first exec with {handler} fails");
+        Ok(())
+    };
+    let result = run.await;
+    pod.remove_all().await?;
+    result
 }
 
 /// A condition's status and message in an object.

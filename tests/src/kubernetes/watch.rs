@@ -160,12 +160,17 @@ pub fn statuses(pod: &Value) -> impl Iterator<Item = &Value> {
         .flatten()
 }
 
-/// How often a pod was ready and then was not.
+/// Each time that a pod was ready and then was not, since `begin`: when, and what Kubernetes says of it.
 #[must_use]
-pub fn flaps(history: &[Seen]) -> usize {
-    let ready: Vec<bool> =
-        history.iter().map(|seen| super::condition(&seen.pod, "Ready").is_some_and(|(status, _)| status == "True")).collect();
-    ready.windows(2).filter(|pair| pair[0] && !pair[1]).count()
+pub fn flaps(history: &[Seen], begin: Instant) -> Vec<String> {
+    let ready = |seen: &Seen| super::condition(&seen.pod, "Ready").is_some_and(|(status, _)| status == "True");
+    let pairs = history.windows(2).filter(|pair| pair[1].at >= begin && ready(&pair[0]) && !ready(&pair[1]));
+    pairs
+        .map(|pair| {
+            let why = super::condition(&pair[1].pod, "Ready").map_or("it is gone", |(_, message)| message);
+            format!("after {:.1} s: {why}", pair[1].at.duration_since(begin).as_secs_f32())
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -186,12 +191,14 @@ mod tests {
 
     #[test]
     fn flaps_and_restarts_are_counted() {
+        let begin = Instant::now();
         let mut history = History::new();
         for state in [pod("False", 0), pod("True", 0), pod("True", 0), pod("False", 1), pod("True", 1)] {
             note(&mut history, json!({ "type": "MODIFIED", "object": state }));
         }
         let seen = &history[&("n".to_owned(), "p".to_owned())];
-        assert_eq!(flaps(seen), 1);
+        assert_eq!(flaps(seen, begin).len(), 1);
+        assert_eq!(flaps(seen, Instant::now()), Vec::<String>::new());
         assert_eq!(restarts(&seen[0].pod), 1);
         assert_eq!(restarts(&seen[4].pod), 2);
     }
@@ -203,6 +210,6 @@ mod tests {
             note(&mut history, json!({ "type": kind, "object": state }));
         }
         let seen = &history[&("n".to_owned(), "p".to_owned())];
-        assert_eq!((seen.len(), flaps(seen)), (1, 0));
+        assert_eq!((seen.len(), flaps(seen, seen[0].at)), (1, Vec::new()));
     }
 }

@@ -123,7 +123,7 @@ async fn attach_to_a_terminal(case: &Case) -> Result<()> {
     case.ready_pod(&pod, json!({ "containers": [reader] })).await?;
     let (mut child, mut terminal) =
         at_a_terminal(case.kubectl().command(&case.handler, &["attach", "--stdin", "--tty", &pod]))?;
-    shown(&mut terminal, "press enter").await?;
+    shown(&mut terminal, "pressing enter").await?;
     terminal.write_all(b"hello\r").await?;
     shown(&mut terminal, "got hello").await?;
     child.kill().await?;

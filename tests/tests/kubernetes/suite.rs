@@ -48,6 +48,8 @@ const AT_A_TIME: usize = 6;
 const MACHINES_AT_A_TIME: usize = 2;
 /// Lines of evidence shown with a failure.
 const EVIDENCE: usize = 10;
+/// Events of each pod.
+const ORDINARY: [&str; 4] = ["Scheduled", "Pulled", "Created", "Started"];
 
 type Outcome<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
 
@@ -283,7 +285,8 @@ impl Case {
             .as_array()
             .into_iter()
             .flatten()
-            .filter(own)
+            // Those of its way to where it is say nothing of a failure.
+            .filter(|event| own(event) && !ORDINARY.iter().any(|ordinary| event["reason"] == *ordinary))
             .map(|event| {
                 let word = |field: &str| event[field].as_str().unwrap_or_default();
                 format!("  {} {} (count {})", word("reason"), word("message"), event["count"])
@@ -310,6 +313,9 @@ impl From<anyhow::Error> for Fault {
         }
     }
 }
+
+/// How a case ends with the peer, once somebody has asked.
+type Peer = Arc<OnceCell<Result<String, Fault>>>;
 
 /// The error of a case that cannot be run here: what the machine lacks.
 #[derive(Debug, thiserror::Error)]
@@ -357,7 +363,7 @@ struct Run {
     gate: RwLock<()>,
     machines: Semaphore,
     /// How cases end with the peer.
-    peers: Mutex<BTreeMap<String, Arc<OnceCell<Result<String, Fault>>>>>,
+    peers: Mutex<BTreeMap<String, Peer>>,
     table: Mutex<Table>,
     next: std::sync::atomic::AtomicUsize,
 }
@@ -503,13 +509,15 @@ pub(crate) fn run(entries: Vec<Entry>) -> ExitCode {
         next: std::sync::atomic::AtomicUsize::new(0),
     });
     let mut trials = Vec::new();
-    // Handler by handler: the peer has ended most cases when another fails one.
-    for handler in &all.handlers {
-        for entry in &entries {
-            if entry.scope == Scope::OursAlone && handler == PEER {
-                continue;
+    // What wants the cluster for itself comes last: others would wait for it. Then handler by handler: the peer has ended most cases when
+    // another fails one.
+    for shared in [true, false] {
+        for handler in &all.handlers {
+            for entry in entries.iter().filter(|entry| (entry.scope == Scope::Shared) == shared) {
+                if entry.scope != Scope::OursAlone || handler != PEER {
+                    trials.push(trial(&runtime, &all, *entry, handler));
+                }
             }
-            trials.push(trial(&runtime, &all, *entry, handler));
         }
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
