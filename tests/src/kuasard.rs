@@ -151,6 +151,11 @@ impl Kuasard {
         self.supervisor = Some(supervisor);
     }
 
+    /// Lets it be a process that nobody supervises from the next start on; returns who did.
+    pub fn unsupervised(&mut self) -> Option<Supervisor> {
+        self.supervisor.take()
+    }
+
     /// Who supervises it.
     #[must_use]
     pub fn supervisor(&self) -> Option<&Supervisor> {

@@ -10,7 +10,7 @@ use kuasar_tests::{Node, wait};
 use serde_json::json;
 
 use crate::lifecycle::probed;
-use crate::suite::{Case, Entry, cases, container, sh, with};
+use crate::suite::{Case, Entry, cases, container, is_ready, sh, with};
 
 /// Pods with a probe of each kind.
 const PODS: usize = 7;
@@ -37,6 +37,7 @@ pub(crate) fn cases() -> Vec<Entry> {
         upgrade,
         keeper_is_killed,
         keeper_and_containerd_are_killed,
+        keeper_is_killed_without_systemd,
     ]);
     cases
 }
@@ -213,4 +214,59 @@ async fn keeper_and_containerd_are_killed(case: &Case) -> Result<()> {
         Ok(())
     })
     .await
+}
+
+/// Nobody keeps the connections, so that containerd takes the containers for ended and kubelet has others made. None may then run twice:
+/// two would write to one volume.
+async fn keeper_is_killed_without_systemd(case: &Case) -> Result<()> {
+    let supervisor = {
+        let mut node = node(case).await;
+        let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
+        kuasard.stop()?;
+        let supervisor = kuasard.unsupervised().context("kuasard has no supervisor")?;
+        kuasard.start().await?;
+        supervisor
+    };
+    let result = runs_once(case).await;
+    let mut node = node(case).await;
+    let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
+    kuasard.stop()?;
+    kuasard.supervised_by(supervisor);
+    kuasard.start().await?;
+    result
+}
+
+async fn runs_once(case: &Case) -> Result<()> {
+    let pod = case.name("");
+    let dir = case.dir()?;
+    // Each start writes to a file of its own.
+    let script = "echo x >> /v/$0; file=/v/$0.$(wc -l < /v/$0); while :; do echo x >> $file; sleep 0.1; done";
+    let writer = |name: &str| {
+        json!({
+            "name": name,
+            "command": ["sh", "-c", script, name],
+            "volumeMounts": [{ "name": "v", "mountPath": "/v" }],
+        })
+    };
+    let volume = json!({ "name": "v", "hostPath": { "path": dir } });
+    case.ready_pod(&pod, json!({ "containers": [writer("a"), writer("b")], "volumes": [volume] })).await?;
+    kill_keeper(&mut *node(case).await).await?;
+    let again = case
+        .until(&pod, "a restart of both containers", |pod| {
+            let both =
+                ["a", "b"].map(|name| container(pod, name).and_then(|status| status["restartCount"].as_u64()).unwrap_or(0));
+            Ok((both.iter().all(|count| *count > 0) && is_ready(pod)).then_some(both))
+        })
+        .await?;
+    case.note(format!("{} restarts", again.iter().sum::<u64>()));
+    let size = |name: &str, start: u64| std::fs::metadata(dir.join(format!("{name}.{start}"))).map_or(0, |file| file.len());
+    for (name, count) in ["a", "b"].into_iter().zip(again) {
+        let sizes = |starts: std::ops::RangeInclusive<u64>| starts.map(|start| size(name, start)).collect::<Vec<_>>();
+        // They count from 1.
+        let (before, now) = (sizes(1..=count), size(name, count + 1));
+        wait::until("the container to write", SERVING, || async { Ok((size(name, count + 1) > now + 20).then_some(())) })
+            .await?;
+        ensure!(sizes(1..=count) == before, "{name} runs twice: {before:?}, then {:?}", sizes(1..=count));
+    }
+    Ok(())
 }

@@ -148,9 +148,9 @@ async fn exit_codes_and_signals(case: &Case) -> Result<()> {
         sh("none", "exit 0"),
         sh("seven", "exit 7"),
         sh("most", "exit 255"),
-        // Process 1 has to leave a signal to its default to end by it, which takes another process of its own.
-        sh("killed", "sh -c 'kill -9 $$'; exit $?"),
-        sh("term", "trap 'exit 9' TERM; kill $$; while :; do sleep 0.1; done"),
+        // Two dollars are one to Kubernetes. SIGKILL of its own does nothing to process 1.
+        sh("killed", "sh -c 'kill -9 $$$$'; exit $?"),
+        sh("term", "trap 'exit 9' TERM; kill $$$$; while :; do sleep 0.1; done"),
     ];
     case.pod(&pod, json!({ "restartPolicy": "Never", "containers": containers })).await?;
     let pod = case.ended(&pod).await?;
