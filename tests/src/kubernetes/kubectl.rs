@@ -12,8 +12,8 @@ use tokio::process::Command;
 
 use super::Site;
 
-/// How long one call may take.
-const LIMIT: Duration = Duration::from_secs(90);
+/// How long one call may take, also one that waits for emulated virtual machines.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// What a call came to.
 #[derive(Clone, Debug)]

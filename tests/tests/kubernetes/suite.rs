@@ -115,6 +115,16 @@ impl Case {
         tools::is_machine(&self.handler)
     }
 
+    /// How long something may take.
+    pub(crate) fn patience(&self) -> Duration {
+        if self.is_machine() { 3 * SOON } else { SOON }
+    }
+
+    /// The same, in kubectl's words.
+    pub(crate) fn timeout(&self) -> String {
+        format!("--timeout={}s", self.patience().as_secs())
+    }
+
     /// What the table shows beside the verdict.
     pub(crate) fn note(&self, text: String) {
         *lock(&self.note) = text;
@@ -211,13 +221,13 @@ impl Case {
 
     /// Waits until `look` finds something in a pod.
     pub(crate) async fn until<T>(&self, name: &str, what: &str, look: impl FnMut(&Value) -> Result<Option<T>>) -> Result<T> {
-        let limit = if self.is_machine() { 3 * SOON } else { SOON };
+        let limit = self.patience();
         self.cluster.pods().until((&self.handler, name), what, limit, look).await
     }
 
     /// Waits until a call prints what `look` accepts.
     pub(crate) async fn until_prints<T>(&self, args: &[&str], what: &str, look: impl Fn(&str) -> Option<T>) -> Result<T> {
-        let end = Instant::now() + if self.is_machine() { 3 * SOON } else { SOON };
+        let end = Instant::now() + self.patience();
         loop {
             let ran = self.kubectl().run(&self.handler, args, b"").await?;
             if let Some(found) = look(&ran.stdout) {
@@ -267,7 +277,7 @@ impl Case {
         let kinds = kinds.join(",");
         let selector = format!("case={}", self.slug);
         self.kubectl()
-            .must(&self.handler, &["delete", &kinds, "--selector", &selector, "--ignore-not-found", "--wait", "--timeout=80s"])
+            .must(&self.handler, &["delete", &kinds, "--selector", &selector, "--ignore-not-found", "--wait", &self.timeout()])
             .await?;
         Ok(())
     }

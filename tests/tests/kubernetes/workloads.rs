@@ -45,7 +45,7 @@ async fn deployment_rolls_over(case: &Case) -> Result<()> {
     case.create("apps/v1", "Deployment", &name, json!({ "spec": spec })).await?;
     let kubectl = |args: Vec<String>| async move { case.kubectl().must(&case.handler, &args).await };
     let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let rolled = || kubectl(words(&format!("rollout status {rollout} --timeout=80s")));
+    let rolled = || kubectl(words(&format!("rollout status {rollout} {}", case.timeout())));
     rolled().await?;
     kubectl(words(&format!("set env {rollout} ROUND=2"))).await?;
     rolled().await?;
@@ -66,7 +66,7 @@ async fn stateful_set_and_daemon_set(case: &Case) -> Result<()> {
     let spec = json!({ "selector": selector(&daemons), "template": template(&daemons) });
     case.create("apps/v1", "DaemonSet", &daemons, json!({ "spec": spec })).await?;
     for kind in [format!("statefulset/{set}"), format!("daemonset/{daemons}")] {
-        case.kubectl().must(&case.handler, &["rollout", "status", &kind, "--timeout=80s"]).await?;
+        case.kubectl().must(&case.handler, &["rollout", "status", &kind, &case.timeout()]).await?;
     }
     assert_eq!(case.prints(&format!("{set}-1"), "hostname").await?, format!("{set}-1\n"));
     Ok(())
@@ -79,7 +79,7 @@ async fn job(case: &Case, job: Value, pod: Value, condition: &str) -> Result<Val
     spec["template"] = case.template(&name, pod);
     case.create("batch/v1", "Job", &name, json!({ "spec": spec })).await?;
     let wanted = format!("--for=condition={condition}");
-    case.kubectl().must(&case.handler, &["wait", &wanted, &format!("job/{name}"), "--timeout=85s"]).await?;
+    case.kubectl().must(&case.handler, &["wait", &wanted, &format!("job/{name}"), &case.timeout()]).await?;
     Ok(case.kubectl().get(&case.handler, "job", &name).await?["status"].take())
 }
 
