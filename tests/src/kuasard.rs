@@ -151,9 +151,9 @@ impl Kuasard {
         self.supervisor = Some(supervisor);
     }
 
-    /// Lets it be a process that nobody supervises from the next start on; returns who did.
-    pub fn unsupervised(&mut self) -> Option<Supervisor> {
-        self.supervisor.take()
+    /// Lets it be a process that nobody supervises from the next start on. What was stored is closed.
+    pub fn unsupervised(&mut self) {
+        self.supervisor = None;
     }
 
     /// Who supervises it.

@@ -116,6 +116,10 @@ impl Drop for Supervisor {
             // It cannot panic over what it does.
             let _ = thread.join();
         }
+        // Another may listen there after it.
+        if let Err(error) = std::fs::remove_file(&self.socket) {
+            eprintln!("cannot remove {}: {error}", self.socket.display());
+        }
     }
 }
 

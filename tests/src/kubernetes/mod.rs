@@ -131,11 +131,8 @@ impl Cluster {
         let cgroup = node.cgroup_parent();
         kubelet::make_cgroups(&cgroup)?;
         let address = node.make_gateway()?;
-        if let (Some(kuasard), Some(last)) = (&mut node.kuasard, handlers.last()) {
-            let supervisor = Supervisor::new(node.containerd.paths().config.parent().context("no directory")?)?;
-            kuasard.stop()?;
-            kuasard.supervised_by(supervisor);
-            kuasard.start().await?;
+        if let (true, Some(last)) = (node.kuasard.is_some(), handlers.last()) {
+            supervise(&mut node).await?;
             wait::until("containerd to have kuasard again", START, || async { Ok(first_pod(&node, last).await.ok()) }).await?;
         }
         for handler in handlers {
@@ -271,6 +268,18 @@ impl Cluster {
             .collect();
         if faults.is_empty() { Ok(()) } else { bail!("stop the cluster: {}", faults.join("; ")) }
     }
+}
+
+/// Stops a node's kuasard and starts it as a service whose descriptors are kept.
+///
+/// # Errors
+/// There is none, or it does not stop or start.
+pub async fn supervise(node: &mut Node) -> Result<()> {
+    let dir = node.dir().to_path_buf();
+    let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
+    kuasard.stop()?;
+    kuasard.supervised_by(Supervisor::new(&dir)?);
+    kuasard.start().await
 }
 
 /// What is made when it is first needed is there after it, and no pod's.

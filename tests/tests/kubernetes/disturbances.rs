@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
+use kuasar_tests::kubernetes::supervise;
 use kuasar_tests::kubernetes::watch::{flaps, restarts};
 use kuasar_tests::{Node, wait};
 use serde_json::json;
@@ -219,20 +220,15 @@ async fn keeper_and_containerd_are_killed(case: &Case) -> Result<()> {
 /// Nobody keeps the connections, so that containerd takes the containers for ended and kubelet has others made. None may then run twice:
 /// two would write to one volume.
 async fn keeper_is_killed_without_systemd(case: &Case) -> Result<()> {
-    let supervisor = {
+    {
         let mut node = node(case).await;
         let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
         kuasard.stop()?;
-        let supervisor = kuasard.unsupervised().context("kuasard has no supervisor")?;
+        kuasard.unsupervised();
         kuasard.start().await?;
-        supervisor
-    };
+    }
     let result = runs_once(case).await;
-    let mut node = node(case).await;
-    let kuasard = node.kuasard.as_mut().context("the node has no kuasard")?;
-    kuasard.stop()?;
-    kuasard.supervised_by(supervisor);
-    kuasard.start().await?;
+    supervise(&mut *node(case).await).await?;
     result
 }
 

@@ -240,7 +240,7 @@ impl Case {
                 ran.stdout,
                 ran.stderr
             );
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
 
