@@ -117,7 +117,9 @@ impl Drop for Supervisor {
             let _ = thread.join();
         }
         // Another may listen there after it.
-        if let Err(error) = std::fs::remove_file(&self.socket) {
+        if let Err(error) = std::fs::remove_file(&self.socket)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             eprintln!("cannot remove {}: {error}", self.socket.display());
         }
     }

@@ -278,7 +278,9 @@ async fn host_to_container(case: &Case) -> Result<()> {
         .await
     };
     let seen = seen.await;
-    let gone = umount2(&below, MntFlags::empty()).context("unmount what the pod has looked at");
+    // A guest remembers what it has looked at, and keeps it busy on the node: docs/microvm.md.
+    let how = if case.is_machine() { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    let gone = umount2(&below, how).context("unmount what the pod has looked at");
     if gone.is_err() {
         umount2(&below, MntFlags::MNT_DETACH)?;
     }
