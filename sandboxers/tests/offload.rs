@@ -134,7 +134,7 @@ async fn a_writer_whose_log_hangs_ends_by_itself(mute: &Path) {
     writer.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
     let writer = writer.spawn().unwrap();
     // Closes its input, then waits for the end of it and of its report.
-    let ended = timeout(Duration::from_secs(45), writer.wait_with_output()).await.expect("the writer stays").unwrap();
+    let ended = timeout(Duration::from_secs(45), writer.wait_with_output()).await.unwrap().unwrap();
     let report = String::from_utf8(ended.stdout).unwrap();
     assert!(report.starts_with("behind\nthe filesystem did not respond within"), "{report}");
 }
