@@ -20,7 +20,7 @@ use tokio::runtime::Runtime;
 /// The handler of most cases.
 pub(crate) const HANDLER: &str = "kuasar-runc";
 /// How long a case may take, in an emulated machine beside others' work; one of the fast part, and one of the others.
-const LIMITS: (Duration, Duration) = (Duration::from_secs(300), Duration::from_secs(2400));
+const LIMITS: (Duration, Duration) = (Duration::from_secs(480), Duration::from_secs(2400));
 /// How long a case waits for what should happen at once, in an emulated machine beside others' work.
 pub(crate) const SOON: Duration = Duration::from_secs(120);
 /// How long what a case has removed may take to be gone.
