@@ -32,6 +32,7 @@ const NOT_IN_MACHINES: &[(&str, &str)] = &[
     ("volumes::bidirectional", "mounts of a virtual machine cannot be the node's"),
     ("pod::app_armor", "the guest has no AppArmor"),
     ("resources::limits", "the container's control group is the guest's"),
+    ("resources::process_limit", "kubelet's limit is for processes of the node, and these are the guest's"),
 ];
 /// What is not run in virtual machines, and why.
 const NOT_RUN_IN_MACHINES: &[(&str, &str)] =
@@ -563,7 +564,11 @@ fn trial(runtime: &Arc<Runtime>, all: &Arc<Run>, entry: Entry, handler: &str) ->
         lock(&all.table).set(&title, &handler, verdict.clone());
         match verdict {
             Verdict::Passed(_) => Ok(()),
-            Verdict::Failed(why) => Err(Failed::from(why)),
+            Verdict::Failed(why) => {
+                // libtest tells why in the end only, which is long to wait for.
+                eprintln!("FAILED {name}: {why}");
+                Err(Failed::from(why))
+            }
             Verdict::Alike(why) | Verdict::Impossible(why) | Verdict::Skipped(why) => {
                 skip::record(&name, &why);
                 Ok(())
