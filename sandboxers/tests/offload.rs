@@ -9,7 +9,7 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
-    process::ExitCode,
+    process::{self, Command, ExitCode},
     time::{Duration, Instant},
 };
 
@@ -23,7 +23,7 @@ use kuasar_sandboxers::{
     types::Mount,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use tokio::time::timeout;
+use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver, time::timeout};
 
 fn main() -> ExitCode {
     if let Some(ended) = offload::serve() {
@@ -127,15 +127,20 @@ async fn a_log_that_hangs_is_given_up(reaper: &Reaper, mute: &Path) {
 }
 
 /// Without any daemon that would end it.
-async fn a_writer_whose_log_hangs_ends_by_itself(mute: &Path) {
+async fn a_writer_whose_log_hangs_ends_by_itself(reaper: &Reaper, mute: &Path) {
     let log = mute.join("log");
-    let mut writer = tokio::process::Command::new("/proc/self/exe");
-    writer.args([&log, &log]).env_clear().env("KUASAR_LOG_WRITER", "1").kill_on_drop(true);
-    writer.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
-    let writer = writer.spawn().unwrap();
-    // Closes its input, then waits for the end of it and of its report.
-    let ended = timeout(Duration::from_secs(45), writer.wait_with_output()).await.unwrap().unwrap();
-    let report = String::from_utf8(ended.stdout).unwrap();
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .args([&log, &log])
+        .env_clear()
+        .env("KUASAR_LOG_WRITER", "1")
+        .stdin(process::Stdio::piped())
+        .stdout(process::Stdio::piped());
+    let mut writer = reaper.spawn(&mut command).unwrap();
+    drop(writer.stdin.take());
+    let (mut pipe, mut report) = (Receiver::from_owned_fd(writer.stdout.take().unwrap()).unwrap(), String::new());
+    // The end of the report is the writer's.
+    timeout(Duration::from_secs(45), pipe.read_to_string(&mut report)).await.unwrap().unwrap();
     assert!(report.starts_with("behind\nthe filesystem did not respond within"), "{report}");
 }
 
@@ -204,7 +209,7 @@ async fn what_hangs_is_given_up(reaper: &Reaper) {
     let (log, opened) =
         (a_log_that_hangs_is_given_up(reaper, dir.path()), an_opened_log_that_hangs_holds_nothing_up(reaper, dir.path()));
     let (ends, bounded) =
-        (a_writer_whose_log_hangs_ends_by_itself(dir.path()), writers_of_hung_logs_are_bounded(reaper, dir.path()));
+        (a_writer_whose_log_hangs_ends_by_itself(reaper, dir.path()), writers_of_hung_logs_are_bounded(reaper, dir.path()));
     let (took, (), (), (), (), ()) = tokio::join!(given_up, beside, log, opened, ends, bounded);
     assert!(took < Duration::from_secs(20), "{took:?}");
     // The device ends the filesystem; then there are places again.
