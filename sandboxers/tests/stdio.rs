@@ -360,7 +360,7 @@ fn a_terminals_log_outlives_a_daemon() {
         while fs::metadata(&log).unwrap().len() < 6 {
             tokio::task::yield_now().await;
         }
-        // Nobody opens it again.
+        // It is not opened again.
         let moved = pipes.path("moved");
         fs::rename(&log, &moved).unwrap();
         fs::create_dir(&log).unwrap();

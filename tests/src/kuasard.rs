@@ -151,7 +151,7 @@ impl Kuasard {
         self.supervisor = Some(supervisor);
     }
 
-    /// Lets it be a process that nobody supervises from the next start on. What was stored is closed.
+    /// Lets it be an unsupervised process from the next start on. What was stored is closed.
     pub fn unsupervised(&mut self) {
         self.supervisor = None;
     }

@@ -163,6 +163,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
     operation: &'static str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
+    // Boxed, so that the text of a task is there once for each type of result and not for each piece of work.
     let work: Box<dyn FnOnce() -> Result<T> + Send> = Box::new(work);
     tokio::task::spawn_blocking(work).await.map_err(Error::failed(operation))?
 }

@@ -91,7 +91,7 @@ impl Identity {
     }
 }
 
-/// Nobody else on the machine is to be able to start privileged pods.
+/// Other users of the machine must not be able to start privileged pods.
 fn token() -> Result<String> {
     let path = "/proc/sys/kernel/random/uuid";
     Ok(std::fs::read_to_string(path).with_context(|| format!("read {path}"))?.trim().to_owned())
@@ -107,7 +107,7 @@ fn etcd(site: &Site) -> Result<Daemon> {
     command
         .arg("--data-dir")
         .arg(site.run.join("etcd"))
-        // What a power failure would lose nobody misses.
+        // The data need not outlive a power failure.
         .args(["--unsafe-no-fsync", "--log-level", "warn"])
         .args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients])
         .args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers])

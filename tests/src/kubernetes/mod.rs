@@ -102,7 +102,7 @@ impl Site {
 
 /// A running cluster.
 pub struct Cluster {
-    // In the order in which they go when nobody stops them.
+    // The order in which they are dropped when they are not stopped.
     watch: PodWatch,
     /// kubelet, for restarts.
     pub kubelet: tokio::sync::Mutex<Kubelet>,
@@ -313,7 +313,7 @@ fn images() -> Result<Store> {
 /// An image with nothing but the file `data/word`.
 pub const VOLUME_IMAGE: &str = "localhost/volume:1";
 
-/// One that nobody listens on now. Another program may take it until it is used; then the one that wants it says so.
+/// One that is free now. Another program may take it until it is used; then the one that wants it says so.
 fn free_port(address: Ipv4Addr) -> Result<u16> {
     Ok(TcpListener::bind((address, 0)).context("find a free port")?.local_addr()?.port())
 }

@@ -127,7 +127,7 @@ async fn attach_to_a_terminal(case: &Case) -> Result<()> {
     terminal.write_all(b"hello\r").await?;
     shown(&mut terminal, "got hello").await?;
     child.kill().await?;
-    // Whoever leaves leaves it running.
+    // It runs on when a client leaves.
     ensure!(case.prints(&pod, "echo on").await? == "on\n");
     Ok(())
 }

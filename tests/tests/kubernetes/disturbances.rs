@@ -217,7 +217,7 @@ async fn keeper_and_containerd_are_killed(case: &Case) -> Result<()> {
     .await
 }
 
-/// Nobody keeps the connections, so that containerd takes the containers for ended and kubelet has others made. None may then run twice:
+/// Without a descriptor store containerd takes the containers for ended and kubelet has others made. None may then run twice:
 /// two would write to one volume.
 async fn keeper_is_killed_without_systemd(case: &Case) -> Result<()> {
     {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::suite::{Case, Entry, cases, container, is_long, sh, sleeper, with};
 
-/// Containers that are killed for want of memory.
+/// Containers that are OOMKilled.
 const KILLS: usize = 12;
 /// And in the long form.
 const MANY_KILLS: usize = 120;
